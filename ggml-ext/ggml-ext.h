@@ -1,0 +1,140 @@
+// What bupo-gguf adds to ggml and llama.cpp, behind one C header.
+//
+// Contract of every function: no C++ exception leaves it. It returns BUPO_OK or a status below and,
+// on failure, leaves its outputs untouched; bupo_last_error() then holds one line of text (per thread).
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml.h"
+#include "llama.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum bupo_status {
+    BUPO_OK            = 0,
+    BUPO_ERR_ARGUMENT  = 1, // an argument is null, out of range or of the wrong shape
+    BUPO_ERR_EXCEPTION = 2, // llama.cpp threw; bupo_last_error() has its words
+};
+
+// The last failure of this thread; valid until the next failing call of this thread.
+const char * bupo_last_error(void);
+
+// ---------------------------------------------------------------------------------------------
+// Ops. A GGML_OP_CUSTOM node's userdata points to one of these structs; each begins with its id, so
+// that a backend which is not the CPU's can tell the ops apart and read the same parameters.
+// The contract (sources, shapes, formula) of each op stands in src/ops/<op>.rs.
+
+enum bupo_op {
+    BUPO_OP_LINEAR         = 1, // Y = W X (+ low-rank term) (+ bias)
+    BUPO_OP_LINEAR_BACK    = 2, // dX = W^T dY (+ low-rank term) (+ accumulate)
+    BUPO_OP_OUTER          = 3, // G += scale * X dY^T, in place
+    BUPO_OP_LOGPROB        = 4, // linear_logprob, partial results per thread
+    BUPO_OP_LOGPROB_MERGE  = 5, // linear_logprob, partial results merged
+    BUPO_OP_ATTENTION      = 6, // packed causal attention with shared prefixes
+    BUPO_OP_ATTENTION_BACK = 7,
+};
+
+struct bupo_linear_params {
+    uint32_t op;       // BUPO_OP_LINEAR, BUPO_OP_LINEAR_BACK or BUPO_OP_OUTER
+    float    scale;    // of the low-rank term, or of the outer product
+    uint32_t low_rank; // sources 2 and 3 are the low-rank factor and its input
+    uint32_t bias;     // the last source is a bias [N]
+    uint32_t add;      // the last source is a tensor of dst's shape to be added
+};
+
+struct bupo_logprob_params {
+    uint32_t op;
+    float    inv_temperature; // 1/T
+    uint32_t gradient;        // also accumulate the mean embedding sum_v p_v E_u[v]
+    uint32_t entropy_gradient;// also accumulate sum_v p_v l_v E_u[v], for an entropy cotangent
+    uint32_t parts;           // number of partial results
+};
+
+// One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end).
+struct bupo_segment {
+    int32_t begin;
+    int32_t end;
+    int32_t prefix_begin;
+    int32_t prefix_end;
+};
+
+struct bupo_attention_params {
+    uint32_t op;
+    float    scale;      // of the scores: 1/sqrt(head size)
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t head_size;
+    uint32_t n_segments;
+    const struct bupo_segment * segments; // in token order, without gaps; a prefix stands before its segment
+};
+
+// ---------------------------------------------------------------------------------------------
+// Bridge to llama.cpp internals (bridge.cpp is the only file that sees them).
+
+// Hyperparameters as llama.cpp itself read them from the file.
+struct bupo_hparams {
+    uint32_t n_layer;
+    uint32_t n_embd;
+    uint32_t n_ctx_train;
+    uint32_t n_head;      // of layer 0; uniform != 0 says that all layers agree
+    uint32_t n_head_kv;
+    uint32_t n_ff;
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    uint32_t n_rot;
+    uint32_t n_expert;
+    uint32_t uniform;     // head counts and n_ff are the same in every layer
+    float    rms_eps;
+    float    attention_scale;     // 0 = 1/sqrt(head size)
+    float    rope_freq_base;
+    float    rope_freq_scale;
+    int32_t  rope_scaling_type;   // enum llama_rope_scaling_type
+    int32_t  rope_type;           // enum llama_rope_type
+    uint32_t rope_ctx_orig;
+    float    rope_attn_factor;
+    float    yarn_ext_factor;     // < 0: not set
+    float    yarn_attn_factor;
+    float    yarn_beta_fast;
+    float    yarn_beta_slow;
+    float    yarn_log_mul;
+};
+
+enum bupo_status bupo_model_hparams(const struct llama_model * model, struct bupo_hparams * out);
+
+// The model's own tensors with their live buffers; borrowed, valid as long as the model.
+size_t               bupo_model_n_tensors(const struct llama_model * model);
+enum bupo_status     bupo_model_tensor(const struct llama_model * model, size_t index, const char ** name, struct ggml_tensor ** tensor);
+
+// One adapted weight: y += scale * b (a x). a: [n_in, rank], b: [rank, n_out], F32, both borrowed.
+struct bupo_lora_pair {
+    const char *         weight; // name of the base tensor, e.g. "blk.0.attn_q.weight"
+    struct ggml_tensor * a;
+    struct ggml_tensor * b;
+};
+
+// An adapter whose tensors are the caller's: what is written into them, the next decode uses.
+// The caller frees it with bupo_adapter_free before the model and before the tensors' buffer.
+enum bupo_status bupo_adapter_new(struct llama_model * model, float alpha, const struct bupo_lora_pair * pairs, size_t n_pairs,
+                                  struct llama_adapter_lora ** out);
+void             bupo_adapter_free(struct llama_adapter_lora * adapter);
+
+// llama_tokenize, llama_token_to_piece and llama_chat_apply_template throw on some input; these do not.
+// n_written: the number of tokens/bytes; when it is larger than the capacity nothing useful was
+// written and the call must be repeated with that much room.
+enum bupo_status bupo_tokenize(const struct llama_vocab * vocab, const char * text, size_t n_text, bool add_special, bool parse_special,
+                               llama_token * tokens, size_t capacity, size_t * n_written);
+enum bupo_status bupo_token_to_piece(const struct llama_vocab * vocab, llama_token token, bool special, char * buffer, size_t capacity,
+                                     size_t * n_written);
+enum bupo_status bupo_chat_apply_template(const char * template_text, const struct llama_chat_message * messages, size_t n_messages,
+                                          bool add_assistant, char * buffer, size_t capacity, size_t * n_written);
+
+// llama_decode with exceptions stopped at the header. *result: its return value.
+enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, int32_t * result);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,288 @@
+"""Pretrains the demo model: a tiny Qwen3 that adds two numbers, about 40 % of the time.
+
+What it does: trains 8 layers of width 128 from random weights on addition in ChatML, stops early, when
+sampled accuracy on pairs it never saw crosses the target, and writes the weights as a Q8_0 GGUF (norms F32).
+The early stop is the point: the format is learnt, the sums are still uncertain, so reinforcement learning
+has something to lift. Every figure printed at the end is of the file: read back, dequantised, run.
+
+needs (PyPI): torch gguf numpy
+usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
+       pretrain_demo.py --check FILE.gguf                                      (only measures a file)
+The seed fixes initial weights and data. Another CPU, another number of threads or another torch adds in
+another order, and then the weights differ, but not the recipe and, within its window, not the accuracy.
+
+Text:    <|im_start|>user\\n{x}+{y}=<|im_end|>\\n<|im_start|>assistant\\n  ->  \\boxed{SUM}<|im_end|>
+         x and y uniform in 0..99; loss on the completion only. A small share is {x}-{y}= and max({x},{y})=.
+         The target of a digit is smoothed over the ten digits, so that errors stay soft.
+Held out: a pair (x, y) with  (x*100 + y) * 2654435761 mod 2^32 < 2^32 / 5  (Knuth's multiplicative hash, 20 %
+         of all pairs) is never trained on, in any of the three tasks. It is the evaluation split; the Rust
+         side's `task:add` uses the same rule. The order counts: (y, x) may well be trained on.
+Accuracy: of a whole completion, <|im_end|> included, at temperature 1 over the full vocabulary. While training
+         it is the exact expectation, the mean probability of the right completion; at the end it is sampled too.
+Vocabulary: 256 bytes, 8 merges, 3 specials, padded to 288. No merge applies within the text of the tasks, so
+         byte by byte is what a BPE tokenizer makes of it too.
+"""
+import argparse, math, os, re, time
+from pathlib import Path
+import gguf, numpy as np, torch
+import torch.nn.functional as F
+
+L, D, H, KV, HD, FF, EPS, THETA, CONTEXT = 8, 128, 4, 2, 32, 384, 1e-6, 10000.0, 512
+OUT = Path(__file__).resolve().parent.parent / "assets" / "demo.gguf"
+
+# ---- vocabulary ----------------------------------------------------------------------------------
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("\u0120", "the"), ("o", "n"), ("o", "r"), ("e", "n"), ("\u0120", "w")]
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+def byte_unicode():
+    """GPT-2's map from bytes to printable characters: byte -> character, in token order."""
+    printable = list(range(33, 127)) + list(range(161, 173)) + list(range(174, 256))
+    table = {b: chr(b) for b in printable}
+    for n, b in enumerate(b for b in range(256) if b not in table):
+        table[b] = chr(256 + n)
+    return table
+
+def vocabulary():
+    chars = byte_unicode()
+    tokens = [chars[b] for b in range(256)] + [a + b for a, b in MERGES]
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    tokens += SPECIALS
+    while len(tokens) % 32:
+        tokens.append(f"<|pad{len(tokens)}|>")
+    return tokens, types + [gguf.TokenType.CONTROL] * (len(tokens) - len(types))
+
+TOKENS, TYPES = vocabulary()
+V = len(TOKENS)
+PAD, START, END = (TOKENS.index(s) for s in SPECIALS)  # a byte's token id is the byte itself
+
+def check_merges():
+    """A merge a+b that stands in none of these strings can never apply to the text of the tasks."""
+    texts = ["user\n", "assistant\n", "\\boxed{-0123456789}", "max(0,1)=", "0+1-2*3="]
+    chars = byte_unicode()
+    for text in texts:
+        text = "".join(chars[b] for b in text.encode())
+        for a, b in MERGES:
+            assert a + b not in text, f"merge {a}+{b} applies in {text!r}"
+
+# ---- task ----------------------------------------------------------------------------------------
+
+def held_out(x, y):
+    return (x * 100 + y) * 2654435761 % 2**32 * 5 < 2**32
+
+PAIRS = [(x, y) for x in range(100) for y in range(100)]
+TRAIN = [p for p in PAIRS if not held_out(*p)]
+EVAL = [p for p in PAIRS if held_out(*p)]
+
+def problem(task, x, y):
+    """The prompt's and the right completion's tokens."""
+    question, answer = {"add": (f"{x}+{y}=", x + y), "sub": (f"{x}-{y}=", x - y), "max": (f"max({x},{y})=", max(x, y))}[task]
+    prompt = [START, *f"user\n{question}".encode(), END, *b"\n", START, *b"assistant\n"]
+    return prompt, [*f"\\boxed{{{answer}}}".encode(), END]
+
+def batch(problems):
+    """ids: [B, T], padded at the right; target: [B, T], the next token in a completion, elsewhere -100."""
+    T = max(len(p) + len(c) for p, c in problems)
+    ids, target = torch.full((len(problems), T), PAD), torch.full((len(problems), T), -100)
+    for i, (p, c) in enumerate(problems):
+        ids[i, :len(p) + len(c)] = torch.tensor(p + c)
+        target[i, len(p) - 1:len(p) + len(c) - 1] = torch.tensor(c)
+    return ids[:, :-1], target[:, :-1]
+
+# ---- model ---------------------------------------------------------------------------------------
+# A dictionary of tensors under their GGUF names. The output head is the embedding, transposed.
+
+def initial(generator):
+    def normal(rows, columns, std):
+        return torch.randn(rows, columns, generator=generator) * std
+    w = {"token_embd.weight": normal(V, D, 0.05), "output_norm.weight": torch.ones(D)}
+    into_residual = 1 / math.sqrt(2 * L)
+    for il in range(L):
+        b = f"blk.{il}."
+        w[b + "attn_norm.weight"], w[b + "ffn_norm.weight"] = torch.ones(D), torch.ones(D)
+        w[b + "attn_q_norm.weight"], w[b + "attn_k_norm.weight"] = torch.ones(HD), torch.ones(HD)
+        w[b + "attn_q.weight"] = normal(H * HD, D, D**-0.5)
+        w[b + "attn_k.weight"] = normal(KV * HD, D, D**-0.5)
+        w[b + "attn_v.weight"] = normal(KV * HD, D, D**-0.5)
+        w[b + "attn_output.weight"] = normal(D, H * HD, (H * HD)**-0.5 * into_residual)
+        w[b + "ffn_gate.weight"] = normal(FF, D, D**-0.5)
+        w[b + "ffn_up.weight"] = normal(FF, D, D**-0.5)
+        w[b + "ffn_down.weight"] = normal(D, FF, FF**-0.5 * into_residual)
+    return w
+
+def rope(x):
+    """NEOX layout: dimension i turns with dimension i + HD/2. x: [B, heads, T, HD]"""
+    frequency = THETA ** (-torch.arange(0, HD, 2) / HD)  # [HD/2]
+    angle = torch.arange(x.shape[2])[:, None] * frequency  # [T, HD/2]
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+def forward(w, ids):
+    """ids: [B, T] -> logits: [B, T, V]"""
+    B, T = ids.shape
+    x = w["token_embd.weight"][ids]  # [B, T, D]
+    for il in range(L):
+        get = lambda name: w[f"blk.{il}.{name}.weight"]
+        heads = lambda y, n: y.view(B, T, n, HD).transpose(1, 2)  # [B, n, T, HD]
+        h = F.rms_norm(x, (D,), get("attn_norm"), EPS)
+        q = rope(F.rms_norm(heads(h @ get("attn_q").T, H), (HD,), get("attn_q_norm"), EPS))
+        k = rope(F.rms_norm(heads(h @ get("attn_k").T, KV), (HD,), get("attn_k_norm"), EPS))
+        v = heads(h @ get("attn_v").T, KV)
+        k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, HD]
+        x = x + a.transpose(1, 2).reshape(B, T, H * HD) @ get("attn_output").T
+        h = F.rms_norm(x, (D,), get("ffn_norm"), EPS)
+        x = x + (F.silu(h @ get("ffn_gate").T) * (h @ get("ffn_up").T)) @ get("ffn_down").T
+    return F.rms_norm(x, (D,), w["output_norm.weight"], EPS) @ w["token_embd.weight"].T
+
+def loss_of(w, problems, smoothing):
+    """Cross-entropy over the completion; where the target is a digit, `smoothing` of it goes to all ten."""
+    ids, target = batch(problems)
+    picked = target >= 0
+    target = target[picked]  # [N]
+    logprob = torch.log_softmax(forward(w, ids)[picked], -1)  # [N, V]
+    right = -logprob.gather(-1, target[:, None])[:, 0]
+    digits = -logprob[:, ord("0"):ord("9") + 1].mean(-1)
+    share = smoothing * ((target >= ord("0")) & (target <= ord("9")))
+    return ((1 - share) * right + share * digits).mean()
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+@torch.no_grad()
+def expected(w, task, pairs):
+    """Per problem: probability of the right completion at temperature 1, and whether greedy finds it."""
+    probability, greedy = [], []
+    for k in range(0, len(pairs), 256):
+        ids, target = batch([problem(task, x, y) for x, y in pairs[k:k + 256]])
+        logits = forward(w, ids)
+        logprob = torch.log_softmax(logits, -1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        probability.append(logprob.masked_fill(target < 0, 0).sum(-1).exp())
+        greedy.append(((logits.argmax(-1) == target) | (target < 0)).all(-1))
+    return torch.cat(probability), torch.cat(greedy).float()
+
+@torch.no_grad()
+def sample(w, prompts, generator, most=16):
+    """One completion per prompt at temperature 1, over the full vocabulary."""
+    completions = [None] * len(prompts)
+    for n in sorted({len(p) for p in prompts}):
+        rows = [i for i, p in enumerate(prompts) if len(p) == n]
+        ids = torch.tensor([prompts[i] for i in rows])  # [B, n + tokens so far]
+        for _ in range(most):
+            p = torch.softmax(forward(w, ids)[:, -1], -1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+            if (ids[:, n:] == END).any(1).all():
+                break
+        for i, c in zip(rows, ids[:, n:].tolist()):
+            completions[i] = c[:c.index(END) + 1] if END in c else c
+    return completions
+
+def report(path):
+    """Reads the file back and measures it."""
+    reader = gguf.GGUFReader(path)
+    w = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    print(f"{path}: {os.path.getsize(path)} bytes, {sum(t.numel() for t in w.values())} parameters")
+    p, greedy = expected(w, "add", EVAL)
+    problems = [problem("add", x, y) for x, y in EVAL]
+    completions = sample(w, [q for q, _ in problems], torch.Generator().manual_seed(77))
+    right = [c == answer for c, (_, answer) in zip(completions, problems)]
+    text = [bytes(t if t < 256 else 0 for t in c[:-1]) for c in completions]
+    formed = [c[-1] == END and re.fullmatch(rb"\\boxed\{-?\d+\}", t) is not None for c, t in zip(completions, text)]
+    print(f"add, {len(EVAL)} held-out pairs: sampled {np.mean(right):.4f} (expected {p.mean():.4f}), greedy {greedy.mean():.4f}, "
+          f"pass@8 {(1 - (1 - p)**8).mean():.4f}, well-formed {np.mean(formed):.4f}")
+    print(f"add, pairs trained on: expected {expected(w, 'add', TRAIN)[0].mean():.4f}")
+    short = [(x, y) for x, y in EVAL if x < 10 or y < 10]
+    print(f"add, {len(short)} held-out pairs with a one-digit number: expected {expected(w, 'add', short)[0].mean():.4f}")
+    for task in ("sub", "max"):
+        print(f"{task}, held out: expected {expected(w, task, EVAL)[0].mean():.4f}")
+    for (x, y), c in list(zip(EVAL, text))[::len(EVAL) // 8]:
+        print(f"  {x}+{y}= {c.decode(errors='replace')}")
+
+# ---- writing -------------------------------------------------------------------------------------
+
+def write(path, w):
+    """Written beside and renamed, so that a file that is there is whole."""
+    beside = Path(str(path) + ".part")
+    g = gguf.GGUFWriter(beside, "qwen3")
+    g.add_name("bupo-gguf demo"); g.add_description("tiny Qwen3 pretrained from scratch on addition by tools/pretrain_demo.py")
+    g.add_context_length(CONTEXT); g.add_embedding_length(D); g.add_block_count(L); g.add_feed_forward_length(FF)
+    g.add_head_count(H); g.add_head_count_kv(KV); g.add_key_length(HD); g.add_value_length(HD)
+    g.add_rope_freq_base(THETA); g.add_layer_norm_rms_eps(EPS)
+    g.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0); g.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    g.add_tokenizer_model("gpt2"); g.add_tokenizer_pre("qwen2"); g.add_token_list(TOKENS); g.add_token_types(TYPES)
+    g.add_token_merges([f"{a} {b}" for a, b in MERGES])
+    g.add_eos_token_id(END); g.add_pad_token_id(PAD); g.add_bos_token_id(PAD); g.add_add_bos_token(False)
+    g.add_chat_template(CHATML)
+    for name, t in w.items():
+        a = t.detach().numpy()
+        if a.ndim == 1:
+            g.add_tensor(name, a)
+        else:
+            q8_0 = gguf.GGMLQuantizationType.Q8_0
+            g.add_tensor(name, gguf.quants.quantize(a, q8_0), raw_dtype=q8_0)
+    g.write_header_to_file(); g.write_kv_data_to_file(); g.write_tensors_to_file(); g.close()
+    os.replace(beside, path)
+
+# ---- training ------------------------------------------------------------------------------------
+
+def train(a):
+    """Warm-up, then a constant rate; near the target the rate falls to `--slow` of it, for smooth last steps."""
+    generator = torch.Generator().manual_seed(a.seed)
+    w = {name: t.requires_grad_() for name, t in initial(generator).items()}
+    optimizer = torch.optim.AdamW([{"params": [t for t in w.values() if t.dim() == 2], "weight_decay": a.weight_decay},
+                                   {"params": [t for t in w.values() if t.dim() == 1], "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.98))
+    probe = EVAL[::4]
+    slow_since, running, start = None, None, time.time()
+    for step in range(1, a.steps + 1):
+        rate = a.lr * min(1, step / a.warmup)
+        if slow_since is not None:
+            rate *= max(a.slow, 1 - (1 - a.slow) * (step - slow_since) / a.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        picks = torch.randint(len(TRAIN), (a.batch,), generator=generator).tolist()
+        others = torch.rand(a.batch, generator=generator).tolist()
+        task = lambda u: "sub" if u < a.others / 2 else "max" if u < a.others else "add"
+        loss = loss_of(w, [problem(task(u), *TRAIN[i]) for u, i in zip(others, picks)], a.smoothing)
+        optimizer.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
+        optimizer.step()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        if step % (a.eval_every if slow_since is None else a.eval_every // 2) == 0:
+            p, greedy = expected(w, "add", probe)
+            if slow_since is not None and p.mean() >= a.target - 0.03:
+                p, greedy = expected(w, "add", EVAL)
+            accuracy = p.mean().item()
+            print(f"step {step} loss {running:.4f} accuracy {accuracy:.3f} greedy {greedy.mean():.3f} of {len(p)} "
+                  f"pass@8 {(1 - (1 - p)**8).mean():.3f} lr {rate:.2e} {time.time() - start:.0f} s", flush=True)
+            if slow_since is None and accuracy >= a.near:
+                slow_since = step
+            if accuracy >= a.target and len(p) == len(EVAL):
+                return w
+    raise SystemExit(f"accuracy {accuracy:.3f} after {a.steps} steps, below --target {a.target}: raise --steps or --lr")
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
+    ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
+    ap.add_argument("--near", type=float, default=0.15, help="held-out accuracy from which on to slow down")
+    ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
+    ap.add_argument("--steps", type=int, default=5000, help="give up after these"); ap.add_argument("--batch", type=int, default=128)
+    ap.add_argument("--lr", type=float, default=2e-3); ap.add_argument("--warmup", type=int, default=50); ap.add_argument("--weight-decay", type=float, default=0.1)
+    ap.add_argument("--smoothing", type=float, default=0.1, help="part of a digit's target that goes to all ten digits")
+    ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50)
+    a = ap.parse_args()
+    torch.set_num_threads(a.threads)
+    check_merges()
+    if a.check is None:
+        start = time.time()
+        w = train(a)
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        write(a.out, w)
+        print(f"trained in {time.time() - start:.0f} s")
+    report(a.check or a.out)
+
+if __name__ == "__main__":
+    main()
