@@ -1,7 +1,14 @@
 //! Safe wrappers over ggml: types, tensors, graphs, the CPU backend.
 
+mod backend;
 mod mmap;
+mod nodes;
+mod tensor;
 mod types;
 
+pub use backend::{Computed, Executor, Graph, Input, TensorSet, ThreadPool};
 pub use mmap::MappedFile;
+pub use nodes::Rope;
+pub(crate) use tensor::Kernel;
+pub use tensor::{Arena, Shape, Tensor};
 pub use types::Type;

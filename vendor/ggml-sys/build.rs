@@ -58,8 +58,10 @@ fn main() {
 fn llama_source() -> PathBuf {
     let cargo = env::var_os("CARGO").expect("cargo sets CARGO");
     let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
+    let target = env::var("TARGET").expect("cargo sets TARGET");
+    // Offline, for cargo has fetched by now what this target needs, and only that.
     let out = Command::new(cargo)
-        .args(["metadata", "--format-version", "1", "--offline"])
+        .args(["metadata", "--format-version", "1", "--offline", "--filter-platform", &target])
         .current_dir(here)
         .output()
         .expect("run cargo metadata");

@@ -1,0 +1,306 @@
+//! The CPU backend: threads, buffers, and running a graph.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use ggml_sys as sys;
+
+use super::{Arena, Shape, Tensor, Type};
+use crate::{Error, Result};
+
+/// Worker threads that computations share. Idle ones sleep.
+pub struct ThreadPool {
+    raw: NonNull<sys::ggml_threadpool>,
+    n_threads: usize,
+}
+
+// SAFETY: ggml's pool may be handed between threads; one graph at a time runs on it, which the
+// owners (`Executor`, `llama::Context`) ensure by `&mut self`.
+unsafe impl Send for ThreadPool {}
+// SAFETY: as above.
+unsafe impl Sync for ThreadPool {}
+
+impl ThreadPool {
+    /// Starts `n_threads - 1` workers; the caller of a computation is the last one.
+    pub fn new(n_threads: usize) -> Result<ThreadPool> {
+        let n_threads = n_threads.clamp(1, sys::GGML_MAX_N_THREADS as usize);
+        // SAFETY: default parameters for a count within ggml's limit.
+        let raw = unsafe {
+            let mut params = sys::ggml_threadpool_params_default(n_threads as i32);
+            sys::ggml_threadpool_new(&mut params)
+        };
+        let raw = NonNull::new(raw)
+            .ok_or_else(|| Error::engine("starting threads", "no thread pool", "try --threads 1"))?;
+        Ok(ThreadPool { raw, n_threads })
+    }
+
+    /// Number of threads, the caller's included.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    pub(crate) fn raw(&self) -> *mut sys::ggml_threadpool {
+        self.raw.as_ptr()
+    }
+}
+
+impl Drop for ThreadPool {
+    fn drop(&mut self) {
+        // SAFETY: made by ggml_threadpool_new, freed once, no computation runs on it any more.
+        unsafe { sys::ggml_threadpool_free(self.raw.as_ptr()) }
+    }
+}
+
+/// Runs graphs on the CPU; owns the memory of their intermediate results, which is kept and reused.
+pub struct Executor {
+    backend: sys::ggml_backend_t,
+    allocator: sys::ggml_gallocr_t,
+    pool: Arc<ThreadPool>,
+}
+
+// SAFETY: all use goes through `&mut self`; nothing in it is bound to a thread.
+unsafe impl Send for Executor {}
+
+impl Executor {
+    /// An executor on these threads.
+    pub fn cpu(pool: Arc<ThreadPool>) -> Result<Executor> {
+        // SAFETY: no preconditions; the result is checked.
+        let backend = unsafe { sys::ggml_backend_cpu_init() };
+        if backend.is_null() {
+            return Err(Error::engine("starting the CPU backend", "out of memory", "free some"));
+        }
+        // SAFETY: a live CPU backend and a live pool, kept alive by the Arc in `self`.
+        let allocator = unsafe {
+            sys::ggml_backend_cpu_set_n_threads(backend, pool.n_threads() as i32);
+            sys::ggml_backend_cpu_set_threadpool(backend, pool.raw());
+            sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type())
+        };
+        Ok(Executor { backend, allocator, pool })
+    }
+
+    /// Number of threads.
+    pub fn n_threads(&self) -> usize {
+        self.pool.n_threads()
+    }
+
+    /// Bytes that intermediate results take at the moment.
+    pub fn scratch_bytes(&self) -> usize {
+        // SAFETY: a live allocator with one buffer.
+        unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator, 0) }
+    }
+
+    /// Gives the graph's tensors memory, fills its inputs, computes it.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when memory for the intermediate results is not to be had.
+    pub fn run<'e, 'g>(
+        &'e mut self,
+        graph: &'e Graph<'g>,
+        inputs: &[(Tensor<'g>, Input<'_>)],
+    ) -> Result<Computed<'e, 'g>> {
+        // SAFETY: a live allocator and a graph whose arena is borrowed for 'g.
+        if !unsafe { sys::ggml_gallocr_alloc_graph(self.allocator, graph.raw) } {
+            return Err(Error::engine(
+                "allocating a layer's intermediate results",
+                "out of memory",
+                "lower --micro-batch-tokens",
+            ));
+        }
+        for (tensor, input) in inputs {
+            match input {
+                Input::F32(values) => tensor.write_f32(values),
+                Input::I32(values) => tensor.write_i32(values),
+            }
+        }
+        // SAFETY: every tensor of the graph has memory now; kernels were given by this crate.
+        let status = unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
+        if status != sys::GGML_STATUS_SUCCESS {
+            return Err(Error::engine("computing a graph", format!("status {status}"), "report it"));
+        }
+        Ok(Computed { graph, _executor: self })
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        // SAFETY: made in `cpu`, freed once. The pool outlives both by the Arc.
+        unsafe {
+            sys::ggml_gallocr_free(self.allocator);
+            sys::ggml_backend_free(self.backend);
+        }
+    }
+}
+
+/// Values for an input tensor.
+pub enum Input<'i> {
+    /// For an F32 tensor.
+    F32(&'i [f32]),
+    /// For an I32 tensor.
+    I32(&'i [i32]),
+}
+
+/// A computed graph whose results can be read until the executor runs the next one.
+pub struct Computed<'e, 'g> {
+    graph: &'e Graph<'g>,
+    _executor: &'e mut Executor,
+}
+
+impl Computed<'_, '_> {
+    /// The values of a node that was marked with [`Graph::output`].
+    pub fn f32(&self, node: Tensor<'_>) -> Vec<f32> {
+        assert!(self.graph.outputs.contains(&(node.raw() as usize)), "{node:?} is not an output");
+        node.read_f32()
+    }
+}
+
+/// Nodes to be computed, in order.
+pub struct Graph<'g> {
+    raw: *mut sys::ggml_cgraph,
+    arena: &'g Arena,
+    outputs: Vec<usize>,
+}
+
+impl<'g> Graph<'g> {
+    /// An empty graph over the nodes of an arena; one per arena.
+    pub fn new(arena: &'g Arena) -> Graph<'g> {
+        // SAFETY: the arena has room for one graph of its capacity.
+        let raw =
+            unsafe { sys::ggml_new_graph_custom(arena.context(), arena.capacity(), false) };
+        assert!(!raw.is_null(), "one graph per arena");
+        Graph { raw, arena, outputs: Vec::new() }
+    }
+
+    /// Adds a node and everything it depends on.
+    pub fn add(&mut self, node: Tensor<'g>) {
+        // SAFETY: a node of our arena; the graph has room for all its headers.
+        unsafe { sys::ggml_build_forward_expand(self.raw, node.raw()) }
+    }
+
+    /// Adds a node whose values will be read: its memory is not reused.
+    pub fn output(&mut self, node: Tensor<'g>) {
+        // SAFETY: a valid header.
+        unsafe { sys::ggml_set_output(node.raw()) };
+        self.outputs.push(node.raw() as usize);
+        self.add(node);
+    }
+
+    /// Adds a copy of `node` into `target`, a tensor that has memory already.
+    pub fn store(&mut self, node: Tensor<'g>, target: Tensor<'g>) {
+        assert_eq!(node.len(), target.len(), "store {node:?} into {target:?}");
+        let copy = self.arena.copy(node, target);
+        self.add(copy);
+    }
+
+    /// Number of nodes.
+    pub fn n_nodes(&self) -> usize {
+        // SAFETY: a valid graph.
+        unsafe { sys::ggml_graph_n_nodes(self.raw) as usize }
+    }
+}
+
+/// Tensors with memory of their own, zeroed: parameters, gradients, moments, kept activations.
+pub struct TensorSet {
+    tensors: Vec<NonNull<sys::ggml_tensor>>,
+    buffer: sys::ggml_backend_buffer_t,
+    arena: Arena,
+}
+
+// SAFETY: the buffer and headers are owned; writing goes through `Executor` or `&mut` of the owner.
+unsafe impl Send for TensorSet {}
+// SAFETY: as above.
+unsafe impl Sync for TensorSet {}
+
+impl TensorSet {
+    /// Allocates F32 tensors in host memory, zeroed.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] with the size when there is not that much memory.
+    pub fn zeros(shapes: &[(String, Shape)]) -> Result<TensorSet> {
+        let arena = Arena::new(shapes.len());
+        let tensors: Vec<_> = shapes
+            .iter()
+            .map(|(name, shape)| {
+                let tensor = arena.tensor(Type::F32, shape);
+                arena.set_name(tensor, name);
+                NonNull::new(tensor.raw()).expect("a new header")
+            })
+            .collect();
+        let mut buffer = std::ptr::null_mut();
+        if !shapes.is_empty() {
+            // SAFETY: the arena's tensors have no memory yet; the result is checked.
+            buffer = unsafe {
+                sys::ggml_backend_alloc_ctx_tensors_from_buft(
+                    arena.context(),
+                    sys::ggml_backend_cpu_buffer_type(),
+                )
+            };
+            if buffer.is_null() {
+                let bytes: usize =
+                    shapes.iter().map(|(_, s)| s.iter().product::<usize>() * 4).sum();
+                return Err(Error::engine(
+                    format!("allocating {} MiB", bytes >> 20),
+                    "out of memory",
+                    "lower --rank or --micro-batch-tokens",
+                ));
+            }
+            // SAFETY: a live buffer.
+            unsafe { sys::ggml_backend_buffer_clear(buffer, 0) };
+        }
+        Ok(TensorSet { tensors, buffer, arena })
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// Tensor `index`, in the order given at creation.
+    pub fn get(&self, index: usize) -> Tensor<'_> {
+        self.arena.wrap(self.tensors[index].as_ptr())
+    }
+
+    /// All values of tensor `index`.
+    pub fn values(&self, index: usize) -> &[f32] {
+        let tensor = self.get(index);
+        // SAFETY: contiguous F32 in host memory that this set owns; shared while borrowed.
+        unsafe { std::slice::from_raw_parts(tensor.data().cast(), tensor.len()) }
+    }
+
+    /// All values of tensor `index`, to change.
+    pub fn values_mut(&mut self, index: usize) -> &mut [f32] {
+        let tensor = self.get(index);
+        // SAFETY: contiguous F32 in host memory that this set owns, borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(tensor.data().cast(), tensor.len()) }
+    }
+
+    /// Sets everything to zero.
+    pub fn clear(&mut self) {
+        if !self.buffer.is_null() {
+            // SAFETY: a live buffer.
+            unsafe { sys::ggml_backend_buffer_clear(self.buffer, 0) }
+        }
+    }
+
+    /// Bytes of all tensors, padding included.
+    pub fn n_bytes(&self) -> usize {
+        if self.buffer.is_null() {
+            return 0;
+        }
+        // SAFETY: a live buffer.
+        unsafe { sys::ggml_backend_buffer_get_size(self.buffer) }
+    }
+}
+
+impl Drop for TensorSet {
+    fn drop(&mut self) {
+        if !self.buffer.is_null() {
+            // SAFETY: made in `zeros`, freed once.
+            unsafe { sys::ggml_backend_buffer_free(self.buffer) }
+        }
+    }
+}
