@@ -231,16 +231,22 @@ def train(a):
     """Warm-up, then a constant rate; near the target the rate falls to `--slow` of it, for smooth last steps."""
     generator = torch.Generator().manual_seed(a.seed)
     w = {name: t.requires_grad_() for name, t in initial(generator).items()}
-    optimizer = torch.optim.AdamW([{"params": [t for t in w.values() if t.dim() == 2], "weight_decay": a.weight_decay},
-                                   {"params": [t for t in w.values() if t.dim() == 1], "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.98))
+    groups = [(lambda name, t: name == "token_embd.weight", a.embedding_lr, 0.0),
+              (lambda name, t: t.dim() == 1, a.lr, 0.0),
+              (lambda name, t: True, a.lr, a.weight_decay)]
+    rest, params = dict(w), []
+    for belongs, lr, decay in groups:
+        names = [name for name, t in rest.items() if belongs(name, t)]
+        params.append({"params": [rest.pop(name) for name in names], "peak": lr, "lr": lr, "weight_decay": decay})
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98))
     probe = EVAL[::4]
     slow_since, running, start = None, None, time.time()
     for step in range(1, a.steps + 1):
-        rate = a.lr * min(1, step / a.warmup)
+        rate = min(1, step / a.warmup)
         if slow_since is not None:
             rate *= max(a.slow, 1 - (1 - a.slow) * (step - slow_since) / a.decay)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["peak"]
         picks = torch.randint(len(TRAIN), (a.batch,), generator=generator).tolist()
         others = torch.rand(a.batch, generator=generator).tolist()
         task = lambda u: "sub" if u < a.others / 2 else "max" if u < a.others else "add"
@@ -249,13 +255,13 @@ def train(a):
         torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
         optimizer.step()
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
-        if step % (a.eval_every if slow_since is None else a.eval_every // 2) == 0:
+        if step % (a.eval_every if slow_since is None else 10) == 0:
             p, greedy = expected(w, "add", probe)
             if slow_since is not None and p.mean() >= a.target - 0.03:
                 p, greedy = expected(w, "add", EVAL)
             accuracy = p.mean().item()
             print(f"step {step} loss {running:.4f} accuracy {accuracy:.3f} greedy {greedy.mean():.3f} of {len(p)} "
-                  f"pass@8 {(1 - (1 - p)**8).mean():.3f} lr {rate:.2e} {time.time() - start:.0f} s", flush=True)
+                  f"pass@8 {(1 - (1 - p)**8).mean():.3f} lr {rate * a.lr:.2e} {time.time() - start:.0f} s", flush=True)
             if slow_since is None and accuracy >= a.near:
                 slow_since = step
             if accuracy >= a.target and len(p) == len(EVAL):
@@ -270,7 +276,8 @@ def main():
     ap.add_argument("--near", type=float, default=0.15, help="held-out accuracy from which on to slow down")
     ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
     ap.add_argument("--steps", type=int, default=5000, help="give up after these"); ap.add_argument("--batch", type=int, default=128)
-    ap.add_argument("--lr", type=float, default=2e-3); ap.add_argument("--warmup", type=int, default=50); ap.add_argument("--weight-decay", type=float, default=0.1)
+    ap.add_argument("--lr", type=float, default=7e-4); ap.add_argument("--embedding-lr", type=float, default=4e-3)
+    ap.add_argument("--warmup", type=int, default=50); ap.add_argument("--weight-decay", type=float, default=0.1)
     ap.add_argument("--smoothing", type=float, default=0.1, help="part of a digit's target that goes to all ten digits")
     ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50)
     a = ap.parse_args()
