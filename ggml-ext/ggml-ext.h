@@ -36,6 +36,11 @@ enum bupo_op {
     BUPO_OP_LOGPROB_MERGE  = 5, // linear_logprob, partial results merged
     BUPO_OP_ATTENTION      = 6, // packed causal attention with shared prefixes
     BUPO_OP_ATTENTION_BACK = 7,
+    BUPO_OP_RMS_NORM       = 8, // norm and weight in one pass
+    BUPO_OP_RMS_NORM_BACK  = 9,
+    BUPO_OP_SWIGLU         = 10,
+    BUPO_OP_SWIGLU_BACK    = 11,
+    BUPO_OP_SCALE_ROWS     = 12,
 };
 
 struct bupo_linear_params {

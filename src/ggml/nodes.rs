@@ -147,6 +147,18 @@ impl Arena {
         self.wrap(unsafe { sys::ggml_get_rows(self.context(), table.raw(), ids.raw()) })
     }
 
+    /// Vjp of [`Arena::rows`]: rows of `d: [D, n]` added up at `ids: [n]` of a zero `[D, rows]`.
+    pub fn rows_back<'a>(&'a self, d: Tensor<'a>, ids: Tensor<'a>, rows: usize) -> Tensor<'a> {
+        f32_contiguous("rows_back", &[d]);
+        assert!(ids.ty() == Type::I32 && ids.len() == d.shape()[1], "rows_back: {d:?} at {ids:?}");
+        let like = self.tensor(Type::F32, &[d.shape()[0], rows]); // gives the shape only
+        self.reserve(1);
+        // SAFETY: F32 rows, one I32 id each, and a matrix of as wide rows.
+        self.wrap(unsafe {
+            sys::ggml_get_rows_back(self.context(), d.raw(), ids.raw(), like.raw())
+        })
+    }
+
     /// The same elements in another shape.
     pub fn reshape<'a>(&'a self, x: Tensor<'a>, shape: Shape) -> Tensor<'a> {
         assert!(x.is_contiguous() && x.len() == shape.iter().product(), "{x:?} as {shape:?}");

@@ -1,0 +1,283 @@
+//! Forward and backward through the layers, one graph each.
+//!
+//! The forward keeps only the residual that enters each layer; the backward builds a layer's graph
+//! again. Memory: `(depth + 1) x tokens x D`, plus one layer. Nothing above the policy's layer is
+//! built, computed or stored.
+
+use std::sync::Arc;
+
+use super::layer::{Adapter, LayerBlocks};
+use super::{Batch, Lora, Model, Policy};
+use crate::ggml::{Arena, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type};
+use crate::ops::{self, LogprobWant};
+use crate::Result;
+
+/// Room for the nodes of a layer's forward and backward.
+const LAYER_NODES: usize = 256;
+
+/// What has been computed so far; tests and benchmarks read it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Layer graphs built for a forward.
+    pub layer_forwards: usize,
+    /// Layer graphs built for a backward.
+    pub layer_backwards: usize,
+    /// The highest layer (from 1) of any of them.
+    pub highest_layer: usize,
+    /// Tokens that went through forwards.
+    pub forward_tokens: usize,
+    /// Tokens that went through backwards.
+    pub backward_tokens: usize,
+}
+
+/// Log-probs and entropies of a batch's scored tokens, in their order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scores {
+    /// log p(target) at the temperature, nats.
+    pub logprobs: Vec<f32>,
+    /// Entropy of the distribution at the temperature, nats.
+    pub entropies: Vec<f32>,
+}
+
+/// Computes a model's forward and backward on packed batches.
+pub struct Engine {
+    executor: Executor,
+    kept: Option<Kept>,
+    work: Work,
+}
+
+/// Activations that outlive a graph.
+struct Kept {
+    // H^0 .. H^depth, then two cotangents of the residual: [D, tokens] each.
+    residuals: TensorSet,
+    // d logprob / d hidden of the scored tokens: [D, scored].
+    head: TensorSet,
+    depth: usize,
+    tokens: usize,
+    scored: usize,
+}
+
+impl Kept {
+    fn allocate(d: usize, depth: usize, tokens: usize, scored: usize) -> Result<Kept> {
+        let named = |name: &str, i: usize, n: usize| -> (String, Shape) { (format!("{name}-{i}"), [d, n, 1, 1]) };
+        let mut shapes: Vec<_> = (0..=depth).map(|l| named("residual", l, tokens)).collect();
+        shapes.extend((0..2).map(|i| named("d_residual", i, tokens)));
+        Ok(Kept {
+            residuals: TensorSet::zeros(&shapes)?,
+            head: TensorSet::zeros(&[named("head", 0, scored.max(1))])?,
+            depth,
+            tokens,
+            scored,
+        })
+    }
+
+    fn residual<'a>(&'a self, arena: &'a Arena, layer: usize, tokens: usize) -> Tensor<'a> {
+        arena.row_range(self.residuals.get(layer), 0, tokens)
+    }
+
+    /// The cotangent of H^layer: two tensors in turn, so that a layer never overwrites what it reads.
+    fn cotangent<'a>(&'a self, arena: &'a Arena, layer: usize, tokens: usize) -> Tensor<'a> {
+        arena.row_range(self.residuals.get(self.depth + 1 + layer % 2), 0, tokens)
+    }
+}
+
+impl Engine {
+    /// An engine on these threads.
+    pub fn new(pool: Arc<ThreadPool>) -> Result<Engine> {
+        Ok(Engine { executor: Executor::cpu(pool)?, kept: None, work: Work::default() })
+    }
+
+    /// What has been computed since the last call.
+    pub fn take_work(&mut self) -> Work {
+        std::mem::take(&mut self.work)
+    }
+
+    /// Bytes of kept activations and of the largest graph's intermediate results.
+    pub fn bytes(&self) -> usize {
+        let kept = self.kept.as_ref().map_or(0, |k| k.residuals.n_bytes() + k.head.n_bytes());
+        kept + self.executor.scratch_bytes()
+    }
+
+    fn reserve(&mut self, d: usize, depth: usize, batch: &Batch) -> Result<()> {
+        let (tokens, scored) = (batch.len(), batch.scored.len());
+        let fits = |k: &Kept| k.depth >= depth && k.tokens >= tokens && k.scored >= scored;
+        if !self.kept.as_ref().is_some_and(fits) {
+            let before = self.kept.take().map_or((0, 0, 0), |k| (k.depth, k.tokens, k.scored));
+            self.kept = Some(Kept::allocate(
+                d,
+                depth.max(before.0),
+                tokens.max(before.1),
+                scored.max(before.2),
+            )?);
+        }
+        Ok(())
+    }
+
+    /// Computes H^0 .. H^depth of the batch and keeps them. `lora`: none is the base model.
+    pub fn forward(
+        &mut self,
+        model: &Model,
+        lora: Option<&Lora>,
+        batch: &Batch,
+        depth: usize,
+    ) -> Result<()> {
+        let (config, weights, n) = (model.config(), model.weights(), batch.len());
+        self.reserve(config.n_embd, depth, batch)?;
+        let kept = self.kept.as_ref().expect("just reserved");
+
+        let arena = Arena::new(8);
+        let mut graph = Graph::new(&arena);
+        let ids = arena.input("tokens", Type::I32, &[n]);
+        graph.store(arena.rows(weights.embedding, ids), kept.residual(&arena, 0, n));
+        self.executor.run(&graph, &[(ids, Input::I32(&batch.tokens))])?;
+
+        for layer in 1..=depth {
+            let arena = Arena::new(LAYER_NODES);
+            let mut graph = Graph::new(&arena);
+            let positions = arena.input("positions", Type::I32, &[n]);
+            let adapter = lora.map(|lora| Adapter { lora, gradients: None });
+            let blocks =
+                LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
+            let (taps, _) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n));
+            graph.store(taps.layer_out, kept.residual(&arena, layer, n));
+            self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
+            self.work.layer_forwards += 1;
+            self.work.highest_layer = self.work.highest_layer.max(layer);
+        }
+        self.work.forward_tokens += n;
+        Ok(())
+    }
+
+    /// Log-probs and entropies of the scored tokens under `policy`, from the last [`Engine::forward`]
+    /// (of this batch, at least as deep). With `keep`, what the backward needs is kept.
+    pub fn score(
+        &mut self,
+        model: &Model,
+        batch: &Batch,
+        policy: Policy,
+        temperature: f32,
+        keep: bool,
+    ) -> Result<Scores> {
+        if batch.scored.is_empty() {
+            return Ok(Scores::default());
+        }
+        let (weights, n, s) = (model.weights(), batch.len(), batch.scored.len());
+        let kept = self.kept.as_ref().expect("score follows forward");
+        let (rows, targets): (Vec<i32>, Vec<i32>) =
+            batch.scored.iter().map(|s| (s.row, s.target)).unzip();
+
+        let arena = Arena::new(32);
+        let mut graph = Graph::new(&arena);
+        let row_ids = arena.input("rows", Type::I32, &[s]);
+        let target = arena.input("targets", Type::I32, &[s]);
+        let mut hidden = arena.rows(kept.residual(&arena, policy.depth(), n), row_ids); // [D, S]
+        if policy.has_norm() {
+            hidden = ops::rms_norm(&arena, hidden, weights.output_norm, model.config().rms_eps);
+        }
+        let want = LogprobWant { gradient: keep, entropy_gradient: false };
+        let head = ops::linear_logprob(
+            &arena,
+            hidden,
+            weights.unembedding,
+            Some(target),
+            1.0 / temperature,
+            want,
+        );
+        graph.output(head.logprob);
+        graph.output(head.entropy);
+        if let Some(gradient) = head.gradient {
+            graph.store(gradient, arena.row_range(kept.head.get(0), 0, s));
+        }
+        let inputs = [(row_ids, Input::I32(&rows)), (target, Input::I32(&targets))];
+        let computed = self.executor.run(&graph, &inputs)?;
+        Ok(Scores {
+            logprobs: computed.f32(head.logprob),
+            entropies: computed.f32(head.entropy),
+        })
+    }
+
+    /// Accumulates the adapter's gradients from `d_logprobs`, the cotangents of the scored tokens'
+    /// log-probs, after [`Engine::forward`] and [`Engine::score`] with `keep` on the same batch.
+    ///
+    /// `gradients` has the layout of the adapter's tensors and is added to. Only layers up to the
+    /// policy's get any.
+    pub fn backward(
+        &mut self,
+        model: &Model,
+        lora: &Lora,
+        gradients: &mut TensorSet,
+        batch: &Batch,
+        policy: Policy,
+        d_logprobs: &[f32],
+    ) -> Result<()> {
+        if batch.scored.is_empty() {
+            return Ok(());
+        }
+        let n = batch.len();
+        self.backward_head(model, batch, policy, d_logprobs)?;
+        let (config, weights) = (model.config(), model.weights());
+        let kept = self.kept.as_ref().expect("backward follows forward");
+        let lowest = lora.slots().first().map_or(usize::MAX, |slot| slot.layer);
+        let gradients = &*gradients;
+
+        for layer in (lowest..=policy.depth()).rev() {
+            let arena = Arena::new(LAYER_NODES);
+            let mut graph = Graph::new(&arena);
+            let positions = arena.input("positions", Type::I32, &[n]);
+            let adapter = Some(Adapter { lora, gradients: Some(gradients) });
+            let blocks =
+                LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
+            let (_, saved) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n));
+            let d_out = kept.cotangent(&arena, layer, n);
+            let d_in = blocks.vjp(&arena, &mut graph, &saved, d_out, layer > lowest);
+            if let Some(d_in) = d_in {
+                graph.store(d_in, kept.cotangent(&arena, layer - 1, n));
+            }
+            self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
+            self.work.layer_backwards += 1;
+            self.work.highest_layer = self.work.highest_layer.max(layer);
+        }
+        self.work.backward_tokens += n;
+        Ok(())
+    }
+
+    /// The cotangent of H^depth from those of the log-probs.
+    fn backward_head(
+        &mut self,
+        model: &Model,
+        batch: &Batch,
+        policy: Policy,
+        d_logprobs: &[f32],
+    ) -> Result<()> {
+        let (n, s, depth) = (batch.len(), batch.scored.len(), policy.depth());
+        let kept = self.kept.as_ref().expect("backward follows forward");
+        let rows: Vec<i32> = batch.scored.iter().map(|s| s.row).collect();
+
+        let arena = Arena::new(32);
+        let mut graph = Graph::new(&arena);
+        let row_ids = arena.input("rows", Type::I32, &[s]);
+        let cotangents = arena.input("d_logprobs", Type::F32, &[s]);
+        let head = arena.row_range(kept.head.get(0), 0, s); // d logprob / d hidden: [D, S]
+        let mut d = ops::scale_rows(&arena, head, cotangents);
+        if policy.has_norm() {
+            let residual = arena.rows(kept.residual(&arena, depth, n), row_ids);
+            let weight = model.weights().output_norm;
+            d = ops::rms_norm_back(&arena, residual, weight, d, None, model.config().rms_eps);
+        }
+        graph.store(arena.rows_back(d, row_ids, n), kept.cotangent(&arena, depth, n));
+        let inputs = [(row_ids, Input::I32(&rows)), (cotangents, Input::F32(d_logprobs))];
+        self.executor.run(&graph, &inputs)?;
+        Ok(())
+    }
+
+    pub(super) fn executor(&mut self) -> &mut Executor {
+        &mut self.executor
+    }
+
+    /// Residual H^layer of the last forward, `[D, tokens]`.
+    pub fn residual(&self, layer: usize, tokens: usize) -> &[f32] {
+        let kept = self.kept.as_ref().expect("residual follows forward");
+        let d = kept.residuals.get(layer).shape()[0];
+        &kept.residuals.values(layer)[..d * tokens]
+    }
+}

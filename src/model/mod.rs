@@ -1,0 +1,110 @@
+//! Models: configuration, weights by GGUF name, blocks with their gradients, adapters, taps.
+
+mod batch;
+mod blocks;
+mod config;
+mod engine;
+mod layer;
+mod lora;
+mod policy;
+mod taps;
+mod weights;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use batch::{Batch, Scored};
+pub use config::{Arch, Config};
+pub use engine::{Engine, Scores, Work};
+pub use lora::{Lora, Slot, Target, Targets};
+pub use policy::Policy;
+pub use taps::{LayerEntropies, tap_entropies};
+pub use weights::{Layer, Linear, Weights};
+
+use crate::gguf::GgufFile;
+use crate::llama::{self, LoadOptions};
+use crate::{Error, Result};
+
+/// The small model inside the program, by this name on the command line.
+pub const DEMO: &str = "demo";
+static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo.gguf");
+
+/// A loaded model: llama.cpp's weights, one copy, read by rollouts and training alike.
+pub struct Model {
+    engine: Arc<llama::Model>,
+    config: Config,
+    name: String,
+    // The demo model's file; removed when the model is dropped.
+    _demo: Option<tempfile::TempPath>,
+}
+
+impl Model {
+    /// Opens a GGUF file (the first of a split set stands for all), or the embedded model for `demo`.
+    ///
+    /// # Errors
+    /// Missing, truncated or non-GGUF files, unsupported architectures, tensors or types; llama.cpp's
+    /// own words when it refuses.
+    pub fn open(path: &Path) -> Result<Model> {
+        if path.as_os_str() == DEMO {
+            let demo = write_demo()?;
+            let mut model = Model::open_file(&demo, DEMO)?;
+            model._demo = Some(demo);
+            return Ok(model);
+        }
+        Model::open_file(path, &path.display().to_string())
+    }
+
+    fn open_file(path: &Path, name: &str) -> Result<Model> {
+        // Everything that llama.cpp would abort on is checked by our own reader first.
+        let file = GgufFile::open(path)?;
+        let arch = Arch::parse(file.architecture()?)?;
+        for part in crate::gguf::split_paths(path)? {
+            GgufFile::open(&part)?;
+        }
+        let engine = Arc::new(llama::Model::load(path, LoadOptions::default())?);
+        let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
+        let model = Model { engine, config, name: name.into(), _demo: None };
+        Weights::collect(&model.engine, &model.config, &model.name)?;
+        Ok(model)
+    }
+
+    /// Sizes and settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// llama.cpp's model.
+    pub fn engine(&self) -> &Arc<llama::Model> {
+        &self.engine
+    }
+
+    /// Path as given, or `demo`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// All weights by name.
+    pub fn weights(&self) -> Weights<'_> {
+        Weights::collect(&self.engine, &self.config, &self.name).expect("checked when it was opened")
+    }
+}
+
+/// llama.cpp opens files, so the embedded model is put into one for as long as it is in use.
+fn write_demo() -> Result<tempfile::TempPath> {
+    let folder = std::env::temp_dir();
+    let mut file = tempfile::Builder::new()
+        .prefix("bupo-demo-")
+        .suffix(".gguf")
+        .tempfile_in(&folder)
+        .map_err(Error::io("create a file in", &folder))?;
+    std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", file.path().to_path_buf()))?;
+    Ok(file.into_temp_path())
+}
+
+/// Path of the demo model's bytes, for tools that want to read it as any other file.
+pub fn demo_bytes() -> &'static [u8] {
+    DEMO_BYTES
+}
+
+/// The model's path as a user gives it.
+pub type ModelPath = PathBuf;

@@ -1,0 +1,96 @@
+//! Cuts the groups of a mini batch into packed micro batches of a token budget.
+
+use crate::Result;
+use crate::model::Batch;
+
+/// A prompt with the completions that share it; `responses` are indices into the mini batch's list.
+#[derive(Clone, Debug)]
+pub struct Group<'t> {
+    /// Prompt tokens.
+    pub prompt: &'t [i32],
+    /// (index of the response, its tokens), none empty.
+    pub completions: Vec<(usize, &'t [i32])>,
+}
+
+/// A packed batch and whose tokens it scores.
+#[derive(Clone, Debug, Default)]
+pub struct MicroBatch {
+    /// The tokens.
+    pub batch: Batch,
+    /// (index of the response, number of its scored tokens), in the order of `batch.scored`.
+    pub responses: Vec<(usize, usize)>,
+}
+
+/// Packs groups in their order. A group that does not fit the rest of a micro batch begins the next; one
+/// beyond the whole budget is cut between completions, each part with its own copy of the prompt. A single
+/// completion beyond the budget gets a micro batch of its own.
+///
+/// # Errors
+/// What [`Batch::push_group`] refuses.
+pub fn pack(groups: &[Group<'_>], budget: usize, n_vocab: usize) -> Result<Vec<MicroBatch>> {
+    let mut packed: Vec<MicroBatch> = Vec::new();
+    let mut current = MicroBatch::default();
+    for group in groups {
+        let whole = Batch::group_len(group.prompt.len(), group.completions.iter().map(|c| c.1.len()));
+        if whole <= budget && current.batch.len() + whole > budget {
+            packed.push(std::mem::take(&mut current));
+        }
+        let mut rest = group.completions.as_slice();
+        while !rest.is_empty() {
+            let mut room = budget.saturating_sub(current.batch.len() + group.prompt.len());
+            let mut n = 0;
+            for (_, tokens) in rest {
+                let needs = tokens.len() - 1;
+                if needs > room {
+                    break;
+                }
+                room -= needs;
+                n += 1;
+            }
+            if current.batch.len() + group.prompt.len() > budget {
+                n = 0;
+            }
+            if n == 0 && !current.batch.is_empty() {
+                packed.push(std::mem::take(&mut current));
+                continue;
+            }
+            let (now, later) = rest.split_at(n.max(1));
+            let tokens: Vec<&[i32]> = now.iter().map(|c| c.1).collect();
+            current.batch.push_group(group.prompt, &tokens, n_vocab)?;
+            current.responses.extend(now.iter().map(|(i, tokens)| (*i, tokens.len())));
+            rest = later;
+        }
+    }
+    if !current.batch.is_empty() {
+        packed.push(current);
+    }
+    Ok(packed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_is_scored_once_and_the_budget_holds() {
+        let tokens: Vec<i32> = (0..40).collect();
+        let groups: Vec<Group<'_>> = (0..5)
+            .map(|g| Group {
+                prompt: &tokens[..3 + g],
+                completions: (0..4).map(|c| (4 * g + c, &tokens[..1 + 3 * c])).collect(),
+            })
+            .collect();
+        for budget in [12, 17, 30, 64, 1000] {
+            let packed = pack(&groups, budget, 100).unwrap();
+            let mut seen: Vec<usize> = Vec::new();
+            for micro in &packed {
+                assert!(micro.batch.len() <= budget.max(7 + 9), "{budget}: {}", micro.batch.len());
+                let scored: usize = micro.responses.iter().map(|r| r.1).sum();
+                assert_eq!(scored, micro.batch.scored.len());
+                seen.extend(micro.responses.iter().map(|r| r.0));
+            }
+            assert_eq!(seen, (0..20).collect::<Vec<_>>(), "budget {budget}");
+        }
+        assert_eq!(pack(&groups, 1000, 100).unwrap().len(), 1);
+    }
+}
