@@ -5,22 +5,28 @@
 //! is checked against the bytes that remain before memory is taken for it.
 
 mod array;
+mod atomic;
 mod cursor;
 mod getters;
 mod read;
 mod split;
 mod tensor;
 mod value;
+mod write;
 
 pub use array::Array;
+pub use atomic::write_atomically;
 pub use getters::FromValue;
 pub use read::GgufFile;
 pub use split::split_paths;
 pub use tensor::TensorInfo;
 pub use value::{Value, ValueType};
+pub use write::{GgufWriter, TensorSink};
 
 /// The first four bytes.
 const MAGIC: [u8; 4] = *b"GGUF";
+/// The version the writer writes.
+const VERSION: u32 = 3;
 /// The metadata key that sets where tensors may begin.
 const ALIGNMENT_KEY: &str = "general.alignment";
 /// Bytes; holds where the metadata does not say otherwise.
