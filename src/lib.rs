@@ -11,4 +11,6 @@ pub mod error;
 #[allow(unsafe_code)]
 pub mod ggml;
 
+pub mod gguf;
+
 pub use error::{Error, Result};

@@ -1,0 +1,60 @@
+//! A file is whole or it is not there.
+
+use std::{
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+use crate::{Error, Result};
+
+/// Writes `path` so that its name only ever stands for a complete file: `fill` writes to a temporary file in
+/// the same folder, which is synced to disk and renamed. Permissions are 0644 less the umask. A symbolic link
+/// is followed.
+///
+/// # Errors
+/// Those of `fill` and of the system. What stood under `path` before is then untouched, and the temporary
+/// file is gone.
+pub fn write_atomically(
+    path: &Path,
+    fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
+) -> Result<()> {
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    if target.exists() && !target.is_file() || target.file_name().is_none() {
+        return Err(Error::invalid(
+            path.display().to_string(),
+            "the name of an ordinary file",
+            "a folder or a device",
+            "give a file name",
+        ));
+    }
+    let folder = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let (file, temporary) =
+        new_file(folder).map_err(Error::io("create a temporary file in", folder))?.into_parts();
+    let mut out = BufWriter::with_capacity(1 << 18, file);
+    fill(&mut out)?;
+    out.flush().map_err(Error::io("write", path))?;
+    out.get_ref().sync_all().map_err(Error::io("sync", path))?;
+    temporary.persist(&target).map_err(|e| Error::io("rename to", path)(e.error))?;
+    sync_folder(folder)
+}
+
+fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".partial-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    builder.tempfile_in(folder)
+}
+
+/// Makes a rename in `folder` last; only Unix can.
+fn sync_folder(folder: &Path) -> Result<()> {
+    if cfg!(unix) {
+        let handle = File::open(folder).map_err(Error::io("open", folder))?;
+        handle.sync_all().map_err(Error::io("sync", folder))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! LoRA adapter files, as llama.cpp reads them (its `src/llama-adapter.cpp`).
+//!
+//! For a weight `W: [n_in, n_out]` the file holds `W.lora_a: [n_in, rank]` and `W.lora_b: [rank, n_out]`
+//! (ggml order), and `y = W x + scale * B (A x)` with `scale = alpha / rank`, or 1 when alpha is 0.
+//!
+//! Departures from llama.cpp: pairs on token embeddings (A and B swapped there) and activated LoRA are
+//! refused; so are numbers that are not finite. As in llama.cpp, tensors of norms are passed over.
+
+use std::{collections::HashSet, path::Path};
+
+use super::{GgufFile, GgufWriter, TensorInfo, Value, shown};
+use crate::{Error, Result};
+
+const ARCHITECTURE: &str = "general.architecture";
+const TYPE: &str = "general.type";
+const NAME: &str = "general.name";
+const ADAPTER_TYPE: &str = "adapter.type";
+const ALPHA: &str = "adapter.lora.alpha";
+/// Present in an activated LoRA, which applies only after certain tokens.
+const INVOCATION: &str = "adapter.alora.invocation_tokens";
+/// Keys about the encoding of the file that was read, untrue of the one that is written.
+const OF_THE_ENCODING: [&str; 3] =
+    ["general.alignment", "general.file_type", "general.quantization_version"];
+const RETRAIN: &str = "export the adapter again";
+
+/// A LoRA adapter, in F32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterFile {
+    /// `general.architecture` of the model it belongs to, e.g. `qwen3`.
+    pub arch: String,
+    /// `general.name`.
+    pub name: Option<String>,
+    /// As in the file; see [`AdapterFile::scale`].
+    pub alpha: f32,
+    /// In file order.
+    pub pairs: Vec<AdapterPair>,
+    /// All other metadata, in file order.
+    pub extra: Vec<(String, Value)>,
+}
+
+/// A and B of one weight.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterPair {
+    /// The weight they add to, e.g. `blk.0.attn_q.weight`.
+    pub weight: String,
+    /// Inner dimension.
+    pub rank: usize,
+    /// ne0 of the weight.
+    pub n_in: usize,
+    /// ne1 of the weight.
+    pub n_out: usize,
+    /// `[n_in, rank]`
+    pub a: Vec<f32>,
+    /// `[rank, n_out]`
+    pub b: Vec<f32>,
+}
+
+impl AdapterFile {
+    /// The factor before `B A x`, as llama.cpp has it.
+    pub fn scale(&self, pair: &AdapterPair) -> f32 {
+        if self.alpha == 0.0 { 1.0 } else { self.alpha / pair.rank as f32 }
+    }
+
+    /// Reads an adapter; tensors of any type that ggml can convert become F32.
+    ///
+    /// # Errors
+    /// When the file is no sound GGUF file or no LoRA adapter, a pair is incomplete or its shapes disagree,
+    /// or a number is not finite.
+    pub fn read(path: &Path) -> Result<AdapterFile> {
+        AdapterFile::from_gguf(&GgufFile::open(path)?)
+    }
+
+    /// Reads an adapter from an open file: see [`AdapterFile::read`].
+    pub fn from_gguf(file: &GgufFile) -> Result<AdapterFile> {
+        for (key, expected) in [(TYPE, "adapter"), (ADAPTER_TYPE, "lora")] {
+            let got = file.find::<&str>(key)?;
+            if got != Some(expected) {
+                return Err(Error::invalid(
+                    format!("{}: key '{key}'", file.name()),
+                    format!("'{expected}'"),
+                    got.map_or("no such key".to_owned(), |got| format!("'{}'", shown(got))),
+                    "give a LoRA adapter in GGUF form",
+                ));
+            }
+        }
+        if file.get(INVOCATION).is_some() {
+            return Err(Error::Unsupported {
+                what: "adapter type",
+                got: "activated LoRA".to_owned(),
+                supported: "lora".to_owned(),
+            });
+        }
+        let adapter = AdapterFile {
+            arch: file.architecture()?.to_owned(),
+            name: file.find::<&str>(NAME)?.map(str::to_owned),
+            alpha: file.find(ALPHA)?.unwrap_or(0.0),
+            pairs: pairs(file)?,
+            extra: file
+                .metadata()
+                .filter(|(key, _)| !is_own(key) && !OF_THE_ENCODING.contains(key))
+                .map(|(key, value)| (key.to_owned(), value.clone()))
+                .collect(),
+        };
+        adapter.check(file.name())?;
+        Ok(adapter)
+    }
+
+    /// Writes the adapter in F32, whole or not at all: see [`super::write_atomically`].
+    ///
+    /// # Errors
+    /// When shapes and data disagree, a number is not finite, a name is not one that ggml takes, or the
+    /// system refuses.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        self.check(&path.display().to_string())?;
+        let mut out = GgufWriter::new();
+        out.metadata(ARCHITECTURE, self.arch.as_str())?;
+        out.metadata(TYPE, "adapter")?;
+        out.metadata(ADAPTER_TYPE, "lora")?;
+        out.metadata(ALPHA, self.alpha)?;
+        if let Some(name) = &self.name {
+            out.metadata(NAME, name.as_str())?;
+        }
+        for (key, value) in &self.extra {
+            out.metadata(key, value.clone())?;
+        }
+        for pair in &self.pairs {
+            let (n_in, rank, n_out) = (pair.n_in as u64, pair.rank as u64, pair.n_out as u64);
+            out.tensor_f32(&format!("{}.lora_a", pair.weight), &[n_in, rank], &pair.a)?;
+            out.tensor_f32(&format!("{}.lora_b", pair.weight), &[rank, n_out], &pair.b)?;
+        }
+        out.write(path)
+    }
+
+    /// What holds for every adapter, read or to be written.
+    fn check(&self, file: &str) -> Result<()> {
+        if !self.alpha.is_finite() {
+            let place = format!("{file}: key '{ALPHA}'");
+            return Err(Error::invalid(place, "a finite number", self.alpha.to_string(), RETRAIN));
+        }
+        if self.pairs.is_empty() {
+            return Err(Error::invalid(file, "at least one LoRA pair", "none", RETRAIN));
+        }
+        for pair in &self.pairs {
+            for (suffix, data, expected) in [
+                ("lora_a", &pair.a, pair.n_in.checked_mul(pair.rank)),
+                ("lora_b", &pair.b, pair.rank.checked_mul(pair.n_out)),
+            ] {
+                let wrong = |expected: String, got: String| {
+                    let place = format!("{file}: tensor '{}.{suffix}'", shown(&pair.weight));
+                    Err(Error::invalid(place, expected, got, RETRAIN))
+                };
+                if expected != Some(data.len()) {
+                    let (n_in, rank, n_out) = (pair.n_in, pair.rank, pair.n_out);
+                    return wrong(
+                        format!("data for rank {rank}, {n_in} inputs, {n_out} outputs"),
+                        format!("{} numbers", data.len()),
+                    );
+                }
+                if let Some(i) = data.iter().position(|x| !x.is_finite()) {
+                    return wrong("finite numbers".to_owned(), format!("{} at index {i}", data[i]));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_own(key: &str) -> bool {
+    [ARCHITECTURE, TYPE, NAME, ADAPTER_TYPE, ALPHA].contains(&key)
+}
+
+/// The file's pairs in the order of their A.
+fn pairs(file: &GgufFile) -> Result<Vec<AdapterPair>> {
+    let mut pairs = Vec::new();
+    let mut matched = HashSet::new();
+    for a in file.tensors() {
+        let Some(weight) = a.name.strip_suffix(".lora_a") else { continue };
+        let b = half(file, weight, ".lora_b")?;
+        matched.insert(b.name.as_str());
+        pairs.push(pair(file, weight, a, b)?);
+    }
+    for tensor in file.tensors() {
+        let name = tensor.name.as_str();
+        if let Some(weight) = name.strip_suffix(".lora_b") {
+            if !matched.contains(name) {
+                half(file, weight, ".lora_a")?;
+            }
+        } else if !name.ends_with(".lora_a") && !name.ends_with("_norm.weight") {
+            return Err(Error::invalid(
+                format!("{}: tensor '{}'", file.name(), shown(name)),
+                "a name that ends in .lora_a or .lora_b",
+                "neither",
+                "give a LoRA adapter in GGUF form",
+            ));
+        }
+    }
+    Ok(pairs)
+}
+
+/// One half of a weight's pair.
+fn half<'a>(file: &'a GgufFile, weight: &str, suffix: &str) -> Result<&'a TensorInfo> {
+    file.tensor(&format!("{weight}{suffix}")).ok_or_else(|| {
+        Error::invalid(
+            format!("{}: LoRA of '{}'", file.name(), shown(weight)),
+            "both .lora_a and .lora_b",
+            format!("no {suffix}"),
+            RETRAIN,
+        )
+    })
+}
+
+fn pair(file: &GgufFile, weight: &str, a: &TensorInfo, b: &TensorInfo) -> Result<AdapterPair> {
+    if weight.ends_with("token_embd.weight") {
+        return Err(Error::Unsupported {
+            what: "LoRA on weight",
+            got: weight.to_owned(),
+            supported: "linear layers".to_owned(),
+        });
+    }
+    match (matrix(a), matrix(b)) {
+        (Some([n_in, rank]), Some([b_rank, n_out])) if rank == b_rank => Ok(AdapterPair {
+            weight: weight.to_owned(),
+            rank,
+            n_in,
+            n_out,
+            a: file.dequantize(a)?,
+            b: file.dequantize(b)?,
+        }),
+        _ => Err(Error::invalid(
+            format!("{}: LoRA of '{}'", file.name(), shown(weight)),
+            "A [n_in, rank] and B [rank, n_out]",
+            format!("A {:?} and B {:?}", a.shape, b.shape),
+            RETRAIN,
+        )),
+    }
+}
+
+/// The shape of a matrix or vector; `None` when there are more dimensions than two.
+fn matrix(tensor: &TensorInfo) -> Option<[usize; 2]> {
+    let ne = |i: usize| tensor.shape.get(i).map_or(1, |ne| *ne as usize);
+    (ne(2) == 1 && ne(3) == 1).then(|| [ne(0), ne(1)])
+}
