@@ -32,15 +32,14 @@ enum bupo_op {
     BUPO_OP_LINEAR         = 1, // Y = W X (+ low-rank term) (+ bias)
     BUPO_OP_LINEAR_BACK    = 2, // dX = W^T dY (+ low-rank term) (+ accumulate)
     BUPO_OP_OUTER          = 3, // G += scale * X dY^T, in place
-    BUPO_OP_LOGPROB        = 4, // linear_logprob, partial results per thread
-    BUPO_OP_LOGPROB_MERGE  = 5, // linear_logprob, partial results merged
-    BUPO_OP_ATTENTION      = 6, // packed causal attention with shared prefixes
-    BUPO_OP_ATTENTION_BACK = 7,
-    BUPO_OP_RMS_NORM       = 8, // norm and weight in one pass
-    BUPO_OP_RMS_NORM_BACK  = 9,
-    BUPO_OP_SWIGLU         = 10,
-    BUPO_OP_SWIGLU_BACK    = 11,
-    BUPO_OP_SCALE_ROWS     = 12,
+    BUPO_OP_LOGPROB        = 4, // log-prob, log-sum-exp, entropy (+ gradient) from hidden states
+    BUPO_OP_ATTENTION      = 5, // packed causal attention with shared prefixes
+    BUPO_OP_ATTENTION_BACK = 6,
+    BUPO_OP_RMS_NORM       = 7, // norm and weight in one pass
+    BUPO_OP_RMS_NORM_BACK  = 8,
+    BUPO_OP_SWIGLU         = 9,
+    BUPO_OP_SWIGLU_BACK    = 10,
+    BUPO_OP_SCALE_ROWS     = 11,
 };
 
 struct bupo_linear_params {
@@ -54,9 +53,7 @@ struct bupo_linear_params {
 struct bupo_logprob_params {
     uint32_t op;
     float    inv_temperature; // 1/T
-    uint32_t gradient;        // also accumulate the mean embedding sum_v p_v E_u[v]
-    uint32_t entropy_gradient;// also accumulate sum_v p_v l_v E_u[v], for an entropy cotangent
-    uint32_t parts;           // number of partial results
+    uint32_t gradient;        // also the gradient of the log-prob by the hidden state
 };
 
 // One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end).

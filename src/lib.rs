@@ -10,7 +10,8 @@ pub mod error;
 
 #[allow(unsafe_code)]
 pub mod ggml;
-
+#[allow(unsafe_code)]
+pub mod ops;
 pub mod gguf;
 
 pub use error::{Error, Result};

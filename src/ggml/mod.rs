@@ -9,6 +9,5 @@ mod types;
 pub use backend::{Computed, Executor, Graph, Input, TensorSet, ThreadPool};
 pub use mmap::MappedFile;
 pub use nodes::Rope;
-pub(crate) use tensor::Kernel;
 pub use tensor::{Arena, Shape, Tensor};
 pub use types::Type;

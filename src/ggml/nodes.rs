@@ -181,6 +181,18 @@ impl Arena {
         })
     }
 
+    /// `shape` elements of the contiguous `x` from element `first` on, as a view.
+    pub fn part<'a>(&'a self, x: Tensor<'a>, first: usize, shape: [usize; 2]) -> Tensor<'a> {
+        assert!(x.ty() == Type::F32 && x.is_contiguous(), "part of {x:?}");
+        assert!(first + shape[0] * shape[1] <= x.len(), "{shape:?} from {first} of {x:?}");
+        self.reserve(1);
+        // SAFETY: the view lies within x, as just asserted.
+        self.wrap(unsafe {
+            let (n, rows) = (shape[0] as i64, shape[1] as i64);
+            sys::ggml_view_2d(self.context(), x.raw(), n, rows, shape[0] * 4, first * 4)
+        })
+    }
+
     /// Copies `from` into the memory of `to` (equal number of elements) and gives `to`'s view.
     pub fn copy<'a>(&'a self, from: Tensor<'a>, to: Tensor<'a>) -> Tensor<'a> {
         assert_eq!(from.len(), to.len(), "copy {from:?} to {to:?}");

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::layer::{Adapter, LayerBlocks};
 use super::{Batch, Lora, Model, Policy};
 use crate::ggml::{Arena, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type};
-use crate::ops::{self, LogprobWant};
+use crate::ops;
 use crate::Result;
 
 /// Room for the nodes of a layer's forward and backward.
@@ -174,14 +174,13 @@ impl Engine {
         if policy.has_norm() {
             hidden = ops::rms_norm(&arena, hidden, weights.output_norm, model.config().rms_eps);
         }
-        let want = LogprobWant { gradient: keep, entropy_gradient: false };
         let head = ops::linear_logprob(
             &arena,
             hidden,
             weights.unembedding,
             Some(target),
             1.0 / temperature,
-            want,
+            keep,
         );
         graph.output(head.logprob);
         graph.output(head.entropy);

@@ -229,7 +229,7 @@ impl Lora {
             })
             .collect();
         let arch = model.config().arch.name().to_string();
-        AdapterFile { arch, alpha: self.alpha, pairs, metadata: extra }.write(path)
+        AdapterFile { arch, name: None, alpha: self.alpha, pairs, extra }.write(path)
     }
 
     fn zeros(slots: Vec<Slot>, rank: usize, alpha: f32) -> Result<Lora> {

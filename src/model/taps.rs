@@ -5,7 +5,7 @@ use super::layer::{Adapter, LayerBlocks};
 use super::{Batch, Lora, Model, Policy};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Tensor, Type};
-use crate::ops::{self, LogprobWant};
+use crate::ops;
 
 /// One layer's entropies per token of the batch: `softmax(tap E_u^T)` at temperature 1, no final norm.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -43,8 +43,7 @@ pub fn tap_entropies(
         let blocks = LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
         let (taps, _) = blocks.forward(&arena, x);
         let mut entropy = |tap: Tensor<'_>| {
-            let want = LogprobWant::default();
-            let head = ops::linear_logprob(&arena, tap, weights.unembedding, None, 1.0, want);
+            let head = ops::linear_logprob(&arena, tap, weights.unembedding, None, 1.0, false);
             graph.output(head.entropy);
             head.entropy
         };
@@ -87,8 +86,7 @@ impl Engine {
         if policy.has_norm() {
             h = ops::rms_norm(&arena, x, weights.output_norm, model.config().rms_eps);
         }
-        let want = LogprobWant::default();
-        let head = ops::linear_logprob(&arena, h, weights.unembedding, None, 1.0, want);
+        let head = ops::linear_logprob(&arena, h, weights.unembedding, None, 1.0, false);
         graph.output(head.entropy);
         let computed = self.executor().run(&graph, &[(x, Input::F32(hidden))])?;
         Ok(computed.f32(head.entropy))

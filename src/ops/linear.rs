@@ -129,7 +129,7 @@ pub fn outer<'a>(
 }
 
 /// A weight as the kernels read it.
-struct Weight {
+pub(super) struct Weight {
     ty: Type,
     data: *const u8,
     row_bytes: usize,
@@ -138,18 +138,28 @@ struct Weight {
 impl Weight {
     /// # Safety
     /// `tensor` is a live, contiguous matrix in host memory.
-    unsafe fn new(tensor: *const sys::ggml_tensor) -> Weight {
+    pub(super) unsafe fn new(tensor: *const sys::ggml_tensor) -> Weight {
         // SAFETY: by contract.
         let (raw, data, row_bytes) = unsafe { ((*tensor).type_, (*tensor).data, (*tensor).nb[1]) };
         let ty = Type::from_raw(raw as u32).expect("a live tensor has a known type");
         Weight { ty, data: data.cast(), row_bytes }
     }
 
+    /// Whether tiles are read in place, without scratch.
+    pub(super) fn is_f32(&self) -> bool {
+        self.ty == Type::F32
+    }
+
     /// Columns `ks` (whole blocks) of rows `ns`: a matrix whose rows are rows of W.
     ///
     /// # Safety
     /// The ranges lie within the tensor; `scratch` has room for the tile.
-    unsafe fn tile(&self, ns: Range<usize>, ks: Range<usize>, scratch: &mut [f32]) -> Matrix<*const f32> {
+    pub(super) unsafe fn tile(
+        &self,
+        ns: Range<usize>,
+        ks: Range<usize>,
+        scratch: &mut [f32],
+    ) -> Matrix<*const f32> {
         let skip = ks.start / self.ty.block_size() * self.ty.block_bytes();
         // SAFETY: within the tensor by contract.
         let from = |n: usize| unsafe { self.data.add(n * self.row_bytes + skip) };
@@ -188,7 +198,7 @@ unsafe extern "C" fn linear_kernel(
         let y = f32_data(dst);
         let step = (TILE / k).clamp(8, 256);
         let mine = partition(n_all, ith, nth);
-        with_scratch(if weight.ty == Type::F32 { 0 } else { step * k }, |scratch| {
+        with_scratch(if weight.is_f32() { 0 } else { step * k }, |scratch| {
             for start in mine.clone().step_by(step) {
                 let ns = start..(start + step).min(mine.end);
                 let tile = weight.tile(ns.clone(), 0..k, scratch); // (n, k)
@@ -261,7 +271,7 @@ unsafe extern "C" fn linear_back_kernel(
             }
         }
         let step = (TILE / ks.len()).clamp(8, n_all.max(8));
-        with_scratch(if weight.ty == Type::F32 { 0 } else { step * ks.len() }, |scratch| {
+        with_scratch(if weight.is_f32() { 0 } else { step * ks.len() }, |scratch| {
             for start in (0..n_all).step_by(step) {
                 let ns = start..(start + step).min(n_all);
                 let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
