@@ -1,0 +1,185 @@
+// The only file that sees llama.cpp internals. Contract: ggml-ext.h.
+
+#include "ggml-ext.h"
+
+#include "llama-adapter.h"
+#include "llama-hparams.h"
+#include "llama-model.h"
+
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace {
+
+thread_local std::string last_error;
+
+bupo_status fail(bupo_status status, const std::string & words) {
+    last_error = words;
+    return status;
+}
+
+// Runs `body`, which returns a status; whatever it throws becomes one.
+template <typename F> bupo_status guarded(F && body) {
+    try {
+        return body();
+    } catch (const std::exception & e) {
+        return fail(BUPO_ERR_EXCEPTION, e.what());
+    } catch (...) {
+        return fail(BUPO_ERR_EXCEPTION, "unknown exception");
+    }
+}
+
+bupo_status check_pair(const llama_model & model, const bupo_lora_pair & pair) {
+    const std::string name = pair.weight ? pair.weight : "";
+    const ggml_tensor * w = model.get_tensor(name.c_str());
+    if (!w || !pair.a || !pair.b) {
+        return fail(BUPO_ERR_ARGUMENT, "adapter for '" + name + "': no such weight, or no tensors");
+    }
+    const bool f32 = pair.a->type == GGML_TYPE_F32 && pair.b->type == GGML_TYPE_F32;
+    const bool fits = pair.a->ne[0] == w->ne[0] && pair.b->ne[1] == w->ne[1] && pair.a->ne[1] == pair.b->ne[0];
+    if (!f32 || !fits || !pair.a->data || !pair.b->data) {
+        return fail(BUPO_ERR_ARGUMENT, "adapter for '" + name + "': A and B must be F32, allocated, and fit the weight");
+    }
+    return BUPO_OK;
+}
+
+} // namespace
+
+const char * bupo_last_error(void) {
+    return last_error.c_str();
+}
+
+bupo_status bupo_model_hparams(const llama_model * model, bupo_hparams * out) {
+    if (!model || !out) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument");
+    }
+    return guarded([&] {
+        const llama_hparams & h = model->hparams;
+        bupo_hparams r = {};
+        r.n_layer           = h.n_layer();
+        r.n_embd            = h.n_embd;
+        r.n_ctx_train       = h.n_ctx_train;
+        r.n_head            = h.n_head();
+        r.n_head_kv         = h.n_head_kv();
+        r.n_ff              = h.n_ff();
+        r.head_size_k       = h.n_embd_head_k();
+        r.head_size_v       = h.n_embd_head_v();
+        r.n_rot             = h.n_rot();
+        r.n_expert          = h.n_expert;
+        r.uniform           = 1;
+        r.rms_eps           = h.f_norm_rms_eps;
+        r.attention_scale   = h.f_attention_scale;
+        r.rope_freq_base    = h.rope_freq_base_train;
+        r.rope_freq_scale   = h.rope_freq_scale_train;
+        r.rope_scaling_type = h.rope_scaling_type_train;
+        r.rope_type         = llama_model_rope_type(model);
+        r.rope_ctx_orig     = h.n_ctx_orig_yarn != 0 ? h.n_ctx_orig_yarn : h.n_ctx_train;
+        r.rope_attn_factor  = h.rope_attn_factor;
+        r.yarn_ext_factor   = h.yarn_ext_factor;
+        r.yarn_attn_factor  = h.yarn_attn_factor;
+        r.yarn_beta_fast    = h.yarn_beta_fast;
+        r.yarn_beta_slow    = h.yarn_beta_slow;
+        r.yarn_log_mul      = h.rope_yarn_log_mul;
+        for (uint32_t il = 0; il < r.n_layer; ++il) {
+            if (h.n_head(il) != r.n_head || h.n_head_kv(il) != r.n_head_kv || h.n_ff(il) != r.n_ff) {
+                r.uniform = 0;
+            }
+        }
+        *out = r;
+        return BUPO_OK;
+    });
+}
+
+size_t bupo_model_n_tensors(const llama_model * model) {
+    return model ? llama_internal_get_tensor_map(model).size() : 0;
+}
+
+bupo_status bupo_model_tensor(const llama_model * model, size_t index, const char ** name, ggml_tensor ** tensor) {
+    if (!model || !name || !tensor || index >= bupo_model_n_tensors(model)) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument or index out of range");
+    }
+    const auto & entry = llama_internal_get_tensor_map(model)[index];
+    *name   = entry.first.c_str();
+    *tensor = entry.second;
+    return BUPO_OK;
+}
+
+bupo_status bupo_adapter_new(llama_model * model, float alpha, const bupo_lora_pair * pairs, size_t n_pairs,
+                             llama_adapter_lora ** out) {
+    if (!model || !pairs || !out) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument");
+    }
+    return guarded([&] {
+        auto adapter = std::make_unique<llama_adapter_lora>(model);
+        adapter->alpha = alpha;
+        for (size_t i = 0; i < n_pairs; ++i) {
+            if (const bupo_status status = check_pair(*model, pairs[i]); status != BUPO_OK) {
+                return status;
+            }
+            adapter->ab_map[pairs[i].weight] = llama_adapter_lora_weight(pairs[i].a, pairs[i].b);
+        }
+        // llama.cpp sizes its graphs by the adapters that the model knows.
+        model->loras.insert(adapter.get());
+        *out = adapter.release();
+        return BUPO_OK;
+    });
+}
+
+void bupo_adapter_free(llama_adapter_lora * adapter) {
+    llama_adapter_lora_free(adapter);
+}
+
+bupo_status bupo_tokenize(const llama_vocab * vocab, const char * text, size_t n_text, bool add_special, bool parse_special,
+                          llama_token * tokens, size_t capacity, size_t * n_written) {
+    if (!vocab || !text || !n_written || n_text > INT32_MAX || capacity > INT32_MAX) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument, or text of more than 2 GiB");
+    }
+    return guarded([&] {
+        const int32_t n = llama_tokenize(vocab, text, (int32_t) n_text, tokens, (int32_t) capacity, add_special, parse_special);
+        if (n == INT32_MIN) {
+            return fail(BUPO_ERR_ARGUMENT, "more than 2^31 tokens");
+        }
+        *n_written = (size_t) (n < 0 ? -(int64_t) n : n);
+        return BUPO_OK;
+    });
+}
+
+bupo_status bupo_token_to_piece(const llama_vocab * vocab, llama_token token, bool special, char * buffer, size_t capacity,
+                                size_t * n_written) {
+    if (!vocab || !n_written || capacity > INT32_MAX || token < 0 || token >= llama_vocab_n_tokens(vocab)) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument, or a token outside the vocabulary");
+    }
+    return guarded([&] {
+        const int32_t n = llama_token_to_piece(vocab, token, buffer, (int32_t) capacity, 0, special);
+        *n_written = (size_t) (n < 0 ? -(int64_t) n : n);
+        return BUPO_OK;
+    });
+}
+
+bupo_status bupo_chat_apply_template(const char * template_text, const llama_chat_message * messages, size_t n_messages,
+                                     bool add_assistant, char * buffer, size_t capacity, size_t * n_written) {
+    if (!template_text || !messages || !n_written || capacity > INT32_MAX) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument");
+    }
+    return guarded([&] {
+        const int32_t n = llama_chat_apply_template(template_text, messages, n_messages, add_assistant, buffer, (int32_t) capacity);
+        if (n < 0) {
+            return fail(BUPO_ERR_ARGUMENT, "llama.cpp does not know this template");
+        }
+        *n_written = (size_t) n;
+        return BUPO_OK;
+    });
+}
+
+bupo_status bupo_decode(llama_context * context, llama_batch batch, int32_t * result) {
+    if (!context || !result) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument");
+    }
+    return guarded([&] {
+        *result = llama_decode(context, batch);
+        return BUPO_OK;
+    });
+}

@@ -12,6 +12,9 @@ pub mod error;
 pub mod ggml;
 #[allow(unsafe_code)]
 pub mod ops;
+#[allow(unsafe_code)]
+pub mod llama;
 pub mod gguf;
+pub mod model;
 
 pub use error::{Error, Result};

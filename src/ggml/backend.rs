@@ -201,14 +201,24 @@ impl<'g> Graph<'g> {
 /// Tensors with memory of their own, zeroed: parameters, gradients, moments, kept activations.
 pub struct TensorSet {
     tensors: Vec<NonNull<sys::ggml_tensor>>,
+    memory: Arc<Memory>,
+}
+
+// SAFETY: headers and buffer are owned; writing goes through `Executor` or `&mut` of the owner.
+unsafe impl Send for TensorSet {}
+// SAFETY: as above.
+unsafe impl Sync for TensorSet {}
+
+/// Headers and data of a [`TensorSet`]; null without tensors.
+struct Memory {
     buffer: sys::ggml_backend_buffer_t,
     arena: Arena,
 }
 
-// SAFETY: the buffer and headers are owned; writing goes through `Executor` or `&mut` of the owner.
-unsafe impl Send for TensorSet {}
+// SAFETY: nothing in it is bound to a thread, and the arena is not changed after `TensorSet::zeros`.
+unsafe impl Send for Memory {}
 // SAFETY: as above.
-unsafe impl Sync for TensorSet {}
+unsafe impl Sync for Memory {}
 
 impl TensorSet {
     /// Allocates F32 tensors in host memory, zeroed.
@@ -246,7 +256,7 @@ impl TensorSet {
             // SAFETY: a live buffer.
             unsafe { sys::ggml_backend_buffer_clear(buffer, 0) };
         }
-        Ok(TensorSet { tensors, buffer, arena })
+        Ok(TensorSet { tensors, memory: Arc::new(Memory { buffer, arena }) })
     }
 
     /// Number of tensors.
@@ -261,7 +271,7 @@ impl TensorSet {
 
     /// Tensor `index`, in the order given at creation.
     pub fn get(&self, index: usize) -> Tensor<'_> {
-        self.arena.wrap(self.tensors[index].as_ptr())
+        self.memory.arena.wrap(self.tensors[index].as_ptr())
     }
 
     /// All values of tensor `index`.
@@ -280,23 +290,28 @@ impl TensorSet {
 
     /// Sets everything to zero.
     pub fn clear(&mut self) {
-        if !self.buffer.is_null() {
+        if !self.memory.buffer.is_null() {
             // SAFETY: a live buffer.
-            unsafe { sys::ggml_backend_buffer_clear(self.buffer, 0) }
+            unsafe { sys::ggml_backend_buffer_clear(self.memory.buffer, 0) }
         }
+    }
+
+    /// Holds headers and data alive for whoever keeps pointers to them (`llama::LiveAdapter`).
+    pub(crate) fn keep_alive(&self) -> Arc<dyn std::any::Any + Send + Sync> {
+        self.memory.clone()
     }
 
     /// Bytes of all tensors, padding included.
     pub fn n_bytes(&self) -> usize {
-        if self.buffer.is_null() {
+        if self.memory.buffer.is_null() {
             return 0;
         }
         // SAFETY: a live buffer.
-        unsafe { sys::ggml_backend_buffer_get_size(self.buffer) }
+        unsafe { sys::ggml_backend_buffer_get_size(self.memory.buffer) }
     }
 }
 
-impl Drop for TensorSet {
+impl Drop for Memory {
     fn drop(&mut self) {
         if !self.buffer.is_null() {
             // SAFETY: made in `zeros`, freed once.

@@ -22,7 +22,7 @@ pub use taps::{LayerEntropies, tap_entropies};
 pub use weights::{Layer, Linear, Weights};
 
 use crate::gguf::GgufFile;
-use crate::llama::{self, LoadOptions};
+use crate::llama;
 use crate::{Error, Result};
 
 /// The small model inside the program, by this name on the command line.
@@ -61,7 +61,7 @@ impl Model {
         for part in crate::gguf::split_paths(path)? {
             GgufFile::open(&part)?;
         }
-        let engine = Arc::new(llama::Model::load(path, LoadOptions::default())?);
+        let engine = Arc::new(llama::Model::load(path)?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
         let model = Model { engine, config, name: name.into(), _demo: None };
         Weights::collect(&model.engine, &model.config, &model.name)?;

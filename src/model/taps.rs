@@ -4,7 +4,7 @@ use super::engine::Engine;
 use super::layer::{Adapter, LayerBlocks};
 use super::{Batch, Lora, Model, Policy};
 use crate::Result;
-use crate::ggml::{Arena, Graph, Input, Tensor, Type};
+use crate::ggml::{Arena, Graph, Input, Type};
 use crate::ops;
 
 /// One layer's entropies per token of the batch: `softmax(tap E_u^T)` at temperature 1, no final norm.
@@ -42,7 +42,7 @@ pub fn tap_entropies(
         let adapter = lora.map(|lora| Adapter { lora, gradients: None });
         let blocks = LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
         let (taps, _) = blocks.forward(&arena, x);
-        let mut entropy = |tap: Tensor<'_>| {
+        let mut entropy = |tap| {
             let head = ops::linear_logprob(&arena, tap, weights.unembedding, None, 1.0, false);
             graph.output(head.entropy);
             head.entropy

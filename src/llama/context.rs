@@ -1,0 +1,239 @@
+//! Decoding: a KV cache with one stream per sequence.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use ggml_sys as sys;
+
+use super::{LiveAdapter, Model, check, log};
+use crate::ggml::ThreadPool;
+use crate::{Error, Result};
+
+/// Sizes of a context.
+#[derive(Clone, Copy, Debug)]
+pub struct ContextOptions {
+    /// Tokens that one sequence may hold.
+    pub n_ctx_seq: usize,
+    /// Sequences.
+    pub n_seq: usize,
+    /// Tokens per call of [`Context::decode`].
+    pub n_batch: usize,
+    /// Keys and values in F32 instead of F16.
+    pub kv_f32: bool,
+}
+
+/// One token of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Token {
+    /// Id.
+    pub id: i32,
+    /// Position in its sequence.
+    pub position: i32,
+    /// Sequence.
+    pub sequence: i32,
+    /// Whether its logits are wanted.
+    pub logits: bool,
+}
+
+/// Tokens to decode in one call.
+#[derive(Clone, Debug, Default)]
+pub struct TokenBatch(pub Vec<Token>);
+
+/// A decoding context.
+pub struct Context {
+    raw: NonNull<sys::llama_context>,
+    options: ContextOptions,
+    // Which tokens of the last batch have logits.
+    has_logits: Vec<bool>,
+    n_vocab: usize,
+    _adapter: Option<Arc<LiveAdapter>>,
+    _pool: Arc<ThreadPool>,
+    model: Arc<Model>,
+}
+
+// SAFETY: a context is used by one thread at a time (it is not Sync).
+unsafe impl Send for Context {}
+
+impl Context {
+    /// A context of these sizes on these threads.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for sizes beyond llama.cpp's limits, [`Error::Engine`] without memory.
+    pub fn new(model: &Arc<Model>, pool: &Arc<ThreadPool>, options: ContextOptions) -> Result<Context> {
+        let most = max_sequences();
+        if options.n_seq == 0 || options.n_seq > most {
+            let (expected, got) = (format!("1 to {most}"), options.n_seq.to_string());
+            return Err(Error::invalid("parallel sequences", expected, got, "lower --kv-mib"));
+        }
+        // llama.cpp rounds a stream's size up to this, and needs the product to fit 32 bits.
+        let n_ctx_seq = options.n_ctx_seq.next_multiple_of(256);
+        let n_ctx = u32::try_from(n_ctx_seq * options.n_seq).map_err(|_| {
+            let got = format!("{} x {n_ctx_seq}", options.n_seq);
+            Error::invalid("context", "less than 2^32 tokens in all", got, "lower --max-response")
+        })?;
+        let threads = pool.n_threads() as i32;
+        // SAFETY: default parameters with plain fields changed; a live model and pool.
+        let raw = unsafe {
+            let mut params = sys::llama_context_default_params();
+            params.n_ctx = n_ctx;
+            params.n_seq_max = options.n_seq as u32;
+            params.n_batch = options.n_batch as u32;
+            params.n_ubatch = options.n_batch as u32;
+            params.n_threads = threads;
+            params.n_threads_batch = threads;
+            params.kv_unified = false;
+            params.no_perf = true;
+            params.offload_kqv = false;
+            if options.kv_f32 {
+                params.type_k = sys::GGML_TYPE_F32;
+                params.type_v = sys::GGML_TYPE_F32;
+            }
+            sys::llama_init_from_model(model.raw(), params)
+        };
+        let raw = NonNull::new(raw).ok_or_else(|| {
+            let call = format!("making a context of {} x {n_ctx_seq} tokens", options.n_seq);
+            Error::engine(call, log::take_last_words(), "lower --kv-mib or --max-response")
+        })?;
+        // SAFETY: a live context; the pool lives as long by the Arc.
+        unsafe { sys::llama_attach_threadpool(raw.as_ptr(), pool.raw(), pool.raw()) };
+        Ok(Context {
+            raw,
+            options: ContextOptions { n_ctx_seq, ..options },
+            has_logits: Vec::new(),
+            n_vocab: model.vocab().n_tokens(),
+            _adapter: None,
+            _pool: pool.clone(),
+            model: model.clone(),
+        })
+    }
+
+    /// Sizes, the sequence's rounded up as llama.cpp does.
+    pub fn options(&self) -> &ContextOptions {
+        &self.options
+    }
+
+    /// Decodes with this adapter from now on, or with the base alone.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<LiveAdapter>>) -> Result<()> {
+        let mut raw: Vec<_> = adapter.iter().map(|a| a.raw()).collect();
+        let mut scales = vec![1.0f32; raw.len()];
+        // SAFETY: a live context, live adapters of its model with one scale each; `self` keeps them.
+        let status = unsafe {
+            sys::llama_set_adapters_lora(
+                self.raw.as_ptr(),
+                raw.as_mut_ptr(),
+                raw.len(),
+                scales.as_mut_ptr(),
+            )
+        };
+        if status != 0 {
+            return Err(Error::engine("setting the adapter", log::take_last_words(), "report it"));
+        }
+        self._adapter = adapter;
+        Ok(())
+    }
+
+    /// Decodes the batch; positions continue each sequence.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for tokens outside the vocabulary or sizes beyond the context's;
+    /// [`Error::Engine`] with llama.cpp's words.
+    pub fn decode(&mut self, batch: &TokenBatch) -> Result<()> {
+        let tokens = &batch.0;
+        let refuse = |expected: String, got: String| {
+            Err(Error::invalid("batch", expected, got, "use tokens of this model"))
+        };
+        if tokens.is_empty() || tokens.len() > self.options.n_batch {
+            return refuse(format!("1 to {} tokens", self.options.n_batch), tokens.len().to_string());
+        }
+        for t in tokens {
+            if !self.model.vocab().holds(t.id) {
+                return refuse(format!("token ids below {}", self.n_vocab), t.id.to_string());
+            }
+            if t.sequence < 0 || t.sequence as usize >= self.options.n_seq {
+                return refuse(format!("sequences below {}", self.options.n_seq), t.sequence.to_string());
+            }
+            if t.position < 0 || t.position as usize >= self.options.n_ctx_seq {
+                let expected = format!("positions below {}", self.options.n_ctx_seq);
+                return refuse(expected, t.position.to_string());
+            }
+        }
+        let mut ids: Vec<i32> = tokens.iter().map(|t| t.id).collect();
+        let mut positions: Vec<i32> = tokens.iter().map(|t| t.position).collect();
+        let mut one: Vec<i32> = vec![1; tokens.len()];
+        let mut sequences: Vec<i32> = tokens.iter().map(|t| t.sequence).collect();
+        let mut sequence_ptrs: Vec<*mut i32> = sequences.iter_mut().map(|s| s as *mut i32).collect();
+        let mut logits: Vec<i8> = tokens.iter().map(|t| t.logits as i8).collect();
+        let raw = sys::llama_batch {
+            n_tokens: tokens.len() as i32,
+            token: ids.as_mut_ptr(),
+            embd: std::ptr::null_mut(),
+            pos: positions.as_mut_ptr(),
+            n_seq_id: one.as_mut_ptr(),
+            seq_id: sequence_ptrs.as_mut_ptr(),
+            logits: logits.as_mut_ptr(),
+        };
+        let mut result = 0;
+        // SAFETY: arrays of n_tokens entries each that live for the call; ids, sequences and positions
+        // were checked above.
+        let status = unsafe { sys::bupo_decode(self.raw.as_ptr(), raw, &mut result) };
+        self.has_logits.clear();
+        check("decoding", status, "report it with the model's name")?;
+        if result != 0 {
+            let reason = format!("llama_decode gave {result}: {}", log::take_last_words());
+            return Err(Error::engine("decoding", reason, "lower --kv-mib or --max-response"));
+        }
+        self.has_logits.extend(tokens.iter().map(|t| t.logits));
+        Ok(())
+    }
+
+    /// Logits `[V]` after token `index` of the last batch, for which they were wanted.
+    pub fn logits(&self, index: usize) -> &[f32] {
+        assert!(self.has_logits.get(index) == Some(&true), "token {index} has no logits");
+        // SAFETY: the last decode kept logits for this token: V floats until the next decode, which
+        // needs `&mut self`.
+        unsafe {
+            let row = sys::llama_get_logits_ith(self.raw.as_ptr(), index as i32);
+            assert!(!row.is_null(), "token {index} has no logits");
+            std::slice::from_raw_parts(row, self.n_vocab)
+        }
+    }
+
+    /// Forgets positions from `from` on of a sequence.
+    pub fn forget(&mut self, sequence: usize, from: usize) {
+        assert!(sequence < self.options.n_seq, "sequence {sequence}");
+        // SAFETY: a live context and a sequence in range.
+        unsafe {
+            let memory = sys::llama_get_memory(self.raw.as_ptr());
+            sys::llama_memory_seq_rm(memory, sequence as i32, from as i32, -1);
+        }
+    }
+
+    /// Makes sequence `to` a copy of `from`.
+    pub fn copy(&mut self, from: usize, to: usize) {
+        assert!(from < self.options.n_seq && to < self.options.n_seq, "sequences {from}, {to}");
+        // SAFETY: a live context and sequences in range; whole sequences may be copied between streams.
+        unsafe {
+            let memory = sys::llama_get_memory(self.raw.as_ptr());
+            sys::llama_memory_seq_cp(memory, from as i32, to as i32, -1, -1);
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        // SAFETY: a live context.
+        unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.raw.as_ptr()), false) }
+    }
+}
+
+/// Sequences that one context can hold at most.
+pub fn max_sequences() -> usize {
+    // SAFETY: no preconditions.
+    unsafe { sys::llama_max_parallel_sequences() }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: made once, freed once, before its model, adapter and pool.
+        unsafe { sys::llama_free(self.raw.as_ptr()) }
+    }
+}

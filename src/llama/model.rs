@@ -1,0 +1,115 @@
+//! A loaded model and its tensors.
+
+use std::ffi::{CStr, CString};
+use std::path::Path;
+use std::ptr::NonNull;
+
+use ggml_sys as sys;
+
+use super::{Vocab, check, log};
+use crate::ggml::Tensor;
+use crate::{Error, Result};
+
+/// Hyperparameters as llama.cpp read them from the file (fields: `ggml-ext/ggml-ext.h`).
+pub type Hparams = sys::bupo_hparams;
+
+/// A model in memory: mapped weights in plain blocks, one copy for decoding and training.
+pub struct Model {
+    raw: NonNull<sys::llama_model>,
+}
+
+// SAFETY: after loading, a llama_model is only read, apart from the list of its adapters, which
+// `LiveAdapter` changes under a lock.
+unsafe impl Send for Model {}
+// SAFETY: as above.
+unsafe impl Sync for Model {}
+
+impl Model {
+    /// Maps the weights of a GGUF file (of a split set: the first part stands for all).
+    ///
+    /// Weights are not repacked for the CPU's matrix kernels: training reads their blocks.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] with llama.cpp's own words.
+    pub fn load(path: &Path) -> Result<Model> {
+        log::start();
+        let text = path.to_str().and_then(|p| CString::new(p).ok()).ok_or_else(|| {
+            Error::invalid(path.display().to_string(), "a path in UTF-8", "other bytes", "rename it")
+        })?;
+        // SAFETY: default parameters with plain fields changed; a NUL-terminated path.
+        let raw = unsafe {
+            let mut params = sys::llama_model_default_params();
+            params.n_gpu_layers = 0;
+            params.load_mode = sys::LLAMA_LOAD_MODE_MMAP;
+            params.use_extra_bufts = false;
+            sys::llama_model_load_from_file(text.as_ptr(), params)
+        };
+        let raw = NonNull::new(raw).ok_or_else(|| {
+            let call = format!("loading {}", path.display());
+            Error::engine(call, log::take_last_words(), "check the file with `bupo-gguf inspect`")
+        })?;
+        Ok(Model { raw })
+    }
+
+    pub(super) fn raw(&self) -> *mut sys::llama_model {
+        self.raw.as_ptr()
+    }
+
+    /// Sizes and settings.
+    pub fn hparams(&self) -> Result<Hparams> {
+        // SAFETY: plain numbers, for which zero is a value.
+        let mut out: Hparams = unsafe { std::mem::zeroed() };
+        // SAFETY: a live model and a place for the result.
+        let status = unsafe { sys::bupo_model_hparams(self.raw(), &mut out) };
+        check("reading hyperparameters", status, "report it")?;
+        Ok(out)
+    }
+
+    /// Every tensor of the model, each once.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
+        // SAFETY: a live model.
+        let n = unsafe { sys::bupo_model_n_tensors(self.raw()) };
+        (0..n).map(|i| {
+            let (mut name, mut tensor) = (std::ptr::null(), std::ptr::null_mut());
+            // SAFETY: a live model, an index in range; the tensor lives as long as the model.
+            unsafe {
+                let status = sys::bupo_model_tensor(self.raw(), i, &mut name, &mut tensor);
+                assert_eq!(status, sys::BUPO_OK, "an index in range");
+                Tensor::from_raw(tensor)
+            }
+        })
+    }
+
+    /// The vocabulary.
+    pub fn vocab(&self) -> Vocab<'_> {
+        // SAFETY: a live model; the vocabulary lives as long.
+        unsafe { Vocab::new(sys::llama_model_get_vocab(self.raw())) }
+    }
+
+    /// The GGUF's chat template (Jinja), if it has one.
+    pub fn chat_template(&self) -> Option<String> {
+        // SAFETY: a live model; the default template is asked for by null.
+        let text = unsafe { sys::llama_model_chat_template(self.raw(), std::ptr::null()) };
+        // SAFETY: a NUL-terminated string of the model.
+        (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+    }
+
+    /// Number of parameters.
+    pub fn n_params(&self) -> u64 {
+        // SAFETY: a live model.
+        unsafe { sys::llama_model_n_params(self.raw()) }
+    }
+
+    /// Bytes of all tensors.
+    pub fn n_bytes(&self) -> u64 {
+        // SAFETY: a live model.
+        unsafe { sys::llama_model_size(self.raw()) }
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        // SAFETY: loaded once, freed once; contexts and adapters hold an Arc and are gone.
+        unsafe { sys::llama_model_free(self.raw.as_ptr()) }
+    }
+}
