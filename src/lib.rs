@@ -16,5 +16,6 @@ pub mod ops;
 pub mod llama;
 pub mod gguf;
 pub mod model;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -223,26 +223,28 @@ impl Job {
                 }
             }
         }
-        let (mut sum, mut weighted) = ([0f32; 16], [0f32; 16]);
+        // In f64: beside the maximum's own 1, the f32 sum of a peaked distribution would lose the rest,
+        // which is all of its entropy.
+        let (mut sum, mut weighted) = ([0f64; 16], [0f64; 16]);
         let (chunks, rest) = l.as_chunks_mut::<16>();
         for chunk in chunks {
             for i in 0..16 {
                 let x = chunk[i] - max;
                 let e = exp(x);
-                sum[i] += e;
-                weighted[i] += e * x;
+                sum[i] += e as f64;
+                weighted[i] += (e * x) as f64;
                 chunk[i] = e;
             }
         }
         for (i, l) in rest.iter_mut().enumerate() {
             let x = *l - max;
             let e = exp(x);
-            sum[i] += e;
-            weighted[i] += e * x;
+            sum[i] += e as f64;
+            weighted[i] += (e * x) as f64;
             *l = e;
         }
-        sums.sum[t] += sum.iter().map(|&x| x as f64).sum::<f64>();
-        sums.weighted[t] += weighted.iter().map(|&x| x as f64).sum::<f64>();
+        sums.sum[t] += sum.iter().sum::<f64>();
+        sums.weighted[t] += weighted.iter().sum::<f64>();
     }
 
     /// Merges the threads' sums and writes the results of `tokens`.

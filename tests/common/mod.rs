@@ -1,0 +1,122 @@
+//! What several tests need: the golden fixtures, tolerances.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::model::{Engine, Lora, Model};
+use serde_json::Value;
+
+/// `tests/fixtures/golden`.
+pub fn golden_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden")
+}
+
+/// Folder of other people's models and data, read where they lie: `BUPO_SHARED`, else `../shared`.
+/// None when it is not there, unless `BUPO_REQUIRE_SHARED` insists.
+pub fn shared() -> Option<PathBuf> {
+    let path = std::env::var_os("BUPO_SHARED").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
+        PathBuf::from,
+    );
+    let there = path.join("models").is_dir();
+    assert!(
+        there || std::env::var_os("BUPO_REQUIRE_SHARED").is_none(),
+        "{} has no models, and BUPO_REQUIRE_SHARED is set",
+        path.display()
+    );
+    there.then_some(path)
+}
+
+/// `||a - b|| / ||b||`.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len(), "lengths");
+    let square = |x: f64| x * x;
+    let d: f64 = a.iter().zip(b).map(|(&a, &b)| square(a as f64 - b as f64)).sum();
+    let n: f64 = b.iter().map(|&b| square(b as f64)).sum();
+    (d.sqrt() / n.sqrt().max(1e-30)) as f32
+}
+
+/// A JSON list of numbers.
+pub fn floats(value: &Value) -> Vec<f32> {
+    let list = value.as_array().unwrap_or_else(|| panic!("a list, got {value}"));
+    list.iter().map(|x| x.as_f64().expect("a number") as f32).collect()
+}
+
+/// A JSON list of lists of numbers, joined.
+pub fn nested_floats(value: &Value) -> Vec<f32> {
+    value.as_array().expect("a list").iter().flat_map(floats).collect()
+}
+
+/// A prompt and its completions in the golden data.
+pub struct Row {
+    pub prompt: Vec<i32>,
+    pub completions: Vec<Vec<i32>>,
+    pub rewards: Vec<f32>,
+}
+
+/// One golden model with PyTorch's figures.
+pub struct Golden {
+    pub name: String,
+    pub model: Model,
+    pub json: Value,
+    gradients: Vec<u8>,
+}
+
+impl Golden {
+    pub fn load(name: &str) -> Golden {
+        let dir = golden_dir();
+        let read = |file: String| std::fs::read(dir.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        Golden {
+            name: name.into(),
+            model: Model::open(&dir.join(format!("{name}.gguf"))).unwrap(),
+            json: serde_json::from_slice(&read(format!("{name}.json"))).unwrap(),
+            gradients: read(format!("{name}.grads.safetensors")),
+        }
+    }
+
+    pub fn engine(&self) -> Engine {
+        Engine::new(Arc::new(ThreadPool::new(2).unwrap())).unwrap()
+    }
+
+    pub fn lora_path(&self) -> PathBuf {
+        golden_dir().join(format!("{}.lora.gguf", self.name))
+    }
+
+    pub fn lora(&self) -> Lora {
+        Lora::load(&self.model, &self.lora_path()).unwrap()
+    }
+
+    pub fn ints(&self, key: &str) -> Vec<i32> {
+        ints(&self.json[key])
+    }
+
+    pub fn rollouts(&self) -> Vec<Row> {
+        let rows = self.json["rollouts"].as_array().expect("rollouts");
+        rows.iter()
+            .map(|row| {
+                let completions = row["completions"].as_array().expect("completions");
+                Row {
+                    prompt: ints(&row["prompt_tokens"]),
+                    completions: completions.iter().map(|c| ints(&c["tokens"])).collect(),
+                    rewards: completions
+                        .iter()
+                        .map(|c| c["reward"].as_f64().expect("a reward") as f32)
+                        .collect(),
+                }
+            })
+            .collect()
+    }
+
+    pub fn gradient(&self, name: &str) -> Vec<f32> {
+        let file = safetensors::SafeTensors::deserialize(&self.gradients).unwrap();
+        let tensor = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        tensor.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    }
+}
+
+fn ints(value: &Value) -> Vec<i32> {
+    let list = value.as_array().expect("a list");
+    list.iter().map(|x| x.as_i64().expect("an integer") as i32).collect()
+}
