@@ -16,6 +16,7 @@ pub mod ops;
 pub mod llama;
 pub mod gguf;
 pub mod model;
+pub mod data;
 pub mod train;
 
 pub use error::{Error, Result};
