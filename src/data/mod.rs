@@ -1,11 +1,15 @@
-//! What a run is fed with: problems and rollout rows from JSON lines, and generated tasks.
+//! What a run is fed with: problems and rollout rows from JSON lines, generated tasks, the chat
+//! template that turns messages into text, and the tokenizer that may replace the GGUF's own.
+//!
 //! Nothing here knows a model: text and ids go in, text and ids come out.
 
+pub mod chat;
 pub mod jsonl;
 mod rows;
 pub mod source;
 pub mod tasks;
 
+pub use chat::ChatTemplate;
 pub use rows::{read_problems, read_rollouts, rollouts};
 pub use source::ProblemSource;
 pub use tasks::Task;
