@@ -4,15 +4,19 @@
 //! Nothing here knows a model: text and ids go in, text and ids come out.
 
 pub mod chat;
+pub mod hf_tokenizer;
 pub mod jsonl;
 mod rows;
 pub mod source;
 pub mod tasks;
+pub mod tokenizer;
 
 pub use chat::ChatTemplate;
+pub use hf_tokenizer::HfTokenizer;
 pub use rows::{read_problems, read_rollouts, rollouts};
 pub use source::ProblemSource;
 pub use tasks::Task;
+pub use tokenizer::{Tokenize, agree};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
