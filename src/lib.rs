@@ -17,6 +17,7 @@ pub mod llama;
 pub mod gguf;
 pub mod model;
 pub mod data;
+pub mod reward;
 pub mod train;
 
 pub use error::{Error, Result};
