@@ -1,0 +1,183 @@
+//! JSON lines, read one bounded line at a time. Every error names the file and the line.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Longest line that is read, in bytes. A row of 16 MiB is some two million tokens.
+pub const MAX_LINE_BYTES: usize = 16 << 20;
+
+/// A JSON object and where it stands.
+#[derive(Debug)]
+pub struct Row {
+    /// `train.jsonl:12`.
+    pub place: String,
+    /// Line in the file, from 1.
+    pub line: usize,
+    /// The object.
+    pub object: Map<String, Value>,
+}
+
+impl Row {
+    /// An [`Error::Invalid`] about the field `name` of this row.
+    pub fn invalid(
+        &self,
+        name: &str,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Error {
+        Error::invalid(format!("{}: `{name}`", self.place), expected, got, advice)
+    }
+
+    /// The field's value; JSON's null counts as absent.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.object.get(name).filter(|value| !value.is_null())
+    }
+
+    /// The names of the fields, for messages.
+    pub fn keys(&self) -> String {
+        let names: Vec<_> = self.object.keys().take(20).map(|k| shorten(k, 40)).collect();
+        if names.is_empty() { "no field".into() } else { names.join(", ") }
+    }
+}
+
+/// The rows of a JSON-lines source. Blank lines are skipped; after an error the iteration ends.
+#[derive(Debug)]
+pub struct JsonLines<R> {
+    path: PathBuf,
+    reader: R,
+    line: usize,
+    done: bool,
+}
+
+impl JsonLines<BufReader<File>> {
+    /// Opens `path`.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        Ok(JsonLines::new(BufReader::new(file), path))
+    }
+}
+
+impl<R: BufRead> JsonLines<R> {
+    /// Reads `reader`, calling it `path` in messages.
+    pub fn new(reader: R, path: &Path) -> Self {
+        JsonLines { path: path.to_path_buf(), reader, line: 0, done: false }
+    }
+
+    fn next_row(&mut self) -> Result<Option<Row>> {
+        loop {
+            let mut bytes = Vec::new();
+            let limit = MAX_LINE_BYTES as u64 + 1;
+            let read = self.reader.by_ref().take(limit).read_until(b'\n', &mut bytes);
+            if read.map_err(Error::io("read", &self.path))? == 0 {
+                return Ok(None);
+            }
+            self.line += 1;
+            let place = format!("{}:{}", self.path.display(), self.line);
+            if bytes.len() > MAX_LINE_BYTES {
+                let expected = format!("a line of at most {MAX_LINE_BYTES} bytes");
+                let advice = "write one JSON object per line and split long rows";
+                return Err(Error::invalid(place, expected, "a longer one", advice));
+            }
+            let bytes = if self.line == 1 { strip_bom(&bytes) } else { &bytes };
+            let text = std::str::from_utf8(bytes).map_err(|e| {
+                let got = format!("an invalid byte at column {}", e.valid_up_to() + 1);
+                Error::invalid(&place, "UTF-8", got, "convert the file to UTF-8")
+            })?;
+            if text.trim().is_empty() {
+                continue;
+            }
+            return match serde_json::from_str(text) {
+                Ok(Value::Object(object)) => Ok(Some(Row { place, line: self.line, object })),
+                Ok(other) => {
+                    Err(Error::invalid(place, "a JSON object", kind(&other), "write {..} per line"))
+                }
+                Err(e) => {
+                    let got = format!("{e}").replace(" at line 1 column ", " at column ");
+                    let advice = "write one complete object per line";
+                    Err(Error::invalid(place, "a JSON object", got, advice))
+                }
+            };
+        }
+    }
+}
+
+impl<R: BufRead> Iterator for JsonLines<R> {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Result<Row>> {
+        if self.done {
+            return None;
+        }
+        let row = self.next_row().transpose();
+        self.done = !matches!(row, Some(Ok(_)));
+        row
+    }
+}
+
+fn strip_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
+
+/// A value in the words of a message: `the text "abc"`, `a list of 3`.
+pub fn kind(value: &Value) -> String {
+    match value {
+        Value::Null => "null".into(),
+        Value::Bool(b) => b.to_string(),
+        Value::Number(n) => format!("the number {n}"),
+        Value::String(s) => format!("the text {:?}", shorten(s, 40)),
+        Value::Array(a) => format!("a list of {}", a.len()),
+        Value::Object(_) => "an object".into(),
+    }
+}
+
+/// The first `limit` characters, and `…` where there are more.
+pub fn shorten(text: &str, limit: usize) -> String {
+    match text.char_indices().nth(limit) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<Vec<usize>> {
+        JsonLines::new(bytes, Path::new("d.jsonl")).map(|row| row.map(|row| row.line)).collect()
+    }
+
+    #[test]
+    fn blank_lines_bom_crlf_and_a_missing_last_newline_are_fine() {
+        assert_eq!(read(b"\xef\xbb\xbf{}\r\n\n  \r\n{\"a\":1}").unwrap(), [1, 4]);
+        assert!(read(b"").unwrap().is_empty());
+    }
+
+    #[test]
+    fn errors_name_file_and_line_in_one_line() {
+        let long = [vec![b'\n'], vec![b' '; MAX_LINE_BYTES + 1]].concat();
+        for (bytes, expected) in [
+            (&b"\n[1]\n"[..], "d.jsonl:2: expected a JSON object, got a list of 1"),
+            (b"{}\n{\"a\": }", "d.jsonl:2: expected a JSON object, got expected value at column 7"),
+            (b"{}\n{\"a\":\"\xff\"}", "d.jsonl:2: expected UTF-8, got an invalid byte at column 7"),
+            (b"{\"a\":1e999}", "d.jsonl:1: expected a JSON object, got number out of range"),
+            (&long, "d.jsonl:2: expected a line of at most 16777216 bytes"),
+        ] {
+            let error = read(bytes).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+    }
+
+    #[test]
+    fn deep_nesting_is_an_error_and_no_overflow() {
+        assert!(read("[".repeat(100_000).as_bytes()).is_err());
+    }
+}

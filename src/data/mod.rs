@@ -1,0 +1,90 @@
+//! What a run is fed with: problems and rollout rows from JSON lines, generated tasks, the chat
+//! template that turns messages into text, and the tokenizer that may replace the GGUF's own.
+//!
+//! Nothing here knows a model: text and ids go in, text and ids come out.
+
+pub mod chat;
+pub mod hf_tokenizer;
+pub mod jsonl;
+mod rows;
+pub mod source;
+pub mod tasks;
+pub mod tokenizer;
+
+pub use chat::ChatTemplate;
+pub use hf_tokenizer::HfTokenizer;
+pub use rows::{read_problems, read_rollouts, rollouts};
+pub use source::ProblemSource;
+pub use tasks::Task;
+pub use tokenizer::{Tokenize, agree};
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`.
+    pub role: String,
+    /// What is said, in plain text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of the user.
+    pub fn user(content: impl Into<String>) -> Message {
+        Message { role: "user".into(), content: content.into() }
+    }
+}
+
+/// What the model is asked to continue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// Text: one user message where the model has a chat template, else tokenised as it stands.
+    Text(String),
+    /// A conversation that the chat template turns into text.
+    Messages(Vec<Message>),
+    /// Token ids, used as they are.
+    Tokens(Vec<i32>),
+}
+
+/// A prompt whose right answer is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The row's own `id`, or else its [`source`](Problem::source).
+    pub id: String,
+    /// The question.
+    pub prompt: Prompt,
+    /// The right answer, as the reward compares it. Never empty.
+    pub answer: String,
+    /// Where it comes from, for messages: `train.jsonl:12`, `task:add 17+25`.
+    pub source: String,
+}
+
+/// A prompt with completions that were sampled elsewhere; none, where only the prompt is looked at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RolloutRow {
+    /// The prompt all completions share.
+    pub prompt: Prompt,
+    /// The completions of this prompt: the group.
+    pub completions: Vec<RolloutCompletion>,
+    /// Line in the file, from 1.
+    pub line: usize,
+}
+
+/// One sampled completion.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RolloutCompletion {
+    /// What was said. Never empty.
+    pub content: CompletionContent,
+    /// Its reward, finite.
+    pub reward: Option<f32>,
+    /// Log-probability of each token when it was sampled, in nats; as many as there are tokens.
+    pub old_logprobs: Option<Vec<f32>>,
+}
+
+/// A completion's text or its tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CompletionContent {
+    /// Text, to be tokenised.
+    Text(String),
+    /// Token ids, used as they are.
+    Tokens(Vec<i32>),
+}

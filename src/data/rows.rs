@@ -1,0 +1,345 @@
+//! What a JSON row means: a problem, or a prompt with its completions.
+//!
+//! Problems: `{"prompt": "..." | [{"role": .., "content": ..}], "answer": ..}`; `question` may stand for
+//! `prompt`, an `id` is kept. Rollouts, text or token ids, see [`rollouts`]:
+//!
+//! ```json
+//! {"prompt": "..." | [{"role": .., "content": ..}], "completion": "..."}
+//! {"prompt_tokens": [..], "completions": [{"tokens": [..], "reward": 1.0, "old_logprobs": [..]}, ..]}
+//! ```
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{
+    CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow,
+    jsonl::{JsonLines, Row, kind},
+};
+use crate::{Error, Result};
+
+/// Log-probabilities this far above 0 nats are rounding; further up they are something else.
+const LOGPROB_ROUNDING_NATS: f64 = 1e-3;
+
+/// All problems of a JSON-lines file, at least one.
+pub fn read_problems(path: &Path) -> Result<Vec<Problem>> {
+    let rows = JsonLines::open(path)?.map(|row| problem(&row?)).collect::<Result<_>>()?;
+    not_empty(path, rows)
+}
+
+/// All rollout rows of a JSON-lines file, at least one.
+pub fn read_rollouts(path: &Path) -> Result<Vec<RolloutRow>> {
+    not_empty(path, rollouts(path)?.collect::<Result<_>>()?)
+}
+
+/// The rollout rows of a JSON-lines file, one at a time.
+///
+/// A row has one of `prompt`, `question` and `prompt_tokens`, and either `completion` (text; `reward`
+/// beside it), or `completions`, objects with `tokens` or `completion` (text), `reward` and `old_logprobs`,
+/// or neither. Other fields are ignored.
+pub fn rollouts(path: &Path) -> Result<impl Iterator<Item = Result<RolloutRow>> + use<>> {
+    Ok(JsonLines::open(path)?.map(|row| rollout(&row?)))
+}
+
+fn not_empty<T>(path: &Path, rows: Vec<T>) -> Result<Vec<T>> {
+    if rows.is_empty() {
+        let place = path.display().to_string();
+        let advice = "give a JSON-lines file that has rows";
+        return Err(Error::invalid(place, "at least one row", "none", advice));
+    }
+    Ok(rows)
+}
+
+fn problem(row: &Row) -> Result<Problem> {
+    let prompt = prompt(row)?;
+    let Some(answer) = row.get("answer") else {
+        let advice = "give every row its right answer";
+        return Err(row.invalid("answer", "text or a number", row.keys(), advice));
+    };
+    let answer = scalar(row, "answer", answer)?;
+    if answer.trim().is_empty() {
+        return Err(row.invalid("answer", "an answer", "empty text", "fill it in or drop the row"));
+    }
+    let id = row.get("id").map(|id| scalar(row, "id", id)).transpose()?;
+    let source = row.place.clone();
+    Ok(Problem { id: id.unwrap_or_else(|| source.clone()), prompt, answer, source })
+}
+
+fn rollout(row: &Row) -> Result<RolloutRow> {
+    let completions = match (row.get("completion"), row.get("completions")) {
+        (Some(_), Some(_)) => {
+            let advice = "keep the one that holds the data";
+            return Err(row.invalid("completion", "it or `completions`", "both", advice));
+        }
+        (Some(_), None) => vec![completion(row, &row.object, "")?],
+        (None, Some(list)) => {
+            let list = list.as_array().ok_or_else(|| {
+                row.invalid("completions", "a list of objects", kind(list), "write [{..}, ..]")
+            })?;
+            let one = |(j, item): (usize, &Value)| {
+                let object = item.as_object().ok_or_else(|| {
+                    let name = format!("completions[{j}]");
+                    row.invalid(&name, "an object", kind(item), "write {\"tokens\": [..]}")
+                })?;
+                completion(row, object, &format!("completions[{j}]."))
+            };
+            list.iter().enumerate().map(one).collect::<Result<_>>()?
+        }
+        (None, None) => vec![],
+    };
+    Ok(RolloutRow { prompt: prompt(row)?, completions, line: row.line })
+}
+
+/// One completion's object, whose fields are called `prefix` + name in messages.
+fn completion(row: &Row, object: &Map<String, Value>, prefix: &str) -> Result<RolloutCompletion> {
+    let field = |name: &str| object.get(name).filter(|value| !value.is_null());
+    let name_of = |name: &str| format!("{prefix}{name}");
+    let content = match (field("tokens"), field("completion")) {
+        (Some(list), None) => CompletionContent::Tokens(tokens(row, &name_of("tokens"), list)?),
+        (None, Some(Value::String(text))) if !text.is_empty() => {
+            CompletionContent::Text(text.clone())
+        }
+        (None, Some(other)) => {
+            let (name, advice) = (name_of("completion"), "give it as text, or as `tokens`");
+            return Err(row.invalid(&name, "text, not empty", kind(other), advice));
+        }
+        (found, _) => {
+            let got = if found.is_some() { "both" } else { "neither" };
+            let name = name_of("tokens");
+            return Err(row.invalid(&name, "it or `completion`", got, "give one of them"));
+        }
+    };
+    let reward = field("reward").map(|v| finite(row, &name_of("reward"), v)).transpose()?;
+    let old_logprobs = field("old_logprobs")
+        .map(|list| logprobs(row, &name_of("old_logprobs"), list, &content))
+        .transpose()?;
+    Ok(RolloutCompletion { content, reward, old_logprobs })
+}
+
+fn prompt(row: &Row) -> Result<Prompt> {
+    let mut found = ["prompt", "question", "prompt_tokens"]
+        .into_iter()
+        .filter_map(|name| row.get(name).map(|value| (name, value)));
+    let Some((name, value)) = found.next() else {
+        let expected = "`prompt` (or `question`, or `prompt_tokens`)";
+        return Err(row.invalid("prompt", expected, row.keys(), "name the field so"));
+    };
+    // A row of a data set often keeps its bare question beside the finished prompt.
+    if let Some((other, _)) = found.find(|(other, _)| *other == "prompt_tokens") {
+        let got = format!("both `{name}` and `{other}`");
+        return Err(row.invalid(other, "one prompt", got, "keep the one that is meant"));
+    }
+    match value {
+        _ if name == "prompt_tokens" => Ok(Prompt::Tokens(tokens(row, name, value)?)),
+        Value::String(text) => Ok(Prompt::Text(text.clone())),
+        Value::Array(list) if !list.is_empty() => {
+            let one = |(j, value)| message(row, &format!("{name}[{j}]"), value);
+            Ok(Prompt::Messages(list.iter().enumerate().map(one).collect::<Result<_>>()?))
+        }
+        other => {
+            let advice = "write a prompt as \"..\" or [{\"role\": \"user\", \"content\": \"..\"}]";
+            Err(row.invalid(name, "text or messages", kind(other), advice))
+        }
+    }
+}
+
+fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
+    let text = |field| value.get(field).and_then(Value::as_str).map(str::to_owned);
+    match (text("role"), text("content")) {
+        (Some(role), Some(content)) => Ok(Message { role, content }),
+        _ => {
+            let expected = "an object with the texts `role` and `content`";
+            let got = match value.as_object() {
+                Some(o) => {
+                    let fields = o.iter().take(8).map(|(k, v)| format!("`{k}`: {}", kind(v)));
+                    format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+                }
+                None => kind(value),
+            };
+            Err(row.invalid(name, expected, got, "only plain text messages are read"))
+        }
+    }
+}
+
+/// A text, or a number that JSON did not round.
+fn scalar(row: &Row, name: &str, value: &Value) -> Result<String> {
+    const EXACT: f64 = (1u64 << 53) as f64;
+    match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Number(n) if !n.is_f64() || n.as_f64().is_some_and(|x| x.abs() < EXACT) => {
+            Ok(n.to_string())
+        }
+        other => {
+            let advice = "write it as text, in quotes";
+            Err(row.invalid(name, "text or a number below 2^53", kind(other), advice))
+        }
+    }
+}
+
+fn list<'a>(row: &Row, name: &str, value: &'a Value) -> Result<&'a [Value]> {
+    match value.as_array() {
+        Some(list) if !list.is_empty() => Ok(list),
+        _ => Err(row.invalid(name, "a list, not empty", kind(value), "write [1, 2, ..]")),
+    }
+}
+
+fn tokens(row: &Row, name: &str, value: &Value) -> Result<Vec<i32>> {
+    let id = |(t, value): (usize, &Value)| {
+        let id = value.as_i64().and_then(|id| i32::try_from(id).ok()).filter(|id| *id >= 0);
+        id.ok_or_else(|| {
+            let (name, advice) = (format!("{name}[{t}]"), "use ids of the model's vocabulary");
+            row.invalid(&name, "a token id", kind(value), advice)
+        })
+    };
+    list(row, name, value)?.iter().enumerate().map(id).collect()
+}
+
+fn finite(row: &Row, name: &str, value: &Value) -> Result<f32> {
+    let number = value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    number.ok_or_else(|| {
+        row.invalid(name, "a finite number", kind(value), "drop the row or mend the figure")
+    })
+}
+
+fn logprobs(row: &Row, name: &str, value: &Value, content: &CompletionContent) -> Result<Vec<f32>> {
+    let CompletionContent::Tokens(tokens) = content else {
+        let advice = "give the completion as `tokens`, so that both are counted alike";
+        return Err(row.invalid(name, "it beside `tokens`", "it beside text", advice));
+    };
+    let values = list(row, name, value)?;
+    if values.len() != tokens.len() {
+        let expected = format!("{} log-probabilities, one per token", tokens.len());
+        let advice = "cut both to the same tokens";
+        return Err(row.invalid(name, expected, values.len().to_string(), advice));
+    }
+    let one = |(t, value): (usize, &Value)| {
+        let name = format!("{name}[{t}]");
+        if value.as_f64().is_some_and(|x| x > LOGPROB_ROUNDING_NATS) {
+            let advice = "give natural logarithms of probabilities";
+            return Err(row.invalid(&name, "at most 0 nats", kind(value), advice));
+        }
+        finite(row, &name, value)
+    };
+    values.iter().enumerate().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    fn problems(text: &str) -> Result<Vec<Problem>> {
+        read_problems(file(text).path())
+    }
+
+    fn rows(text: &str) -> Result<Vec<RolloutRow>> {
+        read_rollouts(file(text).path())
+    }
+
+    #[test]
+    fn problems_from_text_messages_and_questions() {
+        let got = problems(concat!(
+            r#"{"prompt": "1+1=", "question": "?", "answer": "2", "id": 7}"#,
+            "\n\n",
+            r#"{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": 18}"#,
+            "\n",
+            r#"{"question": "a half?", "answer": 0.5, "other": [1]}"#,
+        ))
+        .unwrap();
+        assert_eq!((got[0].id.as_str(), got[0].answer.as_str()), ("7", "2"));
+        assert_eq!(got[0].prompt, Prompt::Text("1+1=".into()));
+        let Prompt::Messages(messages) = &got[1].prompt else { panic!("{:?}", got[1]) };
+        assert_eq!((messages.len(), messages[1].content.as_str()), (2, "u"));
+        assert_eq!(got[1].answer, "18");
+        assert_eq!((got[2].answer.as_str(), &got[2].id), ("0.5", &got[2].source));
+        assert!(got[2].source.ends_with(":4"), "{}", got[2].source);
+    }
+
+    #[test]
+    fn bad_problems_are_named() {
+        for (text, expected) in [
+            ("", "expected at least one row, got none"),
+            ("\n \n", "expected at least one row, got none"),
+            (r#"{"answer": 1}"#, ":1: `prompt`: expected `prompt` (or"),
+            ("\n{\"prompt\": \"a\"}", ":2: `answer`: expected text or a number, got prompt;"),
+            (r#"{"prompt": "a", "answer": " "}"#, "`answer`: expected an answer, got empty text"),
+            (r#"{"prompt": "a", "answer": true}"#, "`answer`: expected text or a number below"),
+            (r#"{"prompt": "a", "answer": 1e30}"#, "write it as text"),
+            (r#"{"prompt": [], "answer": 1}"#, "expected text or messages, got a list of 0"),
+            (r#"{"prompt": [{"role": "user"}], "answer": 1}"#, "`prompt[0]`: expected an object"),
+            (r#"{"prompt": [3], "answer": 1}"#, "`prompt[0]`: expected an object with the texts"),
+        ] {
+            let error = problems(text).unwrap_err().to_string();
+            assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn rollouts_from_text_and_tokens() {
+        let got = rows(concat!(
+            r#"{"prompt": "a", "completion": "b", "reward": 1}"#,
+            "\n",
+            r#"{"prompt_tokens": [1, 2], "completions": [{"tokens": [3, 4], "reward": -0.5, "old_logprobs": [-0.25, 0]}, {"tokens": [5]}]}"#,
+            "\n",
+            r#"{"question": "only looked at", "answer": 3}"#,
+            "\n",
+            r#"{"prompt": "a", "completions": [{"completion": "b", "old_logprobs": null}]}"#,
+        ))
+        .unwrap();
+        assert_eq!(got[0].completions[0].content, CompletionContent::Text("b".into()));
+        assert_eq!(got[0].completions[0].reward, Some(1.0));
+        assert_eq!(got[1].prompt, Prompt::Tokens(vec![1, 2]));
+        assert_eq!(got[1].completions[0].content, CompletionContent::Tokens(vec![3, 4]));
+        assert_eq!(got[1].completions[0].reward, Some(-0.5));
+        assert_eq!(got[1].completions[0].old_logprobs, Some(vec![-0.25, 0.0]));
+        assert_eq!(got[1].completions[1].old_logprobs, None);
+        assert!(got[2].completions.is_empty());
+        assert_eq!(got[3].line, 4);
+    }
+
+    #[test]
+    fn bad_rollouts_are_named() {
+        for (text, expected) in [
+            (r#"{"prompt": "a", "completion": ""}"#, "`completion`: expected text, not empty"),
+            (r#"{"prompt": "a", "completion": "b", "completions": []}"#, "got both"),
+            (r#"{"prompt": "a", "completions": [3]}"#, "`completions[0]`: expected an object"),
+            (r#"{"prompt": "a", "completions": [{}]}"#, "got neither"),
+            (
+                r#"{"prompt": "a", "completions": [{"tokens": []}]}"#,
+                "a list, not empty, got a list of 0",
+            ),
+            (
+                r#"{"prompt": "a", "completions": [{"tokens": [1, -1]}]}"#,
+                "`completions[0].tokens[1]`",
+            ),
+            (r#"{"prompt_tokens": [3000000000], "completions": []}"#, "`prompt_tokens[0]`"),
+            (r#"{"prompt_tokens": [], "completions": []}"#, "a list, not empty"),
+            (r#"{"prompt_tokens": [1], "prompt": "a"}"#, "got both `prompt` and `prompt_tokens`"),
+            (
+                r#"{"prompt": "a", "completions": [{"tokens": [1], "old_logprobs": [0, 0]}]}"#,
+                "expected 1 log-probabilities, one per token, got 2",
+            ),
+            (
+                r#"{"prompt": "a", "completions": [{"tokens": [1], "old_logprobs": [0.5]}]}"#,
+                "`completions[0].old_logprobs[0]`: expected at most 0 nats, got the number 0.5",
+            ),
+            (
+                r#"{"prompt": "a", "completions": [{"tokens": [1], "old_logprobs": [-1e39]}]}"#,
+                "expected a finite number",
+            ),
+            (r#"{"prompt": "a", "completion": "b", "reward": 1e39}"#, "expected a finite number"),
+            (r#"{"prompt": "a", "completion": "b", "reward": "1"}"#, "`reward`: expected a finite"),
+            (r#"{"prompt": "a", "completion": "b", "old_logprobs": [0]}"#, "got it beside text"),
+        ] {
+            let error = rows(text).unwrap_err().to_string();
+            assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");
+        }
+    }
+}

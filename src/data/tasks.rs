@@ -1,0 +1,256 @@
+//! Problems that are generated: seeded, verifiable, and with an evaluation split that training never sees.
+//!
+//! A problem is a pair of numbers (x, y), each of at most `digits` digits, asked as one user message:
+//!
+//! | task | question | answer |
+//! |---|---|---|
+//! | `task:add` | `17+25=` | `42` |
+//! | `task:sub` | `17-25=` | `-8` |
+//! | `task:max` | `max(17,25)=` | `25` |
+//!
+//! The answer is expected as `\boxed{42}`. A parameter follows a question mark: `task:add?digits=3`.
+//!
+//! Split: a pair is held out for evaluation when Knuth's multiplicative hash of it falls into the lowest fifth,
+//! `(x * 10^digits + y) * 2654435761 mod 2^32 < 2^32 / 5`. `tools/pretrain_demo.py` keeps to the same rule.
+//! The order of the pair counts: (25, 17) may be trained on where (17, 25) is held out.
+
+use std::{collections::HashSet, fmt};
+
+use rand::{Rng, SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Message, Problem, Prompt};
+use crate::{Error, Result};
+
+/// What [`Task::parse`] knows.
+pub const SUPPORTED: &str = "task:add, task:sub, task:max, each with ?digits=1..9 (default 2)";
+
+const DEFAULT_DIGITS: u32 = 2;
+const MAX_DIGITS: u32 = 9;
+/// Up to this size the held-out pairs are listed and shuffled; beyond it they are drawn.
+const MAX_LISTED_PAIRS: u64 = 1_000_000;
+
+/// A generated task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Task {
+    operation: Operation,
+    digits: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Add,
+    Sub,
+    Max,
+}
+
+impl Task {
+    /// Reads `task:NAME` or `task:NAME?digits=N`.
+    pub fn parse(spec: &str) -> Result<Task> {
+        let unknown = |what, got: &str| Error::Unsupported {
+            what,
+            got: got.into(),
+            supported: SUPPORTED.into(),
+        };
+        let (name, parameters) = spec.split_once('?').unwrap_or((spec, ""));
+        let operation = match name.strip_prefix("task:") {
+            Some("add") => Operation::Add,
+            Some("sub") => Operation::Sub,
+            Some("max") => Operation::Max,
+            _ => return Err(unknown("task", name)),
+        };
+        let mut digits = DEFAULT_DIGITS;
+        for parameter in parameters.split('&').filter(|p| !p.is_empty()) {
+            let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+            if key != "digits" {
+                return Err(unknown("task parameter", key));
+            }
+            digits =
+                value.parse().ok().filter(|d| (1..=MAX_DIGITS).contains(d)).ok_or_else(|| {
+                    let expected = format!("digits from 1 to {MAX_DIGITS}");
+                    Error::invalid(spec, expected, format!("'{value}'"), "write ?digits=2")
+                })?;
+        }
+        Ok(Task { operation, digits })
+    }
+
+    /// The training problem at a position: the same for the same `(seed, index)`, whatever was asked before.
+    pub fn train_problem(&self, seed: u64, index: u64) -> Problem {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(index);
+        loop {
+            let pair = self.draw(&mut rng);
+            if !self.held_out(pair) {
+                return self.problem(pair);
+            }
+        }
+    }
+
+    /// `n` held-out problems: distinct while there are enough, and all of them before one comes twice.
+    pub fn eval_problems(&self, n: usize, seed: u64) -> Vec<Problem> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let pairs = if self.pairs() <= MAX_LISTED_PAIRS {
+            let mut pairs: Vec<u64> = (0..self.pairs()).filter(|&p| self.held_out(p)).collect();
+            pairs.shuffle(&mut rng);
+            pairs
+        } else {
+            // At least 2 * 10^7 pairs are held out here, so distinct ones are found fast.
+            let enough = n.min(MAX_LISTED_PAIRS as usize);
+            let mut seen = HashSet::new();
+            let mut pairs = Vec::new();
+            while pairs.len() < enough {
+                let pair = self.draw(&mut rng);
+                if self.held_out(pair) && seen.insert(pair) {
+                    pairs.push(pair);
+                }
+            }
+            pairs
+        };
+        pairs.iter().cycle().take(n).map(|&pair| self.problem(pair)).collect()
+    }
+
+    fn base(&self) -> u64 {
+        10u64.pow(self.digits)
+    }
+
+    fn pairs(&self) -> u64 {
+        self.base() * self.base()
+    }
+
+    /// A pair as one number, `x * 10^digits + y`.
+    fn draw(&self, rng: &mut ChaCha8Rng) -> u64 {
+        rng.random_range(0..self.pairs())
+    }
+
+    fn held_out(&self, pair: u64) -> bool {
+        (pair.wrapping_mul(2_654_435_761) & 0xffff_ffff) * 5 < 1 << 32
+    }
+
+    fn problem(&self, pair: u64) -> Problem {
+        let (x, y) = ((pair / self.base()) as i64, (pair % self.base()) as i64);
+        let (question, answer) = match self.operation {
+            Operation::Add => (format!("{x}+{y}"), x + y),
+            Operation::Sub => (format!("{x}-{y}"), x - y),
+            Operation::Max => (format!("max({x},{y})"), x.max(y)),
+        };
+        let source = format!("{self} {question}");
+        Problem {
+            id: source.clone(),
+            prompt: Prompt::Messages(vec![Message::user(format!("{question}="))]),
+            answer: answer.to_string(),
+            source,
+        }
+    }
+}
+
+impl fmt::Display for Task {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = match self.operation {
+            Operation::Add => "add",
+            Operation::Sub => "sub",
+            Operation::Max => "max",
+        };
+        write!(f, "task:{name}")?;
+        if self.digits == DEFAULT_DIGITS { Ok(()) } else { write!(f, "?digits={}", self.digits) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPECS: [&str; 6] = [
+        "task:add",
+        "task:sub",
+        "task:max",
+        "task:add?digits=1",
+        "task:max?digits=3",
+        "task:sub?digits=9",
+    ];
+
+    fn question(problem: &Problem) -> &str {
+        let Prompt::Messages(messages) = &problem.prompt else { panic!("{problem:?}") };
+        assert_eq!((messages.len(), messages[0].role.as_str()), (1, "user"));
+        &messages[0].content
+    }
+
+    #[test]
+    fn questions_and_answers() {
+        for (spec, pair, asked, answer) in [
+            ("task:add", 17_25, "17+25=", "42"),
+            ("task:sub", 17_25, "17-25=", "-8"),
+            ("task:max", 17_25, "max(17,25)=", "25"),
+            ("task:add?digits=3", 7_999, "7+999=", "1006"),
+        ] {
+            let problem = Task::parse(spec).unwrap().problem(pair);
+            assert_eq!((question(&problem), problem.answer.as_str()), (asked, answer));
+            assert_eq!(problem.source, format!("{spec} {}", asked.trim_end_matches('=')));
+        }
+    }
+
+    #[test]
+    fn the_split_is_the_one_of_the_demo_model() {
+        let task = Task::parse("task:add").unwrap();
+        let held: Vec<u64> = (0..10_000).filter(|&p| task.held_out(p)).collect();
+        // Python: [p for p in range(10000) if p * 2654435761 % 2**32 * 5 < 2**32]
+        assert_eq!(held.len(), 2001);
+        assert_eq!(held[..8], [0, 5, 10, 13, 18, 26, 31, 34]);
+        assert_eq!(held[2000], 9998);
+    }
+
+    #[test]
+    fn training_never_meets_an_evaluation_problem() {
+        for spec in SPECS {
+            let task = Task::parse(spec).unwrap();
+            let held: HashSet<_> = task.eval_problems(1500, 3).into_iter().map(|p| p.id).collect();
+            for index in 0..3000 {
+                let problem = task.train_problem(3, index);
+                assert!(!held.contains(&problem.id), "{}", problem.id);
+            }
+        }
+    }
+
+    #[test]
+    fn evaluation_problems_are_distinct_while_there_are_enough() {
+        for (spec, n, distinct) in [
+            ("task:add", 500, 500),
+            ("task:add", 2000, 2000),
+            ("task:add", 2500, 2001),
+            ("task:add?digits=1", 100, 21),
+            ("task:add?digits=5", 3000, 3000),
+        ] {
+            let problems = Task::parse(spec).unwrap().eval_problems(n, 1);
+            let ids: HashSet<_> = problems.iter().map(|p| &p.id).collect();
+            assert_eq!((problems.len(), ids.len()), (n, distinct), "{spec}");
+        }
+    }
+
+    #[test]
+    fn same_seed_same_problems() {
+        for spec in SPECS {
+            let task = Task::parse(spec).unwrap();
+            assert_eq!(task, Task::parse(&task.to_string()).unwrap());
+            let train = |seed| (0..50).map(|i| task.train_problem(seed, i).id).collect::<Vec<_>>();
+            assert_eq!(train(1), train(1));
+            assert_ne!(train(1), train(2));
+            assert_eq!(task.train_problem(1, 30).id, train(1)[30]);
+            assert_eq!(task.eval_problems(9, 1), task.eval_problems(9, 1));
+            assert_ne!(task.eval_problems(9, 1), task.eval_problems(9, 2));
+        }
+    }
+
+    #[test]
+    fn unknown_tasks_and_parameters_are_named() {
+        for (spec, expected) in [
+            ("task:mul", "task 'task:mul' is not supported; supported: task:add, task:sub"),
+            ("add", "task 'add' is not supported"),
+            ("task:add?size=3", "task parameter 'size' is not supported; supported: task:add,"),
+            ("task:add?digits=0", "task:add?digits=0: expected digits from 1 to 9, got '0'"),
+            ("task:add?digits=10", "got '10'"),
+            ("task:add?digits", "got ''"),
+        ] {
+            let error = Task::parse(spec).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
