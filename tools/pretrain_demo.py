@@ -2,18 +2,24 @@
 
 What it does: trains 8 layers of width 128 from random weights on addition in ChatML, stops early, when
 sampled accuracy on pairs it never saw crosses the target, and writes the weights as a Q8_0 GGUF (norms F32).
-The early stop is the point: the format is learnt, the sums are still uncertain, so reinforcement learning
-has something to lift. Every figure printed at the end is of the file: read back, dequantised, run.
+The format is learnt and the sums are still uncertain, so reinforcement learning has something to lift.
+Part of the uncertainty is made: digits are trained on smoothed targets, so greedy decoding already gets most
+sums right, and what sampling loses is spread over all digits. The lift from RL on this model is therefore
+mostly sharpening. Tried instead, --smoothing 0.1: accuracy jumps from 0.05 to 0.5 within 100 steps, and GRPO
+with LoRA at a rate of 1e-3 lifts a model stopped in that jump slowly (0.47 to 0.57 in 30 steps) or, where the
+embedding had been trained at four times the rate, throws it back (0.46 to 0.20 in 20 steps).
+Every figure printed at the end is of the file: read back, dequantised, run.
+About 650 steps, 7 minutes on one core.
 
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
        pretrain_demo.py --check FILE.gguf                                      (only measures a file)
 The seed fixes initial weights and data. Another CPU, another number of threads or another torch adds in
-another order, and then the weights differ, but not the recipe and, within its window, not the accuracy.
+another order; then the weights differ, and with them the step of the stop and a few points of accuracy.
 
 Text:    <|im_start|>user\\n{x}+{y}=<|im_end|>\\n<|im_start|>assistant\\n  ->  \\boxed{SUM}<|im_end|>
          x and y uniform in 0..99; loss on the completion only. A small share is {x}-{y}= and max({x},{y})=.
-         The target of a digit is smoothed over the ten digits, so that errors stay soft.
+         Where the target is a digit, --smoothing of it goes to all ten digits.
 Held out: a pair (x, y) with  (x*100 + y) * 2654435761 mod 2^32 < 2^32 / 5  (Knuth's multiplicative hash, 20 %
          of all pairs) is never trained on, in any of the three tasks. It is the evaluation split; the Rust
          side's `task:add` uses the same rule. The order counts: (y, x) may well be trained on.
@@ -22,7 +28,7 @@ Accuracy: of a whole completion, <|im_end|> included, at temperature 1 over the 
 Vocabulary: 256 bytes, 8 merges, 3 specials, padded to 288. No merge applies within the text of the tasks, so
          byte by byte is what a BPE tokenizer makes of it too.
 """
-import argparse, math, os, re, time
+import argparse, os, re, time
 from pathlib import Path
 import gguf, numpy as np, torch
 import torch.nn.functional as F
@@ -98,7 +104,7 @@ def initial(generator):
     def normal(rows, columns, std):
         return torch.randn(rows, columns, generator=generator) * std
     w = {"token_embd.weight": normal(V, D, 0.05), "output_norm.weight": torch.ones(D)}
-    into_residual = 1 / math.sqrt(2 * L)
+    into_residual = 0.5
     for il in range(L):
         b = f"blk.{il}."
         w[b + "attn_norm.weight"], w[b + "ffn_norm.weight"] = torch.ones(D), torch.ones(D)
@@ -231,22 +237,18 @@ def train(a):
     """Warm-up, then a constant rate; near the target the rate falls to `--slow` of it, for smooth last steps."""
     generator = torch.Generator().manual_seed(a.seed)
     w = {name: t.requires_grad_() for name, t in initial(generator).items()}
-    groups = [(lambda name, t: name == "token_embd.weight", a.embedding_lr, 0.0),
-              (lambda name, t: t.dim() == 1, a.lr, 0.0),
-              (lambda name, t: True, a.lr, a.weight_decay)]
-    rest, params = dict(w), []
-    for belongs, lr, decay in groups:
-        names = [name for name, t in rest.items() if belongs(name, t)]
-        params.append({"params": [rest.pop(name) for name in names], "peak": lr, "lr": lr, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98))
+    decays = [t for name, t in w.items() if t.dim() == 2 and name != "token_embd.weight"]
+    stays = [t for name, t in w.items() if t.dim() == 1 or name == "token_embd.weight"]
+    optimizer = torch.optim.AdamW([{"params": decays, "weight_decay": a.weight_decay}, {"params": stays, "weight_decay": 0.0}],
+                                  lr=a.lr, betas=(0.9, 0.98))
     probe = EVAL[::4]
-    slow_since, running, start = None, None, time.time()
+    slow_since, running, accuracy, start = None, None, 0.0, time.time()
     for step in range(1, a.steps + 1):
-        rate = min(1, step / a.warmup)
+        rate = a.lr * min(1, step / a.warmup)
         if slow_since is not None:
             rate *= max(a.slow, 1 - (1 - a.slow) * (step - slow_since) / a.decay)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+            group["lr"] = rate
         picks = torch.randint(len(TRAIN), (a.batch,), generator=generator).tolist()
         others = torch.rand(a.batch, generator=generator).tolist()
         task = lambda u: "sub" if u < a.others / 2 else "max" if u < a.others else "add"
@@ -261,7 +263,7 @@ def train(a):
                 p, greedy = expected(w, "add", EVAL)
             accuracy = p.mean().item()
             print(f"step {step} loss {running:.4f} accuracy {accuracy:.3f} greedy {greedy.mean():.3f} of {len(p)} "
-                  f"pass@8 {(1 - (1 - p)**8).mean():.3f} lr {rate * a.lr:.2e} {time.time() - start:.0f} s", flush=True)
+                  f"pass@8 {(1 - (1 - p)**8).mean():.3f} lr {rate:.2e} {time.time() - start:.0f} s", flush=True)
             if slow_since is None and accuracy >= a.near:
                 slow_since = step
             if accuracy >= a.target and len(p) == len(EVAL):
@@ -271,15 +273,14 @@ def train(a):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
-    ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=2)
+    ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
-    ap.add_argument("--near", type=float, default=0.15, help="held-out accuracy from which on to slow down")
+    ap.add_argument("--near", type=float, default=0.33, help="held-out accuracy from which on to slow down")
     ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
-    ap.add_argument("--steps", type=int, default=5000, help="give up after these"); ap.add_argument("--batch", type=int, default=128)
-    ap.add_argument("--lr", type=float, default=7e-4); ap.add_argument("--embedding-lr", type=float, default=4e-3)
-    ap.add_argument("--warmup", type=int, default=50); ap.add_argument("--weight-decay", type=float, default=0.1)
-    ap.add_argument("--smoothing", type=float, default=0.1, help="part of a digit's target that goes to all ten digits")
-    ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50)
+    ap.add_argument("--steps", type=int, default=5000, help="give up after these"); ap.add_argument("--batch", type=int, default=64)
+    ap.add_argument("--lr", type=float, default=1e-3); ap.add_argument("--warmup", type=int, default=50); ap.add_argument("--weight-decay", type=float, default=0.1)
+    ap.add_argument("--smoothing", type=float, default=0.3, help="part of a digit's target that goes to all ten digits")
+    ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50, help="in steps; 10 near the target")
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
     check_merges()

@@ -37,7 +37,7 @@ impl Message {
 /// What the model is asked to continue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prompt {
-    /// Text that is tokenised as it stands.
+    /// Text: one user message where the model has a chat template, else tokenised as it stands.
     Text(String),
     /// A conversation that the chat template turns into text.
     Messages(Vec<Message>),

@@ -161,8 +161,8 @@ impl Arena {
 
     /// The same elements in another shape.
     pub fn reshape<'a>(&'a self, x: Tensor<'a>, shape: Shape) -> Tensor<'a> {
-        let elements: usize = shape.iter().product();
-        assert!(x.is_contiguous() && x.len() == elements, "{x:?} as {shape:?}");
+        let len: usize = shape.iter().product();
+        assert!(x.is_contiguous() && x.len() == len, "{x:?} as {shape:?}");
         let [a, b, c, d] = shape.map(|n| n as i64);
         self.reserve(1);
         // SAFETY: contiguous, as many elements; room in the context.

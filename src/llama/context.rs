@@ -107,6 +107,11 @@ impl Context {
         })
     }
 
+    /// Whether generation ends with this token.
+    pub fn is_eog(&self, token: i32) -> bool {
+        self.model.vocab().is_eog(token)
+    }
+
     /// Sizes, the sequence's rounded up as llama.cpp does.
     pub fn options(&self) -> &ContextOptions {
         &self.options

@@ -274,6 +274,11 @@ impl Lora {
         if self.alpha == 0.0 { 1.0 } else { self.alpha / self.rank as f32 }
     }
 
+    /// The targets that any layer adapts.
+    pub fn targets(&self) -> Targets {
+        Targets::new(self.slots.iter().map(|s| s.target))
+    }
+
     /// The adapted weights, by layer and in the order of a layer.
     pub fn slots(&self) -> &[Slot] {
         &self.slots

@@ -14,6 +14,7 @@ mod rows;
 mod swiglu;
 
 pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
+pub(crate) use exp::exp as exp_fast;
 pub use linear::{LowRank, linear, linear_back, outer};
 pub use logprob::{Logprob, linear_logprob};
 pub use norm::{rms_norm, rms_norm_back};

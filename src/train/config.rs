@@ -232,6 +232,12 @@ impl TrainConfig {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
     }
 
+    /// Threads of the run.
+    pub fn n_threads(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.threads.unwrap_or_else(all)
+    }
+
     /// Layer of the internal phase for a model of `n_layer` layers.
     pub fn internal_layer(&self, n_layer: usize) -> usize {
         self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))
@@ -275,6 +281,11 @@ impl TrainConfig {
             if value == 0 {
                 return refuse(option, "at least 1", "0".into(), "leave it out for the default");
             }
+        }
+        let longest = self.max_prompt + self.max_response;
+        if self.micro_batch_tokens < longest {
+            let expected = format!("at least --max-prompt plus --max-response ({longest})");
+            return refuse("--micro-batch-tokens", &expected, self.micro_batch_tokens.to_string(), "raise it");
         }
         if self.mini_batch() > self.prompts_per_step {
             let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);

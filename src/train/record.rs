@@ -68,9 +68,9 @@ pub struct StepRecord {
 /// The end of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// Held-out accuracy before the first step.
-    pub accuracy_before: f32,
-    /// Held-out accuracy after the last step.
+    /// Held-out accuracy before the first step; none without held-out problems.
+    pub accuracy_before: Option<f32>,
+    /// Held-out accuracy after the last step; none also when the run was stopped.
     pub accuracy_after: Option<f32>,
     /// Steps done.
     pub steps: u64,
@@ -114,8 +114,8 @@ impl RunDir {
 
     /// Refuses a folder that is not empty, before long work begins.
     pub fn check(path: &Path) -> Result<()> {
-        match fs::read_dir(path) {
-            Ok(mut entries) if entries.next().is_some() => Err(Error::invalid(
+        match fs::read_dir(path).map(|mut entries| entries.next().is_some()) {
+            Ok(true) => Err(Error::invalid(
                 format!("--out {}", path.display()),
                 "an empty or new folder",
                 "one with files",

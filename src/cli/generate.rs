@@ -1,0 +1,149 @@
+//! `bupo-gguf generate`
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+
+use super::{ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
+use crate::data::Prompt;
+use crate::ggml::ThreadPool;
+use crate::rollout::{Encoder, Request, RolloutOptions, Rollouts, Sampling};
+use crate::{Error, Result};
+
+/// Sample completions of a prompt, with or without an adapter.
+///
+/// The prompt becomes one user message of the model's chat template; --raw takes it as it is.
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Prompt
+    #[arg(short, long, value_name = "TEXT")]
+    prompt: String,
+    /// Adapter (GGUF)
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// Take the prompt as it is, without the chat template
+    #[arg(long, conflicts_with = "system")]
+    raw: bool,
+    /// Completions
+    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    samples: usize,
+    /// Completions end at this length
+    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    max_response: usize,
+    /// Sampling temperature; 0 takes the likeliest token
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    temperature: f32,
+    /// Keep the smallest set of tokens with this probability
+    #[arg(long, default_value_t = 1.0, value_name = "X")]
+    top_p: f32,
+    /// Keep the N likeliest tokens (0 = all)
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    top_k: usize,
+    /// Keep tokens with at least X times the likeliest one's probability
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    min_p: f32,
+    /// Same seed, same completions
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seed: u64,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// One JSON object on stdout: text, tokens and log-probs of every completion
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: GenerateArgs) -> Result<()> {
+    for (option, ok, expected) in [
+        ("--samples", args.samples > 0, "at least 1"),
+        ("--max-response", args.max_response > 0, "at least 1"),
+        ("--temperature", args.temperature >= 0.0 && args.temperature.is_finite(), "0 or more"),
+        ("--top-p", args.top_p > 0.0 && args.top_p <= 1.0, "above 0, at most 1"),
+        ("--min-p", (0.0..1.0).contains(&args.min_p), "0 to below 1"),
+    ] {
+        if !ok {
+            return Err(Error::invalid(option, expected, "another value", "leave it out"));
+        }
+    }
+    let model = args.model.open()?;
+    let mut lora = open_adapter(&model, &args.adapter)?;
+    let encoder = Encoder::new(&model, None, args.system.clone())?;
+    let context = model.config().n_ctx_train;
+    let room = context.saturating_sub(args.max_response);
+    let prompt = if args.raw {
+        Prompt::Tokens(model.engine().vocab().tokenize(&args.prompt, true, true)?)
+    } else {
+        Prompt::Text(args.prompt.clone())
+    };
+    let prompt_tokens = encoder.prompt(&prompt, usize::MAX)?;
+    if prompt_tokens.len() > room {
+        return Err(Error::invalid(
+            "prompt and --max-response",
+            format!("{context} tokens, the model's context"),
+            format!("{} and {}", prompt_tokens.len(), args.max_response),
+            "shorten one of them",
+        ));
+    }
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let pool = Arc::new(ThreadPool::new(args.threads.unwrap_or(threads))?);
+    let options =
+        RolloutOptions { n_ctx_seq: prompt_tokens.len() + args.max_response, kv_bytes: 1 << 30 };
+    let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
+    if let Some(lora) = &mut lora {
+        rollouts.set_adapter(Some(lora.live(&model)?))?;
+    }
+    let sampling = Sampling {
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        min_p: args.min_p,
+    };
+    let request =
+        Request { prompt_tokens, n: args.samples, seed_stream: 0, max_tokens: args.max_response };
+    let stop = Arc::new(AtomicBool::new(false));
+    stop_on_signal(stop.clone())?;
+    // A single completion is shown as it grows.
+    let live = args.samples == 1 && !args.json;
+    let mut shown = Vec::new();
+    let completions = rollouts
+        .generate_with(&[request], &sampling, args.seed, &stop, &mut |event| {
+            if live && let Some(token) = event.newest {
+                shown.extend(model.engine().vocab().piece(token, false));
+                let valid = match std::str::from_utf8(&shown) {
+                    Ok(_) => shown.len(),
+                    Err(e) => e.valid_up_to(),
+                };
+                let mut out = std::io::stdout();
+                let written = out.write_all(&shown[..valid]).and_then(|()| out.flush());
+                shown.drain(..valid);
+                return written.map_err(Error::io("write to", "stdout"));
+            }
+            Ok(())
+        })?
+        .remove(0);
+    if args.json {
+        let list: Vec<_> = completions
+            .iter()
+            .map(|c| {
+                serde_json::json!({"text": encoder.text(&c.tokens), "tokens": c.tokens,
+                    "logprobs": c.logprobs, "finish": c.finish})
+            })
+            .collect();
+        return print_json(&serde_json::json!({"completions": list}));
+    }
+    if live {
+        return print_line("");
+    }
+    for (i, completion) in completions.iter().enumerate() {
+        print_line(&format!("--- {}\n{}", i + 1, encoder.text(&completion.tokens)))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,111 @@
+//! The command line: one file per subcommand, no logic.
+
+mod generate;
+mod score;
+mod train;
+mod watch;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::model::{Lora, Model};
+use crate::{Error, Result};
+
+/// Look inside quantised GGUF models and train LoRA adapters on them with Bottom-up Policy
+/// Optimization (BuPO), on llama.cpp, with one copy of the weights.
+///
+/// MODEL is a GGUF file (of a split set the first part), or `demo` for the small model inside the program.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a LoRA adapter with BuPO or GRPO: rollouts, rewards and updates in one process
+    Train(Box<train::TrainArgs>),
+    /// Per-token log-probs and entropies of given completions under the final or an inner policy
+    Score(score::ScoreArgs),
+    /// Sample completions of a prompt, with or without an adapter
+    Generate(generate::GenerateArgs),
+}
+
+/// What every subcommand takes.
+#[derive(Args, Clone, Debug)]
+struct ModelArgs {
+    /// GGUF file, or `demo`
+    #[arg(value_name = "MODEL")]
+    model: PathBuf,
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Model> {
+        Model::open(&self.model)
+    }
+}
+
+/// An adapter beside a model.
+fn open_adapter(model: &Model, path: &Option<PathBuf>) -> Result<Option<Lora>> {
+    path.as_ref().map(|path| Lora::load(model, path)).transpose()
+}
+
+/// Parses the arguments of the process and runs the subcommand.
+pub fn run() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_env("BUPO_LOG"))
+        .with_writer(std::io::stderr)
+        .init();
+    let outcome = match Cli::parse().command {
+        Command::Train(args) => train::run(*args),
+        Command::Score(args) => score::run(args),
+        Command::Generate(args) => generate::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Error::Interrupted) => {
+            eprintln!("interrupted");
+            ExitCode::from(130)
+        }
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error.to_string()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Ctrl-C or SIGTERM sets the flag; a second one ends the process at once.
+fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after the current write (once more to stop at once)");
+    })
+    .map_err(|e| Error::engine("catching Ctrl-C", e.to_string(), "report it"))
+}
+
+/// Writes a line of JSON to stdout.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string(value)
+        .map_err(|e| Error::engine("writing JSON", e.to_string(), "report it"))?;
+    print_line(&text)
+}
+
+/// Writes a line to stdout; a closed pipe is an error, not a panic.
+fn print_line(text: &str) -> Result<()> {
+    use std::io::Write;
+    writeln!(std::io::stdout(), "{text}").map_err(Error::io("write to", "stdout"))
+}

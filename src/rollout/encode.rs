@@ -1,0 +1,124 @@
+//! Prompts to tokens and completions to text: chat template and vocabulary.
+
+use std::path::Path;
+
+use crate::data::{ChatTemplate, HfTokenizer, Message, Prompt, Tokenize, agree};
+use crate::model::Model;
+use crate::{Error, Result};
+
+/// Turns prompts into tokens as the model expects them.
+pub struct Encoder<'m> {
+    model: &'m Model,
+    template: Option<ChatTemplate>,
+    tokenizer: Option<HfTokenizer>,
+    system: Option<String>,
+}
+
+impl<'m> Encoder<'m> {
+    /// Uses the GGUF's chat template and vocabulary; `tokenizer` (a tokenizer.json) replaces the
+    /// vocabulary's encoder where both agree on ids. `system` goes before text prompts.
+    ///
+    /// # Errors
+    /// The template or the tokenizer cannot be read, or ids disagree.
+    pub fn new(
+        model: &'m Model,
+        tokenizer: Option<&Path>,
+        system: Option<String>,
+    ) -> Result<Encoder<'m>> {
+        let vocab = model.engine().vocab();
+        let spelling = |token: Option<i32>| token.map_or(String::new(), |t| vocab.spelling(t));
+        let template = match model.engine().chat_template() {
+            Some(text) => {
+                Some(ChatTemplate::new(&text, &spelling(vocab.bos()), &spelling(vocab.eos()))?)
+            }
+            None => None,
+        };
+        let tokenizer = match tokenizer {
+            Some(path) => {
+                let tokenizer = HfTokenizer::open(path)?;
+                let ids = (0..vocab.n_tokens() as i32).map(|t| (t, vocab.spelling(t)));
+                agree(ids, &tokenizer)?;
+                Some(tokenizer)
+            }
+            None => None,
+        };
+        Ok(Encoder { model, template, tokenizer, system })
+    }
+
+    /// Tokens of a prompt, cut from the left to `max_tokens` (PAPER section 2).
+    ///
+    /// Text becomes one user message where the model has a chat template, else it is taken as it is.
+    ///
+    /// # Errors
+    /// Messages without a chat template, tokens or characters outside the vocabulary, an empty prompt.
+    pub fn prompt(&self, prompt: &Prompt, max_tokens: usize) -> Result<Vec<i32>> {
+        let mut tokens = match (prompt, &self.template) {
+            (Prompt::Tokens(tokens), _) => {
+                let vocab = self.model.engine().vocab();
+                if let Some(bad) = tokens.iter().find(|&&t| !vocab.holds(t)) {
+                    let expected = format!("token ids below {}", vocab.n_tokens());
+                    let advice = "the tokens belong to another model";
+                    return Err(Error::invalid("prompt", expected, bad.to_string(), advice));
+                }
+                tokens.clone()
+            }
+            (Prompt::Messages(messages), Some(template)) => self.chat(template, messages)?,
+            (Prompt::Messages(_), None) => {
+                return Err(Error::invalid(
+                    "prompt",
+                    "text, for this model has no chat template",
+                    "messages",
+                    "give the prompt as one text",
+                ));
+            }
+            (Prompt::Text(text), Some(template)) => {
+                let message =
+                    |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+                let mut messages: Vec<_> =
+                    self.system.iter().map(|system| message("system", system)).collect();
+                messages.push(message("user", text));
+                self.chat(template, &messages)?
+            }
+            (Prompt::Text(text), None) => {
+                let text = match &self.system {
+                    Some(system) => format!("{system}\n{text}"),
+                    None => text.clone(),
+                };
+                self.tokenize(&text, true)?
+            }
+        };
+        if tokens.is_empty() {
+            return Err(Error::invalid("prompt", "at least one token", "none", "drop the row"));
+        }
+        tokens.drain(..tokens.len().saturating_sub(max_tokens));
+        Ok(tokens)
+    }
+
+    fn chat(&self, template: &ChatTemplate, messages: &[Message]) -> Result<Vec<i32>> {
+        let text = template.render(messages, true)?;
+        let vocab = self.model.engine().vocab();
+        // A template that writes BOS itself must not get a second one.
+        let has_bos = vocab.bos().is_some_and(|bos| {
+            let bos = vocab.spelling(bos);
+            !bos.is_empty() && text.starts_with(&bos)
+        });
+        self.tokenize(&text, !has_bos)
+    }
+
+    fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {
+        match &self.tokenizer {
+            Some(tokenizer) => tokenizer.encode(text, add_special, true),
+            None => self.model.engine().vocab().tokenize(text, add_special, true),
+        }
+    }
+
+    /// Tokens of a completion's text: no BOS, control tokens read by name.
+    pub fn completion(&self, text: &str) -> Result<Vec<i32>> {
+        self.tokenize(text, false)
+    }
+
+    /// Text of tokens, control tokens left out.
+    pub fn text(&self, tokens: &[i32]) -> String {
+        self.model.engine().vocab().text(tokens, false)
+    }
+}

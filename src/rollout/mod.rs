@@ -1,0 +1,9 @@
+//! Rollouts: prompts to tokens, continuous batching over llama.cpp, sampling.
+
+mod encode;
+mod sampler;
+mod scheduler;
+
+pub use encode::Encoder;
+pub use sampler::{Sampler, Sampling};
+pub use scheduler::{Completion, Finish, Progress, Request, RolloutOptions, Rollouts};

@@ -1,0 +1,421 @@
+//! Continuous batching: as many sequences at once as the KV budget allows, refilled as they end.
+//!
+//! A group's prompt is decoded once, into one slot; the KV cache of the others is a copy. A slot whose
+//! completion ended goes on with the next completion of its own group (the prompt is still there), or
+//! takes part in the next group. llama.cpp decodes sequences of neighbouring slots together, so at the
+//! tail, when nothing is pending, the last slot's sequence moves into the hole.
+//!
+//! Nothing here depends on time: the same requests and seed give the same completions.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+
+use super::sampler::{Sampler, Sampling};
+use crate::ggml::ThreadPool;
+use crate::llama::{self, Context, ContextOptions, LiveAdapter, Token, TokenBatch};
+use crate::{Error, Result};
+
+/// A prompt and how many completions of it are wanted.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Prompt tokens, not empty.
+    pub prompt_tokens: Vec<i32>,
+    /// Completions.
+    pub n: usize,
+    /// Tells the random numbers of requests apart; with the seed and a completion's index it is their key.
+    pub seed_stream: u64,
+    /// A completion ends at this length.
+    pub max_tokens: usize,
+}
+
+/// Why a completion ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Finish {
+    /// An end-of-generation token was sampled; it is the last of the tokens.
+    Eog,
+    /// The length limit.
+    Length,
+}
+
+/// One sampled completion.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Completion {
+    /// Token ids, at least one.
+    pub tokens: Vec<i32>,
+    /// Log-prob of each under the full policy at the sampling temperature, nats.
+    pub logprobs: Vec<f32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// How far a call of [`Rollouts::generate`] is, after each round of tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Completions that have ended.
+    pub done: usize,
+    /// Completions wanted.
+    pub total: usize,
+    /// Tokens sampled.
+    pub tokens: usize,
+    /// The last one of them.
+    pub newest: Option<i32>,
+}
+
+/// Limits of the rollout engine.
+#[derive(Clone, Copy, Debug)]
+pub struct RolloutOptions {
+    /// Longest prompt plus completion, tokens.
+    pub n_ctx_seq: usize,
+    /// Memory for keys and values.
+    pub kv_bytes: usize,
+}
+
+/// Tokens of prompts that are decoded in one call.
+const PREFILL_TOKENS: usize = 2048;
+/// Logits at which sampling is worth several threads.
+const PARALLEL_LOGITS: usize = 1 << 16;
+
+/// Samples completions with llama.cpp.
+pub struct Rollouts {
+    context: Context,
+    n_ctx_seq: usize,
+}
+
+/// A request in work: the logits after its prompt start every completion.
+struct Group {
+    request: usize,
+    next: usize,
+    first_logits: Arc<[f32]>,
+}
+
+/// A sequence in work.
+struct Slot {
+    group: usize,
+    index: usize,
+    rng: ChaCha8Rng,
+    completion: Completion,
+}
+
+impl Rollouts {
+    /// An engine with as many sequences as the memory for keys and values allows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not even one sequence fits.
+    pub fn new(
+        model: &Arc<llama::Model>,
+        pool: &Arc<ThreadPool>,
+        options: RolloutOptions,
+    ) -> Result<Rollouts> {
+        let h = model.hparams()?;
+        let width = (h.head_size_k + h.head_size_v) as usize * h.n_head_kv as usize;
+        let n_ctx_seq = options.n_ctx_seq.next_multiple_of(256);
+        let per_sequence = n_ctx_seq * width * h.n_layer as usize * 2; // F16
+        let n_seq = (options.kv_bytes / per_sequence).min(llama::max_sequences()).min(MAX_PARALLEL);
+        if n_seq == 0 {
+            return Err(Error::invalid(
+                "--kv-mib",
+                format!("at least {} MiB for one sequence", per_sequence.div_ceil(1 << 20)),
+                format!("{} MiB", options.kv_bytes >> 20),
+                "raise it, or lower --max-response",
+            ));
+        }
+        let n_batch = PREFILL_TOKENS.max(n_seq).max(options.n_ctx_seq);
+        let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
+        Ok(Rollouts { context: Context::new(model, pool, sizes)?, n_ctx_seq: options.n_ctx_seq })
+    }
+
+    /// Decodes with this adapter from now on, or with the base alone.
+    pub fn set_adapter(&mut self, adapter: Option<Arc<LiveAdapter>>) -> Result<()> {
+        self.context.set_adapter(adapter)
+    }
+
+    /// Sequences decoded at once.
+    pub fn n_seq(&self) -> usize {
+        self.context.options().n_seq
+    }
+
+    /// Completions of all requests, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a prompt that is empty or leaves no room, [`Error::Interrupted`] when
+    /// `stop` becomes true, [`Error::Engine`] when llama.cpp fails.
+    pub fn generate(
+        &mut self,
+        requests: &[Request],
+        sampling: &Sampling,
+        seed: u64,
+        progress: &mut dyn FnMut(Progress),
+        stop: &AtomicBool,
+    ) -> Result<Vec<Vec<Completion>>> {
+        self.generate_with(requests, sampling, seed, stop, &mut |event| {
+            progress(event);
+            Ok(())
+        })
+    }
+
+    /// [`Rollouts::generate`] with a watcher that may end it with an error.
+    pub fn generate_with(
+        &mut self,
+        requests: &[Request],
+        sampling: &Sampling,
+        seed: u64,
+        stop: &AtomicBool,
+        watch: &mut dyn FnMut(Progress) -> Result<()>,
+    ) -> Result<Vec<Vec<Completion>>> {
+        for (i, r) in requests.iter().enumerate() {
+            let room = self.n_ctx_seq.saturating_sub(r.prompt_tokens.len());
+            if r.prompt_tokens.is_empty() || r.max_tokens == 0 || r.max_tokens > room {
+                return Err(Error::invalid(
+                    format!("prompt {}", i + 1),
+                    format!("1 token or more, and {} in all with the completion", self.n_ctx_seq),
+                    format!("{} and up to {} sampled", r.prompt_tokens.len(), r.max_tokens),
+                    "lower --max-prompt or --max-response",
+                ));
+            }
+        }
+        self.context.clear();
+        let mut run = Run {
+            context: &mut self.context,
+            requests,
+            sampling,
+            seed,
+            pending: (0..requests.len()).filter(|&r| requests[r].n > 0).collect(),
+            groups: Vec::new(),
+            slots: Vec::new(),
+            done: requests.iter().map(|r| vec![None; r.n]).collect(),
+            samplers: Vec::new(),
+            progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
+        };
+        run.slots.resize_with(run.context.options().n_seq, || None);
+        while run.progress.done < run.progress.total {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            run.fill()?;
+            if run.progress.tokens > 0 {
+                watch(run.progress)?;
+            }
+            run.compact();
+            run.decode()?;
+        }
+        watch(run.progress)?;
+        let take = |group: Vec<Option<Completion>>| group.into_iter().flatten().collect();
+        Ok(run.done.into_iter().map(take).collect())
+    }
+}
+
+/// Sequences at once beyond which a decode gains nothing.
+const MAX_PARALLEL: usize = 256;
+
+/// One call of [`Rollouts::generate`].
+struct Run<'r> {
+    context: &'r mut Context,
+    requests: &'r [Request],
+    sampling: &'r Sampling,
+    seed: u64,
+    pending: VecDeque<usize>,
+    groups: Vec<Group>,
+    slots: Vec<Option<Slot>>,
+    done: Vec<Vec<Option<Completion>>>,
+    samplers: Vec<Sampler>,
+    progress: Progress,
+}
+
+impl Run<'_> {
+    /// Gives free slots to pending requests: prompts decoded together, copied to the other slots of
+    /// their groups, first tokens sampled.
+    fn fill(&mut self) -> Result<()> {
+        loop {
+            let free: Vec<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
+            let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
+            let (mut left, mut tokens) = (free.len(), 0);
+            while let Some(&request) = self.pending.front() {
+                let r = &self.requests[request];
+                let n = r.n.min(left);
+                tokens += r.prompt_tokens.len();
+                if n == 0 || (!claimed.is_empty() && tokens > PREFILL_TOKENS) {
+                    break;
+                }
+                left -= n;
+                claimed.push((request, n));
+                self.pending.pop_front();
+            }
+            if claimed.is_empty() {
+                return Ok(());
+            }
+            self.start(&claimed, &free)?;
+        }
+    }
+
+    /// Decodes the prompts of claimed requests into the first free slots, and starts their completions.
+    fn start(&mut self, claimed: &[(usize, usize)], free: &[usize]) -> Result<()> {
+        let mut batch = TokenBatch::default();
+        let mut last = Vec::with_capacity(claimed.len());
+        for (&(request, _), &slot) in claimed.iter().zip(free) {
+            self.context.forget(slot, 0);
+            let prompt = &self.requests[request].prompt_tokens;
+            for (i, &id) in prompt.iter().enumerate() {
+                let logits = i + 1 == prompt.len();
+                batch.0.push(Token { id, position: i as i32, sequence: slot as i32, logits });
+            }
+            last.push(batch.0.len() - 1);
+        }
+        self.context.decode(&batch)?;
+        let mut followers = free[claimed.len()..].iter();
+        for ((&(request, n), &slot), &index) in claimed.iter().zip(free).zip(&last) {
+            let first_logits = self.context.logits(index).into();
+            self.groups.push(Group { request, next: 0, first_logits });
+            let group = self.groups.len() - 1;
+            self.begin(slot, group);
+            for _ in 1..n {
+                let &to = followers.next().expect("as many free slots as were claimed");
+                self.context.forget(to, 0);
+                self.context.copy(slot, to);
+                self.begin(to, group);
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the next completion of a group in a slot that holds its prompt; goes on to the one after
+    /// while completions end with their first token.
+    fn begin(&mut self, slot: usize, group: usize) {
+        loop {
+            let g = &mut self.groups[group];
+            let request = &self.requests[g.request];
+            if g.next == request.n {
+                self.slots[slot] = None;
+                return;
+            }
+            let index = g.next;
+            g.next += 1;
+            let mut started = Slot {
+                group,
+                index,
+                rng: rng(self.seed, request.seed_stream, index),
+                completion: Completion { tokens: vec![], logprobs: vec![], finish: Finish::Length },
+            };
+            let logits = g.first_logits.clone();
+            let uniform = started.rng.random();
+            if self.samplers.is_empty() {
+                self.samplers.push(Sampler::default());
+            }
+            let sampled = self.samplers[0].sample(&logits, self.sampling, uniform);
+            if !self.push(&mut started, sampled) {
+                self.slots[slot] = Some(started);
+                return;
+            }
+            self.finish(started);
+        }
+    }
+
+    /// Adds a token; whether the completion has ended.
+    fn push(&mut self, slot: &mut Slot, (token, logprob): (i32, f32)) -> bool {
+        slot.completion.tokens.push(token);
+        slot.completion.logprobs.push(logprob);
+        self.progress.tokens += 1;
+        self.progress.newest = Some(token);
+        let request = &self.requests[self.groups[slot.group].request];
+        if self.context.is_eog(token) {
+            slot.completion.finish = Finish::Eog;
+            return true;
+        }
+        slot.completion.tokens.len() == request.max_tokens
+    }
+
+    fn finish(&mut self, slot: Slot) {
+        let request = self.groups[slot.group].request;
+        self.done[request][slot.index] = Some(slot.completion);
+        self.progress.done += 1;
+    }
+
+    /// Closes holes between running slots, so that llama.cpp takes them in one go.
+    fn compact(&mut self) {
+        loop {
+            let Some(hole) = self.slots.iter().position(Option::is_none) else { return };
+            let Some(last) = self.slots.iter().rposition(Option::is_some) else { return };
+            if last < hole {
+                return;
+            }
+            self.context.forget(hole, 0);
+            self.context.copy(last, hole);
+            self.context.forget(last, 0);
+            self.slots.swap(hole, last);
+        }
+    }
+
+    /// One token of every running sequence.
+    fn decode(&mut self) -> Result<()> {
+        let running: Vec<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_some()).collect();
+        if running.is_empty() {
+            return Ok(());
+        }
+        let mut batch = TokenBatch::default();
+        for &s in &running {
+            let slot = self.slots[s].as_ref().expect("running");
+            let request = &self.requests[self.groups[slot.group].request];
+            let n = slot.completion.tokens.len();
+            batch.0.push(Token {
+                id: slot.completion.tokens[n - 1],
+                position: (request.prompt_tokens.len() + n - 1) as i32,
+                sequence: s as i32,
+                logits: true,
+            });
+        }
+        self.context.decode(&batch)?;
+        let mut slots: Vec<Slot> =
+            running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
+        let sampled = self.sample(&mut slots);
+        for ((&s, mut slot), sampled) in running.iter().zip(slots).zip(sampled) {
+            if self.push(&mut slot, sampled) {
+                let group = slot.group;
+                let prompt = self.requests[self.groups[group].request].prompt_tokens.len();
+                self.finish(slot);
+                // The prompt is still there: the group's next completion starts from it.
+                self.context.forget(s, prompt);
+                self.begin(s, group);
+            } else {
+                self.slots[s] = Some(slot);
+            }
+        }
+        Ok(())
+    }
+
+    /// A token for each slot from the logits of the last batch, in its order.
+    fn sample(&mut self, slots: &mut [Slot]) -> Vec<(i32, f32)> {
+        let logits: Vec<&[f32]> = (0..slots.len()).map(|i| self.context.logits(i)).collect();
+        let sampling = self.sampling;
+        if slots.len() * logits[0].len() < PARALLEL_LOGITS {
+            let sampler = &mut self.samplers[0];
+            let jobs = slots.iter_mut().zip(&logits);
+            return jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect();
+        }
+        let parts = rayon::current_num_threads();
+        self.samplers.resize_with(parts.max(1), Sampler::default);
+        let per_part = slots.len().div_ceil(parts);
+        slots
+            .par_chunks_mut(per_part)
+            .zip(logits.par_chunks(per_part))
+            .zip(&mut self.samplers)
+            .flat_map_iter(|((slots, logits), sampler)| {
+                let jobs = slots.iter_mut().zip(logits);
+                jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+}
+
+/// The random numbers of one completion.
+fn rng(seed: u64, stream: u64, index: usize) -> ChaCha8Rng {
+    let mut key = [0u8; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&stream.to_le_bytes());
+    key[16..24].copy_from_slice(&(index as u64).to_le_bytes());
+    ChaCha8Rng::from_seed(key)
+}

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Makes sure that what the build needs is there: cmake, a C++ compiler, libclang.
+# Installs missing Debian/Ubuntu packages where it may (root or sudo, with apt); else names them and stops.
+set -euo pipefail
+
+missing=()
+command -v cmake >/dev/null || missing+=(cmake)
+command -v ninja >/dev/null || missing+=(ninja-build)
+command -v c++ >/dev/null && command -v make >/dev/null || missing+=(build-essential)
+has_libclang() {
+    [ -n "${LIBCLANG_PATH:-}" ] && return 0
+    ldconfig -p 2>/dev/null | grep -q 'libclang[-.]' && return 0
+    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null
+}
+has_libclang || missing+=(libclang-dev)
+# Not needed, but it makes a second build of llama.cpp a matter of seconds.
+command -v ccache >/dev/null || missing+=(ccache)
+
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "setup: missing packages: ${missing[*]}" >&2
+    as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! command -v sudo >/dev/null; then
+            echo "error: not root and no sudo; ask for these packages: ${missing[*]}" >&2
+            exit 1
+        fi
+        as_root=(sudo)
+    fi
+    if ! command -v apt-get >/dev/null; then
+        echo "error: no apt-get here; install the equivalents of: ${missing[*]}" >&2
+        exit 1
+    fi
+    "${as_root[@]}" apt-get update -qq
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}" >&2
+fi
+
+if ! command -v cargo >/dev/null; then
+    echo "error: no cargo; install Rust 1.89 or newer with rustup (https://rustup.rs)" >&2
+    exit 1
+fi
