@@ -18,7 +18,10 @@ fn main() -> Result<()> {
     for step in 1..=10 {
         let (record, samples) = trainer.step(step, &mut Silent)?;
         let shown = &samples[0];
-        println!("step {step}: reward {:.3}, e.g. {:?} for {}", record.reward, shown.completion, shown.answer);
+        println!(
+            "step {step}: reward {:.3}, e.g. {:?} for {}",
+            record.reward, shown.completion, shown.answer
+        );
     }
     println!("accuracy after: {:?}", trainer.evaluate("after", &mut Silent)?);
     println!("{} trained values, rank {}", trainer.lora().n_params(), trainer.lora().rank());

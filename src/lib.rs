@@ -14,16 +14,12 @@ pub mod ggml;
 pub mod ops;
 #[allow(unsafe_code)]
 pub mod llama;
-
 pub mod gguf;
 pub mod model;
-
 pub mod data;
 pub mod rollout;
-
 pub mod reward;
 pub mod train;
-
 pub mod cli;
 
 pub use error::{Error, Result};

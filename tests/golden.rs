@@ -83,7 +83,8 @@ fn check_phase(case: &str, phase: &str) {
     let old = common::nested_floats(&reference["old_logprobs"]);
     let mut advantages = Vec::new();
     for row in &rollouts {
-        let per_response = bupo_gguf::train::advantages(&row.rewards, bupo_gguf::train::Baseline::GroupStd);
+        let per_response =
+            bupo_gguf::train::advantages(&row.rewards, bupo_gguf::train::Baseline::GroupStd);
         for (a, tokens) in per_response.iter().zip(&row.completions) {
             advantages.extend(std::iter::repeat_n(*a, tokens.len()));
         }
@@ -98,7 +99,10 @@ fn check_phase(case: &str, phase: &str) {
         cotangents.push(weight * token.gradient);
     }
     let expected = reference["loss"].as_f64().unwrap() as f32;
-    assert!((loss - expected).abs() / expected.abs() < tolerance(case), "{case} {phase}: loss {loss}, PyTorch {expected}");
+    assert!(
+        (loss - expected).abs() / expected.abs() < tolerance(case),
+        "{case} {phase}: loss {loss}, PyTorch {expected}"
+    );
 
     let mut gradients = lora.zeros_like().unwrap();
     engine.backward(&golden.model, &lora, &mut gradients, &batch, policy, &cotangents).unwrap();

@@ -4,9 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules from the bottom up; one may import those before it.
-const ORDER: [&str; 11] = [
-    "error", "ggml", "ops", "llama", "gguf", "model", "data", "rollout", "reward", "train", "cli",
-];
+const ORDER: [&str; 11] =
+    ["error", "ggml", "ops", "llama", "gguf", "model", "data", "rollout", "reward", "train", "cli"];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
@@ -47,7 +46,11 @@ fn modules_import_upwards_only() {
                 .take_while(|c| c.is_ascii_alphanumeric() || *c == '_')
                 .collect();
             if let Some(other) = rank(&name) {
-                assert!(other <= own, "{}: {module} imports {name}, which is above it", path.display());
+                assert!(
+                    other <= own,
+                    "{}: {module} imports {name}, which is above it",
+                    path.display()
+                );
                 checked += 1;
             }
         }
@@ -58,10 +61,8 @@ fn modules_import_upwards_only() {
 #[test]
 fn every_module_is_listed_in_order() {
     let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
-    let listed: Vec<&str> = lib
-        .lines()
-        .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
-        .collect();
+    let listed: Vec<&str> =
+        lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
     assert_eq!(listed, ORDER);
 }
 

@@ -7,7 +7,7 @@ Part of the uncertainty is made: digits are trained on smoothed targets, so gree
 sums right, and what sampling loses is spread over all digits. The lift from RL on this model is therefore
 mostly sharpening. Tried instead, --smoothing 0.1: accuracy jumps from 0.05 to 0.5 within 100 steps, and GRPO
 with LoRA at a rate of 1e-3 lifts a model stopped in that jump slowly (0.47 to 0.57 in 30 steps) or, where the
-embedding had been trained at four times the rate, throws it back (0.46 to 0.20 in 20 steps).
+embedding had been trained at about six times the rate, throws it back (0.46 to 0.20 in 20 steps).
 Every figure printed at the end is of the file: read back, dequantised, run.
 About 650 steps, 7 minutes on one core.
 

@@ -59,12 +59,14 @@ pub fn run(args: ScoreArgs) -> Result<()> {
     let mut any = false;
     for (row, read) in rollouts(&args.data)?.enumerate() {
         let read = read?;
-        let place = |e: Error| Error::invalid(
-            format!("{}, line {}", args.data.display(), read.line),
-            "a row that the model can take",
-            e.to_string(),
-            "mend or drop the row",
-        );
+        let place = |e: Error| {
+            Error::invalid(
+                format!("{}, line {}", args.data.display(), read.line),
+                "a row that the model can take",
+                e.to_string(),
+                "mend or drop the row",
+            )
+        };
         let prompt = encoder.prompt(&read.prompt, usize::MAX).map_err(place)?;
         let mut completions = Vec::with_capacity(read.completions.len());
         for completion in &read.completions {

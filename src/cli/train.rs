@@ -59,7 +59,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let mut watch = Watch::new(&trainer);
     let summary = trainer.run(&out, &mut watch)?;
     watch.finish();
-    if args.json { print_json(&summary)? } else { print_line(&describe(&summary))? }
+    if args.json {
+        print_json(&summary)?
+    } else {
+        print_line(&describe(&summary))?
+    }
     if summary.interrupted { Err(Error::Interrupted) } else { Ok(()) }
 }
 
@@ -71,7 +75,8 @@ fn default_out(args: &TrainArgs) -> PathBuf {
 }
 
 fn describe(summary: &Summary) -> String {
-    let percent = |a: Option<f32>| a.map_or("not measured".into(), |a| format!("{:.1} %", 100.0 * a));
+    let percent =
+        |a: Option<f32>| a.map_or("not measured".into(), |a| format!("{:.1} %", 100.0 * a));
     let lift = match (summary.accuracy_before, summary.accuracy_after) {
         (Some(before), Some(after)) => format!(" ({:+.1} points)", 100.0 * (after - before)),
         _ => String::new(),

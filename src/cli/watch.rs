@@ -57,9 +57,8 @@ impl Observer for Watch {
             Phase::Internal => format!("layer {}", r.layer),
             Phase::Final => "final".into(),
         };
-        let number = |x: Option<f32>, digits: usize| {
-            x.map_or("-".into(), |x| format!("{x:.digits$}"))
-        };
+        let number =
+            |x: Option<f32>, digits: usize| x.map_or("-".into(), |x| format!("{x:.digits$}"));
         let mut line = format!(
             "{:>5}  {:<8}  {:>6.3}  {:>6.2}  {:>6.1}  {:>7}  {:>5}  {:>6}  {:>7}  {:>8.0}  {:>7.0}  {:>4.1}",
             format!("{}/{}", r.step, self.steps),

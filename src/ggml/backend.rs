@@ -29,8 +29,9 @@ impl ThreadPool {
             let mut params = sys::ggml_threadpool_params_default(n_threads as i32);
             sys::ggml_threadpool_new(&mut params)
         };
-        let raw = NonNull::new(raw)
-            .ok_or_else(|| Error::engine("starting threads", "no thread pool", "try --threads 1"))?;
+        let raw = NonNull::new(raw).ok_or_else(|| {
+            Error::engine("starting threads", "no thread pool", "try --threads 1")
+        })?;
         Ok(ThreadPool { raw, n_threads })
     }
 
@@ -115,7 +116,11 @@ impl Executor {
         // SAFETY: every tensor of the graph has memory now; kernels were given by this crate.
         let status = unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
         if status != sys::GGML_STATUS_SUCCESS {
-            return Err(Error::engine("computing a graph", format!("status {status}"), "report it"));
+            return Err(Error::engine(
+                "computing a graph",
+                format!("status {status}"),
+                "report it",
+            ));
         }
         Ok(Computed { graph, _executor: self })
     }
@@ -164,8 +169,7 @@ impl<'g> Graph<'g> {
     /// An empty graph over the nodes of an arena; one per arena.
     pub fn new(arena: &'g Arena) -> Graph<'g> {
         // SAFETY: the arena has room for one graph of its capacity.
-        let raw =
-            unsafe { sys::ggml_new_graph_custom(arena.context(), arena.capacity(), false) };
+        let raw = unsafe { sys::ggml_new_graph_custom(arena.context(), arena.capacity(), false) };
         assert!(!raw.is_null(), "one graph per arena");
         Graph { raw, arena, outputs: Vec::new() }
     }

@@ -85,6 +85,11 @@ impl<'a> Tensor<'a> {
         unsafe { sys::ggml_nbytes(self.raw()) }
     }
 
+    /// Where the data lies, to tell tensors apart; null before it is allocated.
+    pub fn address(&self) -> *const u8 {
+        self.data()
+    }
+
     /// Address of the data in host memory; null before it is allocated.
     pub(crate) fn data(&self) -> *mut u8 {
         self.header().data.cast()
@@ -139,9 +144,7 @@ impl<'a> Tensor<'a> {
         assert!(self.is_contiguous() && bytes.len() == self.n_bytes(), "write of {}", self.name());
         assert!(!self.data().is_null(), "{} has no data", self.name());
         // SAFETY: contiguous, allocated, and exactly n_bytes bytes are given.
-        unsafe {
-            sys::ggml_backend_tensor_set(self.raw(), bytes.as_ptr().cast(), 0, bytes.len())
-        }
+        unsafe { sys::ggml_backend_tensor_set(self.raw(), bytes.as_ptr().cast(), 0, bytes.len()) }
     }
 }
 

@@ -96,7 +96,9 @@ impl Type {
         if self == Type::F32 {
             // SAFETY: by contract `from` holds out.len() floats; rows in a tensor are 4-byte aligned or
             // are copied bytewise here in any case.
-            unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr().cast::<u8>(), size_of_val(out)) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(from, out.as_mut_ptr().cast::<u8>(), size_of_val(out))
+            };
             return;
         }
         let convert = self.to_float().unwrap_or_else(|| panic!("{self} cannot be dequantised"));
@@ -131,7 +133,8 @@ mod tests {
 
     #[test]
     fn f16_dequantises() {
-        let bytes: Vec<u8> = [1.5f32, -2.0].iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
+        let bytes: Vec<u8> =
+            [1.5f32, -2.0].iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect();
         let mut out = [0.0; 2];
         Type::F16.dequantize(&bytes, &mut out);
         assert_eq!(out, [1.5, -2.0]);

@@ -59,7 +59,11 @@ impl Context {
     ///
     /// # Errors
     /// [`Error::Invalid`] for sizes beyond llama.cpp's limits, [`Error::Engine`] without memory.
-    pub fn new(model: &Arc<Model>, pool: &Arc<ThreadPool>, options: ContextOptions) -> Result<Context> {
+    pub fn new(
+        model: &Arc<Model>,
+        pool: &Arc<ThreadPool>,
+        options: ContextOptions,
+    ) -> Result<Context> {
         let most = max_sequences();
         if options.n_seq == 0 || options.n_seq > most {
             let (expected, got) = (format!("1 to {most}"), options.n_seq.to_string());
@@ -148,14 +152,20 @@ impl Context {
             Err(Error::invalid("batch", expected, got, "use tokens of this model"))
         };
         if tokens.is_empty() || tokens.len() > self.options.n_batch {
-            return refuse(format!("1 to {} tokens", self.options.n_batch), tokens.len().to_string());
+            return refuse(
+                format!("1 to {} tokens", self.options.n_batch),
+                tokens.len().to_string(),
+            );
         }
         for t in tokens {
             if !self.model.vocab().holds(t.id) {
                 return refuse(format!("token ids below {}", self.n_vocab), t.id.to_string());
             }
             if t.sequence < 0 || t.sequence as usize >= self.options.n_seq {
-                return refuse(format!("sequences below {}", self.options.n_seq), t.sequence.to_string());
+                return refuse(
+                    format!("sequences below {}", self.options.n_seq),
+                    t.sequence.to_string(),
+                );
             }
             if t.position < 0 || t.position as usize >= self.options.n_ctx_seq {
                 let expected = format!("positions below {}", self.options.n_ctx_seq);
@@ -166,7 +176,8 @@ impl Context {
         let mut positions: Vec<i32> = tokens.iter().map(|t| t.position).collect();
         let mut one: Vec<i32> = vec![1; tokens.len()];
         let mut sequences: Vec<i32> = tokens.iter().map(|t| t.sequence).collect();
-        let mut sequence_ptrs: Vec<*mut i32> = sequences.iter_mut().map(|s| s as *mut i32).collect();
+        let mut sequence_ptrs: Vec<*mut i32> =
+            sequences.iter_mut().map(|s| s as *mut i32).collect();
         let mut logits: Vec<i8> = tokens.iter().map(|t| t.logits as i8).collect();
         let raw = sys::llama_batch {
             n_tokens: tokens.len() as i32,

@@ -34,7 +34,12 @@ impl Model {
     pub fn load(path: &Path) -> Result<Model> {
         log::start();
         let text = path.to_str().and_then(|p| CString::new(p).ok()).ok_or_else(|| {
-            Error::invalid(path.display().to_string(), "a path in UTF-8", "other bytes", "rename it")
+            Error::invalid(
+                path.display().to_string(),
+                "a path in UTF-8",
+                "other bytes",
+                "rename it",
+            )
         })?;
         // SAFETY: default parameters with plain fields changed; a NUL-terminated path.
         let raw = unsafe {

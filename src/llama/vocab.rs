@@ -40,9 +40,9 @@ impl<'m> Vocab<'m> {
     /// [`Error::Invalid`] naming the character that the vocabulary cannot spell.
     pub fn tokenize(self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
         self.try_tokenize(text, add_special, parse_special).map_err(|error| {
-            let lacks = text.chars().find(|c| {
-                self.try_tokenize(c.encode_utf8(&mut [0; 4]), false, false).is_err()
-            });
+            let lacks = text
+                .chars()
+                .find(|c| self.try_tokenize(c.encode_utf8(&mut [0; 4]), false, false).is_err());
             match lacks {
                 Some(c) => Error::invalid(
                     "text",

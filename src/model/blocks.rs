@@ -41,7 +41,8 @@ impl<'a> AdaptedLinear<'a> {
     /// x: `[n_in, T]` to y: `[n_out, T]`.
     pub fn forward(&self, arena: &'a Arena, x: Tensor<'a>) -> (Tensor<'a>, LinearSaved<'a>) {
         let u = self.pair.map(|p| ops::linear(arena, p.a, x, None, None)); // [r, T]
-        let low = self.pair.zip(u).map(|(p, u)| ops::LowRank { factor: p.b, input: u, scale: p.scale });
+        let low =
+            self.pair.zip(u).map(|(p, u)| ops::LowRank { factor: p.b, input: u, scale: p.scale });
         let y = ops::linear(arena, self.base.weight, x, low, self.base.bias);
         (y, LinearSaved { x, u })
     }

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use super::layer::{Adapter, LayerBlocks};
 use super::{Batch, Lora, Model, Policy};
+use crate::Result;
 use crate::ggml::{Arena, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type};
 use crate::ops;
-use crate::Result;
 
 /// Room for the nodes of a layer's forward and backward.
 const LAYER_NODES: usize = 256;
@@ -59,7 +59,9 @@ struct Kept {
 
 impl Kept {
     fn allocate(d: usize, depth: usize, tokens: usize, scored: usize) -> Result<Kept> {
-        let named = |name: &str, i: usize, n: usize| -> (String, Shape) { (format!("{name}-{i}"), [d, n, 1, 1]) };
+        let named = |name: &str, i: usize, n: usize| -> (String, Shape) {
+            (format!("{name}-{i}"), [d, n, 1, 1])
+        };
         let mut shapes: Vec<_> = (0..=depth).map(|l| named("residual", l, tokens)).collect();
         shapes.extend((0..2).map(|i| named("d_residual", i, tokens)));
         Ok(Kept {
@@ -189,10 +191,7 @@ impl Engine {
         }
         let inputs = [(row_ids, Input::I32(&rows)), (target, Input::I32(&targets))];
         let computed = self.executor.run(&graph, &inputs)?;
-        Ok(Scores {
-            logprobs: computed.f32(head.logprob),
-            entropies: computed.f32(head.entropy),
-        })
+        Ok(Scores { logprobs: computed.f32(head.logprob), entropies: computed.f32(head.entropy) })
     }
 
     /// Accumulates the adapter's gradients from `d_logprobs`, the cotangents of the scored tokens'

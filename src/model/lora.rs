@@ -151,11 +151,22 @@ impl Lora {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a rank of 0 or beyond the smallest weight; [`Error::Engine`] without memory.
-    pub fn new(model: &Model, targets: &Targets, rank: usize, alpha: f32, seed: u64) -> Result<Lora> {
+    pub fn new(
+        model: &Model,
+        targets: &Targets,
+        rank: usize,
+        alpha: f32,
+        seed: u64,
+    ) -> Result<Lora> {
         let slots = slots(model, targets);
         let most = slots.iter().map(|s| s.n_in.min(s.n_out)).min().unwrap_or(0);
         if rank == 0 || rank > most {
-            return Err(Error::invalid("--rank", format!("1 to {most}"), rank.to_string(), "choose another"));
+            return Err(Error::invalid(
+                "--rank",
+                format!("1 to {most}"),
+                rank.to_string(),
+                "choose another",
+            ));
         }
         let mut lora = Lora::zeros(slots, rank, alpha)?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -205,7 +216,12 @@ impl Lora {
         let rank = found.first().map_or(0, |(_, pair)| pair.rank);
         if let Some((_, other)) = found.iter().find(|(_, pair)| pair.rank != rank) {
             let got = format!("{} for {}", other.rank, other.weight);
-            return Err(Error::invalid(place, format!("rank {rank} throughout"), got, "use equal ranks"));
+            return Err(Error::invalid(
+                place,
+                format!("rank {rank} throughout"),
+                got,
+                "use equal ranks",
+            ));
         }
         let slots = found.iter().map(|(slot, _)| slot.clone()).collect();
         let mut lora = Lora::zeros(slots, rank, file.alpha)?;

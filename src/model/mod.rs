@@ -85,7 +85,8 @@ impl Model {
 
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
-        Weights::collect(&self.engine, &self.config, &self.name).expect("checked when it was opened")
+        Weights::collect(&self.engine, &self.config, &self.name)
+            .expect("checked when it was opened")
     }
 }
 
@@ -97,7 +98,8 @@ fn write_demo() -> Result<tempfile::TempPath> {
         .suffix(".gguf")
         .tempfile_in(&folder)
         .map_err(Error::io("create a file in", &folder))?;
-    std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", file.path().to_path_buf()))?;
+    std::io::Write::write_all(&mut file, DEMO_BYTES)
+        .map_err(Error::io("write", file.path().to_path_buf()))?;
     Ok(file.into_temp_path())
 }
 

@@ -23,7 +23,12 @@ impl Policy {
     pub fn internal(layer: usize, n_layer: usize, final_norm: bool) -> Result<Policy> {
         if layer == 0 || layer > n_layer {
             let expected = format!("a layer from 1 to {n_layer}");
-            return Err(Error::invalid("layer", expected, layer.to_string(), "layers count from 1"));
+            return Err(Error::invalid(
+                "layer",
+                expected,
+                layer.to_string(),
+                "layers count from 1",
+            ));
         }
         Ok(Policy { depth: layer, norm: final_norm || layer == n_layer })
     }

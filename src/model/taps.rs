@@ -48,7 +48,8 @@ pub fn tap_entropies(
             head.entropy
         };
         let first = layers.is_empty().then(|| entropy(x));
-        let nodes = [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out, taps.layer_out].map(entropy);
+        let nodes =
+            [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out, taps.layer_out].map(entropy);
         graph.output(taps.layer_out);
         let inputs = [(positions, Input::I32(&batch.positions)), (x, Input::F32(&hidden))];
         let computed = engine.executor().run(&graph, &inputs)?;

@@ -65,19 +65,38 @@ impl<'m> Taker<'m> {
         let place = format!("{}: tensor {name}", self.file);
         if tensor.shape() != full {
             let (expected, got) = (format!("shape {full:?}"), format!("{:?}", tensor.shape()));
-            return Err(Error::invalid(place, expected, got, "the file is damaged; fetch it again"));
+            return Err(Error::invalid(
+                place,
+                expected,
+                got,
+                "the file is damaged; fetch it again",
+            ));
         }
         if shape.len() == 1 && tensor.ty() != Type::F32 {
-            return Err(Error::invalid(place, "type f32", tensor.ty().name(), "convert the model again"));
+            return Err(Error::invalid(
+                place,
+                "type f32",
+                tensor.ty().name(),
+                "convert the model again",
+            ));
         }
         if !tensor.ty().can_dequantize() {
             let supported: Vec<_> =
                 Type::all().filter(|t| t.can_dequantize()).map(Type::name).collect();
             let got = format!("{} of {name}", tensor.ty());
-            return Err(Error::Unsupported { what: "tensor type", got, supported: supported.join(", ") });
+            return Err(Error::Unsupported {
+                what: "tensor type",
+                got,
+                supported: supported.join(", "),
+            });
         }
         if !tensor.is_host() {
-            return Err(Error::invalid(place, "weights in host memory", "a device buffer", "use --device cpu"));
+            return Err(Error::invalid(
+                place,
+                "weights in host memory",
+                "a device buffer",
+                "use --device cpu",
+            ));
         }
         Ok(Some(tensor))
     }
@@ -85,7 +104,12 @@ impl<'m> Taker<'m> {
     fn take(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'m>> {
         self.find(name, shape)?.ok_or_else(|| {
             let place = format!("{}: tensor {name}", self.file);
-            Error::invalid(place, "to be there", "nothing", "fused or renamed weights are not supported; convert the model again")
+            Error::invalid(
+                place,
+                "to be there",
+                "nothing",
+                "fused or renamed weights are not supported; convert the model again",
+            )
         })
     }
 }
@@ -101,8 +125,15 @@ impl<'m> Weights<'m> {
         let mut taker = Taker { tensors, file: file.into() };
         let (d, v, hd) = (config.n_embd, config.n_vocab, config.head_size);
         let (q, kv) = (hd * config.n_head, hd * config.n_head_kv);
-        let sizes =
-            [(d, q), (d, kv), (d, kv), (q, d), (d, config.n_ff), (d, config.n_ff), (config.n_ff, d)];
+        let sizes = [
+            (d, q),
+            (d, kv),
+            (d, kv),
+            (q, d),
+            (d, config.n_ff),
+            (d, config.n_ff),
+            (config.n_ff, d),
+        ];
 
         let embedding = taker.take("token_embd.weight", &[d, v])?;
         let unembedding = taker.find("output.weight", &[d, v])?.unwrap_or(embedding);

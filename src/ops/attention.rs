@@ -226,7 +226,14 @@ impl<'k> Job<'k> {
     }
 
     /// Scores `(j, i)` of a key tile and a query tile into `scores`, keys contiguous.
-    unsafe fn scores(&self, kv: usize, h: usize, keys: &Range<usize>, queries: &Range<usize>, scores: &mut [f32]) {
+    unsafe fn scores(
+        &self,
+        kv: usize,
+        h: usize,
+        keys: &Range<usize>,
+        queries: &Range<usize>,
+        scores: &mut [f32],
+    ) {
         // SAFETY: the ranges lie within the tensors, `scores` has room.
         unsafe {
             let k = Matrix::new(self.k.at(keys.start, kv), self.k.width, 1); // (j, d)

@@ -200,7 +200,14 @@ impl Job {
     ///
     /// # Safety
     /// Token `first + t` is within the sources.
-    unsafe fn absorb(&self, sums: &mut Partial, t: usize, first: usize, vocab: usize, l: &mut [f32]) {
+    unsafe fn absorb(
+        &self,
+        sums: &mut Partial,
+        t: usize,
+        first: usize,
+        vocab: usize,
+        l: &mut [f32],
+    ) {
         if !self.targets.is_null() {
             // SAFETY: by contract.
             let target = unsafe { *self.targets.add(first + t) } as usize;

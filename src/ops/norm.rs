@@ -42,7 +42,10 @@ pub fn rms_norm_back<'a>(
 ) -> Tensor<'a> {
     check(x, weight);
     for t in [Some(dy), add].into_iter().flatten() {
-        assert!(t.ty() == Type::F32 && t.is_contiguous() && t.shape() == x.shape(), "rms_norm_back: {t:?}");
+        assert!(
+            t.ty() == Type::F32 && t.is_contiguous() && t.shape() == x.shape(),
+            "rms_norm_back: {t:?}"
+        );
     }
     let params = NormParams { _op: sys::BUPO_OP_RMS_NORM_BACK, eps };
     match add {

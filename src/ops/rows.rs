@@ -88,7 +88,8 @@ pub(super) unsafe fn rows_of<'k>(
         ((*dst).data.cast::<f32>(), (*dst).ne[0] as usize, sys::ggml_nrows(dst) as usize)
     };
     // SAFETY: rows of different numbers do not overlap.
-    partition(n, ith, nth).map(move |i| unsafe { std::slice::from_raw_parts_mut(data.add(i * width), width) })
+    partition(n, ith, nth)
+        .map(move |i| unsafe { std::slice::from_raw_parts_mut(data.add(i * width), width) })
 }
 
 /// Row `t` of `x: [n, T]` times `factors[t]`: the cotangent of a hidden state from that of its log-prob.

@@ -72,8 +72,10 @@ impl<'m> Encoder<'m> {
                 ));
             }
             (Prompt::Text(text), Some(template)) => {
-                let message =
-                    |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+                let message = |role: &str, content: &str| Message {
+                    role: role.into(),
+                    content: content.into(),
+                };
                 let mut messages: Vec<_> =
                     self.system.iter().map(|system| message("system", system)).collect();
                 messages.push(message("user", text));

@@ -66,9 +66,8 @@ impl Sampler {
         self.order.clear();
         self.order.extend(0..probs.len() as u32);
         // Likeliest first; ties by id, so that the order is one.
-        let by_prob = |a: &u32, b: &u32| {
-            probs[*b as usize].total_cmp(&probs[*a as usize]).then(a.cmp(b))
-        };
+        let by_prob =
+            |a: &u32, b: &u32| probs[*b as usize].total_cmp(&probs[*a as usize]).then(a.cmp(b));
         if sampling.top_k > 0 && sampling.top_k < self.order.len() {
             self.order.select_nth_unstable_by(sampling.top_k - 1, by_prob);
             self.order.truncate(sampling.top_k);

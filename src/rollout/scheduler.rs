@@ -232,7 +232,8 @@ impl Run<'_> {
     /// their groups, first tokens sampled.
     fn fill(&mut self) -> Result<()> {
         loop {
-            let free: Vec<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
+            let free: Vec<usize> =
+                (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
             let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
             let (mut left, mut tokens) = (free.len(), 0);
             while let Some(&request) = self.pending.front() {
@@ -352,7 +353,8 @@ impl Run<'_> {
 
     /// One token of every running sequence.
     fn decode(&mut self) -> Result<()> {
-        let running: Vec<usize> = (0..self.slots.len()).filter(|&s| self.slots[s].is_some()).collect();
+        let running: Vec<usize> =
+            (0..self.slots.len()).filter(|&s| self.slots[s].is_some()).collect();
         if running.is_empty() {
             return Ok(());
         }

@@ -30,7 +30,12 @@ pub enum Algorithm {
 pub struct TrainConfig {
     /// Problems: a JSON-lines file with `prompt` (text or messages) and `answer`, or a generated task
     /// (task:add, task:sub, task:max)
-    #[arg(long, default_value = "task:add", value_name = "FILE|task:NAME", help_heading = "Data and reward")]
+    #[arg(
+        long,
+        default_value = "task:add",
+        value_name = "FILE|task:NAME",
+        help_heading = "Data and reward"
+    )]
     pub data: String,
     /// Held-out problems for the accuracy before and after; a task has its own held-out split
     #[arg(long, value_name = "FILE", help_heading = "Data and reward")]
@@ -155,7 +160,12 @@ pub struct TrainConfig {
     #[arg(long, value_name = "X", help_heading = "Adapter")]
     pub alpha: Option<f32>,
     /// Adapted weights, any of q,k,v,o,gate,up,down
-    #[arg(long, default_value = "q,k,v,o,gate,up,down", value_name = "LIST", help_heading = "Adapter")]
+    #[arg(
+        long,
+        default_value = "q,k,v,o,gate,up,down",
+        value_name = "LIST",
+        help_heading = "Adapter"
+    )]
     pub targets: Targets,
     /// Start from this adapter (GGUF); rank, alpha and targets are its own
     #[arg(long, value_name = "FILE", help_heading = "Adapter")]
@@ -285,7 +295,12 @@ impl TrainConfig {
         let longest = self.max_prompt + self.max_response;
         if self.micro_batch_tokens < longest {
             let expected = format!("at least --max-prompt plus --max-response ({longest})");
-            return refuse("--micro-batch-tokens", &expected, self.micro_batch_tokens.to_string(), "raise it");
+            return refuse(
+                "--micro-batch-tokens",
+                &expected,
+                self.micro_batch_tokens.to_string(),
+                "raise it",
+            );
         }
         if self.mini_batch() > self.prompts_per_step {
             let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);

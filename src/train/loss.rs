@@ -40,7 +40,13 @@ pub enum Aggregation {
 impl Aggregation {
     /// Weight of each token of a response of `length`, in a mini batch of `tokens` tokens and
     /// `responses` responses, whose length is limited to `max_response`.
-    pub fn weight(self, length: usize, tokens: usize, responses: usize, max_response: usize) -> f32 {
+    pub fn weight(
+        self,
+        length: usize,
+        tokens: usize,
+        responses: usize,
+        max_response: usize,
+    ) -> f32 {
         let weight = match self {
             Aggregation::TokenMean => 1.0 / tokens as f64,
             Aggregation::SequenceMean => 1.0 / (responses as f64 * length as f64),
@@ -110,7 +116,8 @@ pub fn token_loss(config: &LossConfig, token: &TokenContext, new: f32) -> TokenL
 mod tests {
     use super::*;
 
-    const CONFIG: LossConfig = LossConfig { clip_low: 0.2, clip_high: 0.2, clip_c: 10.0, kl_coef: 0.0 };
+    const CONFIG: LossConfig =
+        LossConfig { clip_low: 0.2, clip_high: 0.2, clip_c: 10.0, kl_coef: 0.0 };
 
     fn token(advantage: f32, base: Option<f32>) -> TokenContext {
         TokenContext { advantage, old: -1.0, base, importance: 1.0 }

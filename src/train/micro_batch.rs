@@ -31,7 +31,8 @@ pub fn pack(groups: &[Group<'_>], budget: usize, n_vocab: usize) -> Result<Vec<M
     let mut packed: Vec<MicroBatch> = Vec::new();
     let mut current = MicroBatch::default();
     for group in groups {
-        let whole = Batch::group_len(group.prompt.len(), group.completions.iter().map(|c| c.1.len()));
+        let whole =
+            Batch::group_len(group.prompt.len(), group.completions.iter().map(|c| c.1.len()));
         if whole <= budget && current.batch.len() + whole > budget {
             packed.push(std::mem::take(&mut current));
         }

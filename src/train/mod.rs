@@ -116,8 +116,7 @@ impl<'m> Trainer<'m> {
         let problems = ProblemSource::open(&config.data, config.seed)?;
         let held_out = evaluate::held_out(&config, &problems)?;
         let reward = Reward::parse(&config.reward)?;
-        let encoder =
-            Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
+        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
         let mut lora = match &config.adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
@@ -208,7 +207,9 @@ impl<'m> Trainer<'m> {
     ) -> Result<()> {
         summary.accuracy_before = self.evaluate("before", observer)?;
         observer.note(&match summary.accuracy_before {
-            Some(a) => format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len()),
+            Some(a) => {
+                format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len())
+            }
             None => "no held-out problems: give some with --eval-data to see the accuracy".into(),
         });
         for step in 1..=self.config.steps {
@@ -260,11 +261,11 @@ impl<'m> Trainer<'m> {
         let work = self.engine.take_work();
         let update_seconds = update_start.elapsed().as_secs_f32();
 
-        let mean = |f: &dyn Fn(&Sample) -> f32| {
-            samples.iter().map(f).sum::<f32>() / samples.len() as f32
-        };
+        let mean =
+            |f: &dyn Fn(&Sample) -> f32| samples.iter().map(f).sum::<f32>() / samples.len() as f32;
         let per_token = |sum: f64| (tally.tokens > 0).then(|| (sum / tally.tokens as f64) as f32);
-        let per_update = |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
+        let per_update =
+            |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
         let with_signal = groups.iter().filter(|g| g.responses.iter().any(|r| r.advantage != 0.0));
         let record = StepRecord {
             step,
@@ -425,8 +426,7 @@ impl<'m> Trainer<'m> {
     }
 
     fn give_up_if_hopeless(&mut self, record: &StepRecord) -> Result<()> {
-        self.silent_steps =
-            if record.groups_with_signal > 0.0 { 0 } else { self.silent_steps + 1 };
+        self.silent_steps = if record.groups_with_signal > 0.0 { 0 } else { self.silent_steps + 1 };
         if self.skipped_in_row >= SKIPS_MAX {
             return Err(Error::engine(
                 format!("training at step {}", record.step),
@@ -437,7 +437,10 @@ impl<'m> Trainer<'m> {
         if self.silent_steps >= SILENT_STEPS_MAX && record.reward < 1.0 {
             return Err(Error::engine(
                 format!("training at step {}", record.step),
-                format!("in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})", record.reward),
+                format!(
+                    "in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})",
+                    record.reward
+                ),
                 "nothing can be learnt from that: use easier problems, a larger --group, or look at completions.jsonl",
             ));
         }

@@ -113,9 +113,7 @@ impl AdamW {
 /// Euclidean norm over several tensors, summed in f64.
 pub fn norm<'a>(tensors: impl Iterator<Item = &'a [f32]>) -> f32 {
     let tensors: Vec<_> = tensors.collect();
-    let squares: Vec<f64> = tensors
-        .par_iter()
-        .map(|t| t.iter().map(|&x| (x as f64) * (x as f64)).sum())
-        .collect();
+    let squares: Vec<f64> =
+        tensors.par_iter().map(|t| t.iter().map(|&x| (x as f64) * (x as f64)).sum()).collect();
     squares.iter().sum::<f64>().sqrt() as f32
 }

@@ -73,7 +73,11 @@ fn gradients(
             continue;
         };
         return Err(Error::engine(
-            format!("checking the gradient of {} (layers 1 to {})", lora.tensor_name(i), policy.depth()),
+            format!(
+                "checking the gradient of {} (layers 1 to {})",
+                lora.tensor_name(i),
+                policy.depth()
+            ),
             format!("its norm is {size}"),
             advice,
         ));

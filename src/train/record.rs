@@ -97,10 +97,12 @@ impl RunDir {
     pub fn create(path: &Path, model: &str, config: &TrainConfig) -> Result<RunDir> {
         RunDir::check(path)?;
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let text = toml::to_string(config).map_err(|e| {
-            Error::engine("writing config.toml", e.to_string(), "report it")
-        })?;
-        let text = format!("# bupo-gguf train {model}\nmodel = {}\n\n[train]\n{text}", toml::Value::from(model));
+        let text = toml::to_string(config)
+            .map_err(|e| Error::engine("writing config.toml", e.to_string(), "report it"))?;
+        let text = format!(
+            "# bupo-gguf train {model}\nmodel = {}\n\n[train]\n{text}",
+            toml::Value::from(model)
+        );
         crate::gguf::write_atomically(&path.join("config.toml"), |w| {
             w.write_all(text.as_bytes()).map_err(Error::io("write", path.join("config.toml")))
         })?;
@@ -109,7 +111,11 @@ impl RunDir {
             let file = OpenOptions::new().create_new(true).append(true).open(&path);
             file.map(BufWriter::new).map_err(Error::io("create", path))
         };
-        Ok(RunDir { path: path.into(), metrics: open("metrics.jsonl")?, completions: open("completions.jsonl")? })
+        Ok(RunDir {
+            path: path.into(),
+            metrics: open("metrics.jsonl")?,
+            completions: open("completions.jsonl")?,
+        })
     }
 
     /// Refuses a folder that is not empty, before long work begins.

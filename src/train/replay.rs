@@ -98,7 +98,8 @@ impl Trainer<'_> {
             if let Some(old) = &completion.old_logprobs
                 && old.len() != tokens.len()
             {
-                let (expected, got) = (format!("{} old_logprobs", tokens.len()), old.len().to_string());
+                let (expected, got) =
+                    (format!("{} old_logprobs", tokens.len()), old.len().to_string());
                 return Err(Error::invalid(place(), expected, got, "give one per token"));
             }
             let old = completion.old_logprobs.clone();

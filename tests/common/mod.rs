@@ -16,10 +16,8 @@ pub fn golden_dir() -> PathBuf {
 /// Folder of other people's models and data, read where they lie: `BUPO_SHARED`, else `../shared`.
 /// None when it is not there, unless `BUPO_REQUIRE_SHARED` insists.
 pub fn shared() -> Option<PathBuf> {
-    let path = std::env::var_os("BUPO_SHARED").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"),
-        PathBuf::from,
-    );
+    let path = std::env::var_os("BUPO_SHARED")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared"), PathBuf::from);
     let there = path.join("models").is_dir();
     assert!(
         there || std::env::var_os("BUPO_REQUIRE_SHARED").is_none(),
@@ -67,7 +65,8 @@ pub struct Golden {
 impl Golden {
     pub fn load(name: &str) -> Golden {
         let dir = golden_dir();
-        let read = |file: String| std::fs::read(dir.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let read =
+            |file: String| std::fs::read(dir.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}"));
         Golden {
             name: name.into(),
             model: Model::open(&dir.join(format!("{name}.gguf"))).unwrap(),

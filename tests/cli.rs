@@ -1,0 +1,351 @@
+//! The program as a user runs it.
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let out = run(args);
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// Runs, expects failure with one line that holds all of `words`.
+fn fail(args: &[&str], words: &[&str]) {
+    let out = run(args);
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success(), "{args:?} succeeded");
+    assert!(out.status.code().is_some(), "{args:?} was killed: {stderr}");
+    let line = stderr.lines().find(|l| l.starts_with("error: "));
+    let line = line.unwrap_or_else(|| panic!("{args:?}: no error line in {stderr:?}"));
+    for word in words {
+        assert!(line.contains(word), "{args:?}: '{word}' is not in: {line}");
+    }
+}
+
+fn json_lines(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+const QUICK: [&str; 12] = [
+    "--steps",
+    "2",
+    "--prompts-per-step",
+    "4",
+    "--group",
+    "4",
+    "--eval-problems",
+    "8",
+    "--rank",
+    "4",
+    "--internal-steps",
+    "1",
+];
+
+#[test]
+fn train_demo_writes_a_run_and_its_adapter_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let out_text = out.to_str().unwrap();
+    let stdout = succeed(&[&["train", "demo", "--out", out_text, "--json"], &QUICK[..]].concat());
+    let summary: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(summary["steps"], 2);
+    let metrics = json_lines(&out.join("metrics.jsonl"));
+    assert_eq!(metrics.len(), 2);
+    assert_eq!((&metrics[0]["phase"], &metrics[1]["phase"]), (&"internal".into(), &"final".into()));
+    assert_eq!(json_lines(&out.join("completions.jsonl")).len(), 2 * 4 * 4);
+    let config: toml::Table =
+        std::fs::read_to_string(out.join("config.toml")).unwrap().parse().unwrap();
+    assert_eq!(config["train"]["internal-layer"].as_integer(), Some(6));
+    assert_eq!(config["train"]["clip-c"].as_float(), Some(10.0));
+
+    let adapter = out.join("adapter.gguf");
+    let adapter = adapter.to_str().unwrap();
+    let generate = |extra: &[&str]| {
+        succeed(
+            &[&["generate", "demo", "-p", "17+25=", "--json", "--seed", "5", "-n", "3"], extra]
+                .concat(),
+        )
+    };
+    assert_ne!(generate(&[]), generate(&["--adapter", adapter]), "the adapter has a say");
+    assert_eq!(generate(&[]), generate(&[]), "same seed, same completions");
+
+    // Training goes on from an adapter; rank and targets are its own.
+    let more = dir.path().join("more");
+    let more_text = more.to_str().unwrap();
+    succeed(&[&["train", "demo", "--out", more_text, "--adapter", adapter], &QUICK[..]].concat());
+    let config: toml::Table =
+        std::fs::read_to_string(more.join("config.toml")).unwrap().parse().unwrap();
+    assert_eq!(config["train"]["rank"].as_integer(), Some(4));
+
+    // Nothing is written over.
+    fail(
+        &[&["train", "demo", "--out", out_text], &QUICK[..]].concat(),
+        &["--out", "empty or new folder", "choose another"],
+    );
+}
+
+#[test]
+fn score_and_dump_gradients_give_pytorchs_figures() {
+    let dir = tempfile::tempdir().unwrap();
+    for case in ["qwen3-f32", "qwen3-q8_0", "llama-q4_0"] {
+        let golden = common::Golden::load(case);
+        let tolerance = if case.ends_with("f32") { 1e-4 } else { 1e-3 };
+        for phase in ["internal", "final"] {
+            let reference = &golden.json[phase];
+            let mut at = 0;
+            let rows: String = golden
+                .rollouts()
+                .iter()
+                .map(|row| {
+                    let completions: Vec<Value> = row
+                        .completions
+                        .iter()
+                        .zip(&row.rewards)
+                        .map(|(tokens, reward)| {
+                            let old = &reference["old_logprobs"][at];
+                            at += 1;
+                            serde_json::json!({"tokens": tokens, "reward": reward, "old_logprobs": old})
+                        })
+                        .collect();
+                    let row = serde_json::json!({"prompt_tokens": row.prompt, "completions": completions});
+                    format!("{row}\n")
+                })
+                .collect();
+            let data = dir.path().join("rows.jsonl");
+            std::fs::write(&data, rows).unwrap();
+            let model = common::golden_dir().join(format!("{case}.gguf"));
+            let (model, data) = (model.to_str().unwrap(), data.to_str().unwrap());
+            let adapter = golden.lora_path();
+            let adapter = adapter.to_str().unwrap();
+            let layer = reference["layer"].to_string();
+
+            let stdout =
+                succeed(&["score", model, "--data", data, "--adapter", adapter, "--layer", &layer]);
+            let ours: Vec<f32> = stdout
+                .lines()
+                .flat_map(|line| {
+                    let line: Value = serde_json::from_str(line).unwrap();
+                    common::floats(&line["logprobs"])
+                })
+                .collect();
+            let error =
+                common::relative_error(&ours, &common::nested_floats(&reference["logprobs"]));
+            assert!(error < tolerance, "{case} {phase} score: {error}");
+
+            let dump = dir.path().join("g.safetensors");
+            let algo = if phase == "internal" { "bupo" } else { "grpo" };
+            let stdout = succeed(&[
+                "train",
+                model,
+                "--rollouts",
+                data,
+                "--steps",
+                "1",
+                "--adapter",
+                adapter,
+                "--algo",
+                algo,
+                "--internal-layer",
+                &layer,
+                "--dump-gradients",
+                dump.to_str().unwrap(),
+            ]);
+            let replay: Value = serde_json::from_str(&stdout).unwrap();
+            let (loss, expected) =
+                (replay["loss"].as_f64().unwrap(), reference["loss"].as_f64().unwrap());
+            assert!((loss - expected).abs() < tolerance as f64 * expected.abs(), "{case} {phase}");
+            let bytes = std::fs::read(&dump).unwrap();
+            let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            for (name, tensor) in file.tensors() {
+                let ours: Vec<f32> = tensor
+                    .data()
+                    .as_chunks::<4>()
+                    .0
+                    .iter()
+                    .map(|b| f32::from_le_bytes(*b))
+                    .collect();
+                let expected = golden.gradient(&format!("{phase}.{name}"));
+                if expected.iter().all(|&g| g == 0.0) {
+                    assert!(ours.iter().all(|&g| g == 0.0), "{case} {phase} {name}");
+                } else {
+                    let error = common::relative_error(&ours, &expected);
+                    assert!(error < tolerance, "{case} {phase} {name}: {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_input_gets_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let golden = |name: &str| common::golden_dir().join(name).to_str().unwrap().to_string();
+    let qwen3 = golden("qwen3-f32.gguf");
+    let whole = std::fs::read(&qwen3).unwrap();
+
+    fail(&["train", "/nonexistent/m.gguf"], &["/nonexistent/m.gguf", "No such file"]);
+    fail(&["train", &write("text.gguf", b"hello, world")], &["text.gguf", "GGUF"]);
+    fail(&["train", &write("empty.gguf", b"")], &["empty.gguf"]);
+    fail(&["train", &write("cut.gguf", &whole[..whole.len() / 2])], &["cut.gguf"]);
+    let at = whole.windows(5).position(|w| w == b"qwen3").unwrap();
+    let mut other = whole.clone();
+    other[at..at + 5].copy_from_slice(b"gemma");
+    fail(
+        &["train", &write("gemma.gguf", &other)],
+        &["architecture 'gemma' is not supported", "llama, qwen2, qwen3"],
+    );
+
+    fail(&["train", "demo", "--group", "1"], &["--group", "at least 2", "got 1"]);
+    fail(&["train", "demo", "--internal-layer", "9"], &["layer from 1 to 8", "got 9"]);
+    fail(&["train", "demo", "--internal-layer", "0"], &["layer from 1 to 8", "got 0"]);
+    fail(&["train", "demo", "--max-response", "600"], &["--max-response", "at least"]);
+    fail(
+        &["train", "demo", "--max-response", "600", "--micro-batch-tokens", "9999"],
+        &["--max-prompt plus --max-response", "512"],
+    );
+    fail(&["train", "demo", "--rank", "1000"], &["--rank", "got 1000"]);
+    fail(&["train", "demo", "--data", "task:nothing"], &["nothing", "task:add"]);
+    fail(&["train", "demo", "--reward", "taste"], &["taste", "boxed"]);
+    fail(&["train", "demo", "--device", "cuda"], &["--device", "cpu"]);
+    fail(&["train", "demo", "--lr", "nan"], &["--lr", "above 0"]);
+    fail(&["train", "demo", "--temperature", "0"], &["--temperature", "above 0"]);
+    fail(&["train", "demo", "--data", "/nonexistent/d.jsonl"], &["/nonexistent/d.jsonl"]);
+    let bad = write("bad.jsonl", b"{\"prompt\": \"1+1=\", \"answer\": \"2\"}\n{\"prompt\": 5}\n");
+    fail(&["train", "demo", "--data", &bad], &["bad.jsonl", "2"]);
+    fail(&["train", "demo", "--data", &write("none.jsonl", b"\n")], &["none.jsonl"]);
+    let other_adapter = golden("llama-f32.lora.gguf");
+    fail(
+        &["train", "demo", "--adapter", &other_adapter],
+        &["llama-f32.lora.gguf", "qwen3", "llama"],
+    );
+    let sized = golden("qwen3-f32.lora.gguf");
+    fail(&["train", "demo", "--adapter", &sized], &["blk.0.attn_q.weight", "128 inputs", "64"]);
+    fail(&["generate", "demo", "-p", "x", "--adapter", &qwen3], &["qwen3-f32.gguf"]);
+    fail(&["score", "demo", "--data", &bad], &["bad.jsonl"]);
+    let high =
+        write("high.jsonl", br#"{"prompt_tokens": [1, 99999], "completions": [{"tokens": [5]}]}"#);
+    fail(&["score", "demo", "--data", &high], &["99999", "288"]);
+    let short = write(
+        "short.jsonl",
+        br#"{"prompt_tokens": [1], "completions": [{"tokens": [5, 6], "reward": 1, "old_logprobs": [0.1]}]}"#,
+    );
+    fail(&["train", "demo", "--rollouts", &short], &["short.jsonl"]);
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_leaves_a_loadable_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args([
+            "train",
+            "demo",
+            "--steps",
+            "100000",
+            "--eval-problems",
+            "8",
+            "--prompts-per-step",
+            "4",
+        ])
+        .args(["--out", out.to_str().unwrap()])
+        .stderr(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = || std::fs::read_to_string(out.join("completions.jsonl")).map_or(0, |t| t.len());
+    let start = std::time::Instant::now();
+    while lines() == 0 {
+        assert!(start.elapsed().as_secs() < 120, "no step within two minutes");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let adapter = out.join("adapter.gguf");
+    succeed(&["generate", "demo", "-p", "1+1=", "--adapter", adapter.to_str().unwrap()]);
+    for line in std::fs::read_to_string(out.join("metrics.jsonl")).unwrap().lines() {
+        serde_json::from_str::<Value>(line).expect("whole lines only");
+    }
+}
+
+#[test]
+fn other_peoples_models_run_through() {
+    let Some(shared) = common::shared() else {
+        eprintln!("no shared models here; .ci/run insists on them with BUPO_REQUIRE_SHARED");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("stories.jsonl");
+    let prompts = ["Once upon a time", "The little dog", "Lily and Tom", "One day"];
+    let rows: String = prompts
+        .iter()
+        .map(|p| {
+            format!(
+                "{}\n",
+                serde_json::json!({"prompt": p, "answer": "happy", "completion": " was happy"})
+            )
+        })
+        .collect();
+    std::fs::write(&data, rows).unwrap();
+    let data = data.to_str().unwrap();
+    for (i, name) in
+        ["stories260K-f32", "stories260K-Q8_0", "ts656k-llama-Q4_0", "ts656k-qwen2-Q8_0"]
+            .iter()
+            .enumerate()
+    {
+        let model = shared.join("models").join(format!("{name}.gguf"));
+        let model = model.to_str().unwrap();
+        let text = succeed(&["generate", model, "-p", prompts[0], "--max-response", "20", "--raw"]);
+        assert!(!text.trim().is_empty(), "{name}");
+        assert_eq!(succeed(&["score", model, "--data", data]).lines().count(), 4, "{name}");
+        assert_eq!(succeed(&["score", model, "--data", data, "--layer", "1"]).lines().count(), 4);
+        let out = dir.path().join(format!("run{i}"));
+        succeed(&[
+            "train",
+            model,
+            "--data",
+            data,
+            "--reward",
+            "exact",
+            "--steps",
+            "2",
+            "--internal-steps",
+            "1",
+            "--internal-layer",
+            "1",
+            "--prompts-per-step",
+            "2",
+            "--group",
+            "3",
+            "--rank",
+            "2",
+            "--max-response",
+            "12",
+            "--out",
+            out.to_str().unwrap(),
+        ]);
+        assert!(out.join("adapter.gguf").is_file(), "{name}");
+    }
+    // No byte tokens: llama.cpp would throw on a character it cannot spell.
+    let model = shared.join("models/ts656k-llama-Q4_0.gguf");
+    fail(
+        &["generate", model.to_str().unwrap(), "-p", "snow\u{2603}man", "--raw"],
+        &["U+2603", "vocabulary"],
+    );
+}

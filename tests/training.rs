@@ -1,0 +1,202 @@
+//! What training promises of its insides: shared tensors, truncation, bounded memory, honest checks.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::model::{Batch, Engine, Lora, Model, Policy, Targets};
+use bupo_gguf::rollout::{Request, RolloutOptions, Rollouts, Sampling};
+use bupo_gguf::train::{Algorithm, Silent};
+use bupo_gguf::{TrainConfig, Trainer};
+use common::{Golden, relative_error};
+
+fn small() -> TrainConfig {
+    TrainConfig {
+        prompts_per_step: 4,
+        group: 4,
+        eval_problems: 8,
+        rank: 4,
+        threads: Some(2),
+        kv_mib: 64,
+        ..TrainConfig::default()
+    }
+}
+
+fn greedy_logprobs(rollouts: &mut Rollouts, prompt: &[i32]) -> Vec<f32> {
+    let request = Request { prompt_tokens: prompt.to_vec(), n: 1, seed_stream: 0, max_tokens: 6 };
+    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
+    let stop = AtomicBool::new(false);
+    let mut groups = rollouts.generate(&[request], &sampling, 1, &mut |_| (), &stop).unwrap();
+    groups.remove(0).remove(0).logprobs
+}
+
+#[test]
+fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
+    let golden = Golden::load("qwen3-f32");
+    let mut lora = golden.lora();
+    let pool = Arc::new(ThreadPool::new(2).unwrap());
+    let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 26 };
+    let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+    let prompt = &golden.rollouts()[0].prompt;
+    let base = greedy_logprobs(&mut rollouts, prompt);
+    rollouts.set_adapter(Some(lora.live(&golden.model).unwrap())).unwrap();
+    let before = greedy_logprobs(&mut rollouts, prompt);
+    assert_ne!(base, before, "the adapter has a say");
+    assert_eq!(before, greedy_logprobs(&mut rollouts, prompt), "and nothing else has");
+    for value in lora.tensors_mut().values_mut(1) {
+        *value += 0.05;
+    }
+    assert_ne!(before, greedy_logprobs(&mut rollouts, prompt), "the tensors are the same ones");
+    // The weights are shared too: the training graph reads the addresses that decoding reads.
+    let weights = golden.model.weights();
+    let engine = golden.model.engine();
+    let decoding = engine.tensors().find(|t| t.name() == "blk.0.attn_q.weight").unwrap();
+    let training = weights.layers[0].linear(bupo_gguf::model::Target::Q).weight;
+    assert_eq!(format!("{:p}", decoding.address()), format!("{:p}", training.address()));
+    #[cfg(target_os = "linux")]
+    {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let mapped = maps.lines().filter(|l| l.ends_with("qwen3-f32.gguf")).count();
+        assert_eq!(mapped, 1, "the file is mapped once");
+    }
+}
+
+#[test]
+fn rollout_logprobs_are_the_trainers() {
+    // F32 weights; the KV cache of rollouts is F16, whose rounding (2^-11) is the bound's origin.
+    let golden = Golden::load("qwen3-f32");
+    let (mut engine, mut lora) = (golden.engine(), golden.lora());
+    let pool = Arc::new(ThreadPool::new(2).unwrap());
+    let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 26 };
+    let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+    rollouts.set_adapter(Some(lora.live(&golden.model).unwrap())).unwrap();
+    let prompt = golden.rollouts()[0].prompt.clone();
+    let request = Request { prompt_tokens: prompt.clone(), n: 5, seed_stream: 3, max_tokens: 12 };
+    let stop = AtomicBool::new(false);
+    for temperature in [1.0, 0.7] {
+        let sampling = Sampling { temperature, ..Sampling::default() };
+        let sampled =
+            rollouts.generate(&[request.clone()], &sampling, 1, &mut |_| (), &stop).unwrap();
+        let tokens: Vec<&[i32]> = sampled[0].iter().map(|c| c.tokens.as_slice()).collect();
+        let mut batch = Batch::default();
+        batch.push_group(&prompt, &tokens, golden.model.config().n_vocab).unwrap();
+        let policy = Policy::full(golden.model.config().n_layer);
+        engine.forward(&golden.model, Some(&lora), &batch, policy.depth()).unwrap();
+        let ours = engine.score(&golden.model, &batch, policy, temperature, false).unwrap();
+        let theirs: Vec<f32> = sampled[0].iter().flat_map(|c| c.logprobs.clone()).collect();
+        let error = relative_error(&ours.logprobs, &theirs);
+        assert!(error < 5e-3, "temperature {temperature}: {error}");
+    }
+}
+
+#[test]
+fn shared_prefixes_change_nothing_but_the_work() {
+    let golden = Golden::load("llama-f32");
+    let (mut engine, lora) = (golden.engine(), golden.lora());
+    let n_vocab = golden.model.config().n_vocab;
+    let policy = Policy::internal(2, golden.model.config().n_layer, false).unwrap();
+    let row = &golden.rollouts()[1];
+    let tokens: Vec<&[i32]> = row.completions.iter().map(Vec::as_slice).collect();
+    let mut shared = Batch::default();
+    shared.push_group(&row.prompt, &tokens, n_vocab).unwrap();
+    let mut apart = Batch::default();
+    for completion in &tokens {
+        apart.push_group(&row.prompt, &[completion], n_vocab).unwrap();
+    }
+    assert!(shared.len() < apart.len());
+    let mut results = Vec::new();
+    for batch in [&shared, &apart] {
+        engine.forward(&golden.model, Some(&lora), batch, policy.depth()).unwrap();
+        let scores = engine.score(&golden.model, batch, policy, 1.0, true).unwrap();
+        let cotangents: Vec<f32> = (0..scores.logprobs.len()).map(|i| (i as f32).sin()).collect();
+        let mut gradients = lora.zeros_like().unwrap();
+        engine.backward(&golden.model, &lora, &mut gradients, batch, policy, &cotangents).unwrap();
+        let all: Vec<f32> =
+            (0..gradients.len()).flat_map(|i| gradients.values(i).to_vec()).collect();
+        results.push((scores.logprobs, all));
+    }
+    assert!(relative_error(&results[0].0, &results[1].0) < 1e-5);
+    assert!(relative_error(&results[0].1, &results[1].1) < 1e-5);
+}
+
+#[test]
+fn the_internal_phase_builds_nothing_above_its_layer() {
+    let model = Model::open("demo".as_ref()).unwrap();
+    let config = TrainConfig { internal_layer: Some(3), internal_steps: 1, ..small() };
+    let mut trainer = Trainer::new(&model, config).unwrap();
+    let before: Vec<Vec<f32>> = values(trainer.lora());
+    let mut worked = None;
+    let mut watch = Counting { work: &mut worked };
+    let (record, _) = trainer.step(1, &mut watch).unwrap();
+    assert_eq!((record.layer, record.drift_nats), (3, None));
+    assert!(record.updates > 0);
+    for (i, (old, new)) in before.iter().zip(values(trainer.lora())).enumerate() {
+        let above = trainer.lora().tensor_layer(i) > 3;
+        assert_eq!(*old == new, above, "{}", trainer.lora().tensor_name(i));
+    }
+    // The engine's own count, over the same policy.
+    let mut engine = Engine::new(Arc::new(ThreadPool::new(1).unwrap())).unwrap();
+    let lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
+    let mut batch = Batch::default();
+    batch.push_group(&[1, 2, 3], &[&[4, 5]], model.config().n_vocab).unwrap();
+    let policy = Policy::internal(3, 8, false).unwrap();
+    engine.forward(&model, Some(&lora), &batch, policy.depth()).unwrap();
+    engine.score(&model, &batch, policy, 1.0, true).unwrap();
+    let mut gradients = lora.zeros_like().unwrap();
+    engine.backward(&model, &lora, &mut gradients, &batch, policy, &[1.0, 1.0]).unwrap();
+    let work = engine.take_work();
+    assert_eq!((work.layer_forwards, work.layer_backwards, work.highest_layer), (3, 3, 3));
+}
+
+struct Counting<'c> {
+    work: &'c mut Option<usize>,
+}
+
+impl bupo_gguf::train::Observer for Counting<'_> {
+    fn update(&mut self, done: usize, _total: usize) {
+        *self.work = Some(done);
+    }
+}
+
+fn values(lora: &Lora) -> Vec<Vec<f32>> {
+    (0..lora.tensors().len()).map(|i| lora.tensors().values(i).to_vec()).collect()
+}
+
+#[test]
+fn same_seed_same_steps() {
+    let model = Model::open("demo".as_ref()).unwrap();
+    let run = || {
+        let config = TrainConfig { algo: Algorithm::Bupo, internal_steps: 1, ..small() };
+        let mut trainer = Trainer::new(&model, config).unwrap();
+        let mut samples = Vec::new();
+        for step in 1..=2 {
+            samples.extend(
+                trainer.step(step, &mut Silent).unwrap().1.into_iter().map(|s| s.completion),
+            );
+        }
+        (samples, values(trainer.lora()))
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn a_model_with_broken_weights_is_refused_before_the_first_step() {
+    // NaN in one norm weight: the probe names the first tensor whose gradient it spoils.
+    let golden = common::golden_dir().join("qwen3-f32.gguf");
+    let mut bytes = std::fs::read(&golden).unwrap();
+    let file = bupo_gguf::gguf::GgufFile::open(&golden).unwrap();
+    let norm = file.tensor("blk.2.ffn_norm.weight").unwrap();
+    let at = file.range(norm).start;
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("nan.gguf");
+    std::fs::write(&path, bytes).unwrap();
+    let model = Model::open(&path).unwrap();
+    let mut trainer =
+        Trainer::new(&model, TrainConfig { algo: Algorithm::Grpo, ..small() }).unwrap();
+    let error = trainer.run(&dir.path().join("run"), &mut Silent).unwrap_err().to_string();
+    assert!(error.contains("checking the gradient of blk.") && error.contains("NaN"), "{error}");
+    assert!(!dir.path().join("run").exists(), "nothing was written");
+}
