@@ -213,11 +213,11 @@ fn bad_input_gets_one_line() {
     fail(&["train", "demo", "--group", "1"], &["--group", "at least 2", "got 1"]);
     fail(&["train", "demo", "--internal-layer", "9"], &["layer from 1 to 8", "got 9"]);
     fail(&["train", "demo", "--internal-layer", "0"], &["layer from 1 to 8", "got 0"]);
-    fail(&["train", "demo", "--max-response", "600"], &["--max-response", "at least"]);
     fail(
         &["train", "demo", "--max-response", "600", "--micro-batch-tokens", "9999"],
         &["--max-prompt plus --max-response", "512"],
     );
+    fail(&["train", "demo", "--micro-batch-tokens", "50"], &["--micro-batch-tokens", "88"]);
     fail(&["train", "demo", "--rank", "1000"], &["--rank", "got 1000"]);
     fail(&["train", "demo", "--data", "task:nothing"], &["nothing", "task:add"]);
     fail(&["train", "demo", "--reward", "taste"], &["taste", "boxed"]);

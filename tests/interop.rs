@@ -14,14 +14,21 @@ use llama_cpp_2::model::LlamaModel;
 use llama_cpp_2::model::params::LlamaModelParams;
 use llama_cpp_2::token::LlamaToken;
 
+/// `enum llama_flash_attn_type`
+const FLASH_ATTN_DISABLED: i32 = 0;
+
 /// Log-probs of `tokens[from..]` by stock llama.cpp with an adapter file.
 fn stock_logprobs(model: &Path, adapter: &Path, tokens: &[i32], from: usize) -> Vec<f32> {
     let backend = LlamaBackend::init().unwrap();
-    let mut model = LlamaModel::load_from_file(&backend, model, &LlamaModelParams::default()).unwrap();
+    let mut model =
+        LlamaModel::load_from_file(&backend, model, &LlamaModelParams::default()).unwrap();
     let mut adapter = model.lora_adapter_init(adapter).expect("stock llama.cpp loads the adapter");
-    // Keys and values in F32, so that the comparison is of the adapter alone.
-    let params =
-        LlamaContextParams::default().with_type_k(KvCacheType::F32).with_type_v(KvCacheType::F32);
+    // Keys and values in F32 and plain attention, so that the comparison is of the adapter alone:
+    // flash attention on the CPU rounds to F16 within.
+    let params = LlamaContextParams::default()
+        .with_type_k(KvCacheType::F32)
+        .with_type_v(KvCacheType::F32)
+        .with_flash_attention_policy(FLASH_ATTN_DISABLED);
     let mut context = model.new_context(&backend, params).unwrap();
     context.lora_adapter_set(&mut adapter, 1.0).unwrap();
     let mut batch = LlamaBatch::new(tokens.len(), 1);

@@ -34,7 +34,12 @@ fn greedy_logprobs(rollouts: &mut Rollouts, prompt: &[i32]) -> Vec<f32> {
 
 #[test]
 fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
-    let golden = Golden::load("qwen3-f32");
+    // A file of its own, for other tests of this process map the fixture.
+    let mut golden = Golden::load("qwen3-f32");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mapped-once.gguf");
+    std::fs::copy(common::golden_dir().join("qwen3-f32.gguf"), &path).unwrap();
+    golden.model = Model::open(&path).unwrap();
     let mut lora = golden.lora();
     let pool = Arc::new(ThreadPool::new(2).unwrap());
     let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 26 };
@@ -58,7 +63,7 @@ fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
     #[cfg(target_os = "linux")]
     {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-        let mapped = maps.lines().filter(|l| l.ends_with("qwen3-f32.gguf")).count();
+        let mapped = maps.lines().filter(|l| l.ends_with("mapped-once.gguf")).count();
         assert_eq!(mapped, 1, "the file is mapped once");
     }
 }

@@ -87,8 +87,13 @@ impl Context {
             params.n_threads_batch = threads;
             params.kv_unified = false;
             params.no_perf = true;
+
             params.offload_kqv = false;
+            // Logits are kept for one token per sequence: [n_batch, V] would be gigabytes.
+            params.n_outputs_max = options.n_seq as u32;
             if options.kv_f32 {
+                // The CPU's flash attention rounds keys and values to F16 within.
+                params.flash_attn_type = sys::LLAMA_FLASH_ATTN_TYPE_DISABLED;
                 params.type_k = sys::GGML_TYPE_F32;
                 params.type_v = sys::GGML_TYPE_F32;
             }

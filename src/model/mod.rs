@@ -61,6 +61,7 @@ impl Model {
         for part in crate::gguf::split_paths(path)? {
             GgufFile::open(&part)?;
         }
+        check_rope(&file)?;
         let engine = Arc::new(llama::Model::load(path)?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
         let model = Model { engine, config, name: name.into(), _demo: None };
@@ -87,6 +88,20 @@ impl Model {
     pub fn weights(&self) -> Weights<'_> {
         Weights::collect(&self.engine, &self.config, &self.name)
             .expect("checked when it was opened")
+    }
+}
+
+/// llama.cpp aborts on a rope scaling type that it does not know.
+fn check_rope(file: &GgufFile) -> Result<()> {
+    const KNOWN: [&str; 3] = ["none", "linear", "yarn"];
+    let key = format!("{}.rope.scaling.type", file.architecture()?);
+    match file.find::<&str>(&key)? {
+        Some(got) if !KNOWN.contains(&got) => Err(Error::Unsupported {
+            what: "rope scaling type",
+            got: got.into(),
+            supported: format!("{}, and llama3 by rope_freqs", KNOWN.join(", ")),
+        }),
+        _ => Ok(()),
     }
 }
 
