@@ -1,9 +1,9 @@
 //! Runs graphs, makes data, measures errors.
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, Tensor, ThreadPool, Type};
+use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::StandardNormal;
@@ -105,59 +105,36 @@ impl Random {
     }
 
     /// A random weight `[k, n]` of a type, and what it dequantises to.
-    ///
-    /// Blocks are drawn from [`POOL`] different ones: quantising to some types takes long.
     pub fn weight(&mut self, ty: Type, k: usize, n: usize) -> (Source, Vec<f64>) {
-        if ty.block_size() == 1 {
-            return quantised(ty, &self.normal(k * n), k);
+        let bytes: Vec<u8> = match ty {
+            Type::F32 => self.normal(k * n).iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Type::F16 => {
+                self.normal(k * n).iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect()
+            }
+            Type::BF16 => {
+                self.normal(k * n).iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect()
+            }
+            _ => (0..k * n / ty.block_size()).flat_map(|_| self.block(ty)).collect(),
+        };
+        let mut exact = vec![0f32; n * k];
+        ty.dequantize(&bytes, &mut exact);
+        (Source::Blocks(ty, bytes, vec![k, n]), f64s(&exact))
+    }
+
+    /// Random bits that mean values of size 1 or so. Most do not: their scale is NaN, huge or tiny.
+    ///
+    /// Quantised data would have but some of the bit patterns, and ggml takes 20 s to get ready for it.
+    fn block(&mut self, ty: Type) -> Vec<u8> {
+        let mut values = vec![0f32; ty.block_size()];
+        loop {
+            let bytes: Vec<u8> = (0..ty.block_bytes()).map(|_| self.0.random()).collect();
+            ty.dequantize(&bytes, &mut values);
+            let size = norm(values.iter().map(|&x| x as f64)) / (values.len() as f64).sqrt();
+            if (0.3..3.0).contains(&size) {
+                return bytes;
+            }
         }
-        let pool = pool(ty);
-        let blocks = self.below(k * n / ty.block_size(), POOL);
-        let block = |&i: &i32| pool[i as usize * ty.block_bytes()..][..ty.block_bytes()].to_vec();
-        dequantised(ty, blocks.iter().flat_map(block).collect(), k)
     }
-}
-
-const POOL: usize = 16;
-
-/// Quantised blocks of normal values, made once for each type.
-fn pool(ty: Type) -> Arc<Vec<u8>> {
-    static POOLS: Mutex<BTreeMap<Type, Arc<Vec<u8>>>> = Mutex::new(BTreeMap::new());
-    let mut pools = POOLS.lock().unwrap();
-    let make =
-        || Arc::new(blocks(ty, &Random::new(15).normal(POOL * ty.block_size()), ty.block_size()));
-    pools.entry(ty).or_insert_with(make).clone()
-}
-
-/// `values` in rows of `k` as a tensor of a type, and what it dequantises to.
-pub fn quantised(ty: Type, values: &[f32], k: usize) -> (Source, Vec<f64>) {
-    dequantised(ty, blocks(ty, values, k), k)
-}
-
-fn dequantised(ty: Type, bytes: Vec<u8>, k: usize) -> (Source, Vec<f64>) {
-    let n = bytes.len() / ty.row_bytes(k).unwrap();
-    let mut exact = vec![0f32; n * k];
-    ty.dequantize(&bytes, &mut exact);
-    (Source::Blocks(ty, bytes, vec![k, n]), f64s(&exact))
-}
-
-fn blocks(ty: Type, values: &[f32], k: usize) -> Vec<u8> {
-    let n = values.len() / k;
-    let mut bytes = vec![0u8; n * ty.row_bytes(k).unwrap()];
-    let importance = vec![1f32; k];
-    // SAFETY: n rows of k values, room for as many of the type; a weight for each column.
-    unsafe {
-        ggml_sys::ggml_quantize_chunk(
-            ty.raw() as _,
-            values.as_ptr(),
-            bytes.as_mut_ptr().cast(),
-            0,
-            n as i64,
-            k as i64,
-            importance.as_ptr(),
-        );
-    }
-    bytes
 }
 
 /// The types a weight may have; all of them have rows of whole blocks at K = 256.

@@ -4,7 +4,7 @@ use bupo_gguf::ggml::Type;
 use bupo_gguf::ops;
 
 use super::EXACT;
-use super::harness::{Random, Source, close, f64s, is_vjp, quantised, run, weight_types};
+use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
 use super::reference;
 
 struct Case {
@@ -147,7 +147,7 @@ fn logprob_of_a_dominating_logit() {
             Case {
                 what: format!("logprob gap={gap} at {dominating} threads={threads}"),
                 h,
-                unembedding: quantised(Type::F32, &e, d),
+                unembedding: (Source::f32(&e, &[d, v]), f64s(&e)),
                 targets,
                 d,
                 inverse: 1.0,
