@@ -77,7 +77,8 @@ fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
 
 /// `o: [hd * n_head, T]` from `q: [hd * n_head, T]` and `k, v: [hd * n_head_kv, T]`, F32, contiguous.
 ///
-/// `segments` cover `[0, T)` in order without gaps; a prefix is a whole earlier segment that has none.
+/// `segments` cover `[0, T)` in order without gaps; a prefix is the last segment before that has none:
+/// completions follow their prompt, since the threads of the vjp share out such trees.
 pub fn attention<'a>(
     arena: &'a Arena,
     q: Tensor<'a>,
@@ -124,15 +125,15 @@ pub fn attention_back<'a>(
 }
 
 fn check_segments(segments: &[Segment], t: usize) {
-    let mut next = 0;
+    let (mut next, mut root) = (0, None);
     for (i, s) in segments.iter().enumerate() {
         assert!(s.begin == next && s.end > s.begin, "segment {i}: {s:?}");
         next = s.end;
-        let is_whole = |p: &Segment| {
-            (p.begin, p.end) == (s.prefix_begin, s.prefix_end) && p.prefix_begin == p.prefix_end
-        };
-        let has_prefix = s.prefix_begin != s.prefix_end;
-        assert!(!has_prefix || segments[..i].iter().any(is_whole), "prefix of segment {i}: {s:?}");
+        if s.prefix_begin == s.prefix_end {
+            root = Some((s.begin, s.end));
+        } else {
+            assert_eq!(Some((s.prefix_begin, s.prefix_end)), root, "prefix of segment {i}: {s:?}");
+        }
     }
     assert_eq!(next as usize, t, "segments cover all tokens");
 }

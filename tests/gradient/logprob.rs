@@ -1,0 +1,186 @@
+//! linear_logprob, and scale_rows as its vjp.
+
+use bupo_gguf::ggml::Type;
+use bupo_gguf::ops;
+
+use super::EXACT;
+use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
+use super::reference;
+
+struct Case {
+    what: String,
+    h: Vec<f32>,
+    unembedding: (Source, Vec<f64>),
+    targets: Vec<i32>,
+    d: usize,
+    inverse: f32,
+    threads: usize,
+    /// Of log-probs, log-sum-exps, entropies and the vjp.
+    tolerance: f64,
+}
+
+impl Case {
+    /// Random hidden states whose logits are of size 1; the last token's target is the last row.
+    fn random(ty: Type, [d, v, t]: [usize; 3], threads: usize) -> Case {
+        let mut random = Random::new((d * v + t) as u64);
+        let unembedding = random.weight(ty, d, v);
+        let size = 1.0 / (d as f32).sqrt();
+        let h = random.normal(d * t).iter().map(|x| size * x).collect();
+        let mut targets = random.below(t, v);
+        targets[t - 1] = v as i32 - 1;
+        let what = format!("logprob {ty} D={d} V={v} T={t} threads={threads}");
+        Case { what, h, unembedding, targets, d, inverse: 1.0, threads, tolerance: EXACT }
+    }
+
+    fn check(&self) {
+        let (d, t) = (self.d, self.targets.len());
+        let what = |of: &str| format!("{}: {of}", self.what);
+        let dy = Random::new(4).normal(t);
+        let sources = [
+            Source::f32(&self.h, &[d, t]),
+            self.unembedding.0.clone(),
+            Source::I32(self.targets.clone()),
+            Source::f32(&dy, &[t]),
+        ];
+        let inverse = self.inverse;
+        let results = run(self.threads, &sources, |arena, s| {
+            let full = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), inverse, true);
+            let dh = ops::scale_rows(arena, full.gradient.unwrap(), s[3]);
+            // Without gradient, and without targets: the same values, and zero.
+            let less = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), inverse, false);
+            let none = ops::linear_logprob(arena, s[0], s[1], None, inverse, false);
+            assert!(less.gradient.is_none());
+            vec![
+                full.logprob,
+                full.lse,
+                full.entropy,
+                dh,
+                less.logprob,
+                less.lse,
+                less.entropy,
+                none.logprob,
+                none.lse,
+                none.entropy,
+            ]
+        });
+        let forward = |h: &[f64]| {
+            reference::logprob(h, &self.unembedding.1, d, &self.targets, inverse as f64)
+        };
+        let [logprob, lse, entropy] = forward(&f64s(&self.h));
+        close(&what("log-prob"), &results[0], &logprob, self.tolerance);
+        close(&what("log-sum-exp"), &results[1], &lse, self.tolerance);
+        close(&what("entropy"), &results[2], &entropy, self.tolerance);
+        let [dh, h] = [&results[3], &self.h];
+        is_vjp(&what("dh"), |h| forward(h)[0].clone(), h, &dy, dh, self.tolerance);
+        assert_eq!(results[..3], results[4..7], "{}", what("without gradient"));
+        assert!(results[7].iter().all(|&x| x == 0.0), "{}", what("without targets"));
+        assert_eq!(results[1..3], results[8..10], "{}", what("without targets"));
+    }
+}
+
+#[test]
+fn logprob_of_odd_sizes() {
+    // A vocabulary tile is 512 rows at D up to 256, 131 at D = 1000; a token tile 512.
+    for [d, v, t] in [
+        [32, 97, 1],
+        [32, 1, 3],
+        [96, 3, 2],
+        [96, 1000, 7],
+        [32, 5000, 5],
+        [1000, 400, 3],
+        [32, 97, 513],
+        [33, 1000, 1030],
+        [8, 512, 512],
+    ] {
+        for threads in [1, 2, 5] {
+            Case::random(Type::F32, [d, v, t], threads).check();
+        }
+    }
+    Case::random(Type::F16, [1000, 97, 5], 2).check();
+    Case::random(Type::Q8_0, [96, 1000, 520], 5).check();
+}
+
+#[test]
+fn logprob_of_every_type() {
+    for ty in weight_types() {
+        Case::random(ty, [256, 97, 5], 2).check();
+        Case::random(ty, [512, 600, 3], 1).check();
+    }
+}
+
+#[test]
+fn logprob_with_temperature() {
+    for inverse in [0.1, 0.5, 1.0 / 0.7, 3.0] {
+        let mut case = Case::random(Type::Q8_0, [64, 1000, 5], 2);
+        case.what += &format!(" 1/T={inverse}");
+        case.inverse = inverse;
+        case.check();
+    }
+}
+
+#[test]
+fn logprob_of_equal_logits() {
+    for threads in [1, 5] {
+        let mut case = Case::random(Type::F32, [16, 1000, 4], threads);
+        case.what += " h=0";
+        case.h.fill(0.0);
+        case.check();
+    }
+}
+
+/// One logit above all others, in the first, a middle and the last tile of the vocabulary.
+#[test]
+fn logprob_of_a_dominating_logit() {
+    let [d, v, t] = [8, 5000, 6];
+    for (gap, dominating) in
+        [8f32, 20.0, 40.0, 160.0].into_iter().flat_map(|g| [0, 2600, v - 1].map(|i| (g, i)))
+    {
+        for threads in [1, 2, 5] {
+            let mut random = Random::new(5);
+            let (mut e, mut h) = (random.normal(d * v), random.normal(d * t));
+            e.iter_mut().for_each(|x| *x *= 0.1);
+            e.iter_mut().step_by(d).for_each(|x| *x = -1.0);
+            e[dominating * d] = 1.0;
+            h.iter_mut().step_by(d).for_each(|x| *x = gap / 2.0);
+            let last = v as i32 - 1;
+            let targets = vec![dominating as i32, 0, last, 17, 1024, dominating as i32];
+            Case {
+                what: format!("logprob gap={gap} at {dominating} threads={threads}"),
+                h,
+                unembedding: (Source::f32(&e, &[d, v]), f64s(&e)),
+                targets,
+                d,
+                inverse: 1.0,
+                threads,
+                // Logits of +-gap/2 are off by gap 2^-25 each, and so is what e^l is taken of,
+                // relatively; the entropy is such differences times the gap again.
+                tolerance: EXACT * (gap as f64 / 20.0).max(1.0),
+            }
+            .check();
+        }
+    }
+}
+
+/// Entropies far below 1, beside their own size: the bound for them is not softened by a floor.
+#[test]
+fn entropy_of_peaked_distributions() {
+    let [d, v] = [2, 5000];
+    for gap in [10f32, 20.0, 30.0, 60.0] {
+        for threads in [1, 2, 5] {
+            let mut e = vec![0f32; d * v];
+            e.iter_mut().step_by(d).for_each(|x| *x = -1.0);
+            e[3 * d] = 1.0;
+            let sources = [Source::f32(&[gap / 2.0, 0.0], &[d, 1]), Source::f32(&e, &[d, v])];
+            let results = run(threads, &sources, |arena, s| {
+                vec![ops::linear_logprob(arena, s[0], s[1], None, 1.0, false).entropy]
+            });
+            // With q = e^-gap: log(1 + (V-1) q) + (V-1) q gap / (1 + (V-1) q).
+            let rest = (v - 1) as f64 * (-gap as f64).exp();
+            let want = rest.ln_1p() + rest * gap as f64 / (1.0 + rest);
+            let error = (results[0][0] as f64 - want).abs() / want;
+            println!("{error:.1e} entropy gap={gap} threads={threads}");
+            // `e^x` is good to 3e-7; the sum keeps 1e-16 beside 1, which is 1e-16 / rest of the rest.
+            assert!(error < 1e-6 + 1e-14 / rest, "gap={gap}: {} of {want}", results[0][0]);
+        }
+    }
+}

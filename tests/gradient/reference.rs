@@ -1,0 +1,117 @@
+//! The forward of each op in plain f64. Layouts as in ggml: the first extent is the fastest.
+
+use bupo_gguf::ggml::Rope;
+use bupo_gguf::ops::{AttentionSpec, Segment};
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// `y: [N, T]` from `w: [K, N]`, `x: [K, T]`.
+pub fn linear(w: &[f64], x: &[f64], k: usize) -> Vec<f64> {
+    x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(w, x))).collect()
+}
+
+/// Log-prob of the target, log-sum-exp and entropy of each token.
+pub fn logprob(h: &[f64], e: &[f64], d: usize, targets: &[i32], inverse: f64) -> [Vec<f64>; 3] {
+    let mut all = [const { Vec::new() }; 3];
+    for (h, &target) in h.chunks(d).zip(targets) {
+        let logits: Vec<f64> = e.chunks(d).map(|e| inverse * dot(e, h)).collect();
+        let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
+        all[0].push(logits[target as usize] - lse);
+        all[1].push(lse);
+        all[2].push(-logits.iter().map(|l| (l - lse).exp() * (l - lse)).sum::<f64>());
+    }
+    all
+}
+
+/// Softmax attention of every token over what its segment lets it see.
+pub fn attention(
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+    segments: &[Segment],
+    spec: AttentionSpec,
+) -> Vec<f64> {
+    let size = spec.head_size;
+    let (q_width, kv_width) = (spec.n_head * size, spec.n_head_kv * size);
+    let mut out = vec![0.0; q.len()];
+    for s in segments {
+        for t in s.begin as usize..s.end as usize {
+            let seen = || {
+                let prefix = s.prefix_begin as usize..s.prefix_end as usize;
+                prefix.chain(s.begin as usize..t + 1)
+            };
+            for h in 0..spec.n_head {
+                let kv = h / (spec.n_head / spec.n_head_kv) * size;
+                let q = &q[t * q_width + h * size..][..size];
+                let scores: Vec<f64> = seen()
+                    .map(|j| spec.scale as f64 * dot(q, &k[j * kv_width + kv..][..size]))
+                    .collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let out = &mut out[t * q_width + h * size..][..size];
+                for (j, s) in seen().zip(scores) {
+                    let p = (s - max).exp() / sum;
+                    for (o, v) in out.iter_mut().zip(&v[j * kv_width + kv..]) {
+                        *o += p * v;
+                    }
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Rows of `w.len()` divided by their root mean square, times `w`.
+pub fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
+    let row = |x: &[f64]| {
+        let r = 1.0 / (dot(x, x) / x.len() as f64 + eps).sqrt();
+        x.iter().zip(w).map(|(x, w)| r * x * w).collect::<Vec<_>>()
+    };
+    x.chunks(w.len()).flat_map(row).collect()
+}
+
+/// `silu(g) u`.
+pub fn swiglu(g: &[f64], u: &[f64]) -> Vec<f64> {
+    g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+}
+
+/// Rotary embedding of heads `x: [head size, heads, T]`, with YaRN when `ext_factor` is not 0.
+pub fn rope(
+    x: &[f64],
+    [size, heads]: [usize; 2],
+    positions: &[i32],
+    factors: Option<&[f32]>,
+    rope: &Rope,
+) -> Vec<f64> {
+    let (n, base) = (rope.n_rot as f64, rope.freq_base as f64);
+    let (freq_scale, ext) = (rope.freq_scale as f64, rope.ext_factor as f64);
+    // The pair whose wave turns `beta` times within the original context.
+    let turning = |beta: f32| {
+        n * (rope.n_ctx_orig as f64 / (beta as f64 * std::f64::consts::TAU)).ln()
+            / (2.0 * base.ln())
+    };
+    let low = turning(rope.beta_fast).floor().max(0.0);
+    let high = turning(rope.beta_slow).ceil().min(n - 1.0);
+    let mut y = x.to_vec();
+    for (t, y) in y.chunks_mut(size * heads).enumerate() {
+        for y in y.chunks_mut(size) {
+            for i in 0..rope.n_rot / 2 {
+                let factor = factors.map_or(1.0, |f| f[i] as f64);
+                let plain = positions[t] as f64 * base.powf(-2.0 * i as f64 / n) / factor;
+                let (mut angle, mut length) = (freq_scale * plain, rope.attn_factor as f64);
+                if ext != 0.0 {
+                    let ramp = 1.0 - ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0);
+                    angle = angle * (1.0 - ramp * ext) + plain * ramp * ext;
+                    length *= 1.0 + 0.1 * (1.0 / freq_scale).ln();
+                }
+                let (a, b) = if rope.neox { (i, i + rope.n_rot / 2) } else { (2 * i, 2 * i + 1) };
+                let (sin, cos) = (length * angle.sin(), length * angle.cos());
+                (y[a], y[b]) = (y[a] * cos - y[b] * sin, y[a] * sin + y[b] * cos);
+            }
+        }
+    }
+    y
+}
