@@ -110,6 +110,7 @@ impl Executor {
             match input {
                 Input::F32(values) => tensor.write_f32(values),
                 Input::I32(values) => tensor.write_i32(values),
+                Input::Blocks(bytes) => tensor.write_bytes(bytes),
             }
         }
         // SAFETY: every tensor of the graph has memory now; kernels were given by this crate.
@@ -137,6 +138,8 @@ pub enum Input<'i> {
     F32(&'i [f32]),
     /// For an I32 tensor.
     I32(&'i [i32]),
+    /// For a tensor of any type: its rows' blocks.
+    Blocks(&'i [u8]),
 }
 
 /// A computed graph whose results can be read until the executor runs the next one.
