@@ -7,8 +7,9 @@
 //! ```
 //!
 //! `W: [K, N]` is dequantised once per tile and call, never once per token, and never as a whole: a tile
-//! fits the L2 cache. F32 weights are read where they lie. Forward: threads share out the N outputs.
-//! Backward: they share out K in whole blocks of the type, so that no block is dequantised twice.
+//! stays in the L2 cache. Threads take tiles from a queue, of N outputs forward and of K outputs (whole
+//! blocks of the type) backward, so that no block is dequantised twice; only where there are fewer tiles
+//! than threads do they share out T too. How a sum is formed does not depend on who takes the tile.
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
@@ -16,13 +17,22 @@ use std::ops::Range;
 use ggml_sys as sys;
 
 use super::gemm::{Matrix, gemm, with_scratch};
+use super::queue::Queue;
 use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Floats of a dequantised tile: 512 KiB, half of a usual L2 cache.
 const TILE: usize = 128 * 1024;
-/// Columns of K that threads are given at once in the backward, where the type's blocks are smaller.
-const K_STEP: usize = 64;
+/// Inputs that one product of a tile sums over: forward in K, a multiple of every block size; backward in N.
+const DEPTH: usize = 1024;
+const BACK_DEPTH: usize = 256;
+/// Outputs of a tile come in multiples of this where there are enough: the rows of gemm's micro kernel.
+const STEP: usize = 64;
+/// Floats between the rows of a tile. Without them the rows of a K that is a power of two fall on the same few
+/// cache lines, and packing them takes longer than the product of 64 tokens.
+const PAD: usize = 16;
+/// Tokens that `outer` sums over at a time, so that its strided rows stay in the L2 cache.
+const OUTER_DEPTH: usize = 128;
 
 /// A low-rank term: `scale * factor * input`.
 #[derive(Clone, Copy)]
@@ -76,7 +86,7 @@ pub fn linear<'a>(
         bias: bias.is_some() as u32,
         add: 0,
     };
-    arena.custom([n, t, 1, 1], &sources, linear_kernel, params)
+    arena.custom([n, t, 1, 1], &sources, linear_kernel, Params::new(params))
 }
 
 /// `dx: [K, T]` from `w: [K, N]` of any type and `dy: [N, T]` F32; `add: [K, T]` F32.
@@ -108,7 +118,7 @@ pub fn linear_back<'a>(
         bias: 0,
         add: add.is_some() as u32,
     };
-    arena.custom([k, t, 1, 1], &sources, linear_back_kernel, params)
+    arena.custom([k, t, 1, 1], &sources, linear_back_kernel, Params::new(params))
 }
 
 /// Adds `scale * x dy^T` to `g: [K, N]` in place, from `x: [K, T]` and `dy: [N, T]`, all F32.
@@ -128,6 +138,18 @@ pub fn outer<'a>(
     arena.custom_inplace(g, &[x, dy], outer_kernel, params)
 }
 
+#[repr(C)]
+struct Params {
+    c: sys::bupo_linear_params,
+    tiles: Queue,
+}
+
+impl Params {
+    fn new(c: sys::bupo_linear_params) -> Params {
+        Params { c, tiles: Queue::default() }
+    }
+}
+
 /// A weight as the kernels read it.
 pub(super) struct Weight {
     ty: Type,
@@ -141,13 +163,18 @@ impl Weight {
     pub(super) unsafe fn new(tensor: *const sys::ggml_tensor) -> Weight {
         // SAFETY: by contract.
         let (raw, data, row_bytes) = unsafe { ((*tensor).type_, (*tensor).data, (*tensor).nb[1]) };
-        let ty = Type::from_raw(raw as u32).expect("a live tensor has a known type");
+        let ty = Type::from_raw(raw).expect("a live tensor has a known type");
         Weight { ty, data: data.cast(), row_bytes }
     }
 
-    /// Whether tiles are read in place, without scratch.
-    pub(super) fn is_f32(&self) -> bool {
-        self.ty == Type::F32
+    /// F32 rows are read where they lie, but for strides that fall on the same few cache lines.
+    fn in_place(&self) -> bool {
+        self.ty == Type::F32 && !self.row_bytes.is_multiple_of(1024)
+    }
+
+    /// Floats of scratch that a tile of this size takes.
+    pub(super) fn scratch(&self, rows: usize, width: usize) -> usize {
+        if self.in_place() { 0 } else { rows * (width + PAD) }
     }
 
     /// Columns `ks` (whole blocks) of rows `ns`: a matrix whose rows are rows of W.
@@ -163,15 +190,15 @@ impl Weight {
         let skip = ks.start / self.ty.block_size() * self.ty.block_bytes();
         // SAFETY: within the tensor by contract.
         let from = |n: usize| unsafe { self.data.add(n * self.row_bytes + skip) };
-        if self.ty == Type::F32 {
+        if self.in_place() {
             return Matrix::new(from(ns.start).cast(), self.row_bytes / 4, 1);
         }
-        let width = ks.len();
-        for (row, n) in scratch.chunks_exact_mut(width).zip(ns) {
+        let (width, stride) = (ks.len(), ks.len() + PAD);
+        for (row, n) in scratch.chunks_exact_mut(stride).zip(ns) {
             // SAFETY: `width` elements of whole blocks of a row.
-            unsafe { self.ty.dequantize_raw(from(n), row) };
+            unsafe { self.ty.dequantize_raw(from(n), &mut row[..width]) };
         }
-        Matrix::new(scratch.as_ptr(), width, 1)
+        Matrix::new(scratch.as_ptr(), stride, 1)
     }
 }
 
@@ -180,113 +207,134 @@ unsafe fn f32_data(tensor: *const sys::ggml_tensor) -> *mut f32 {
     unsafe { (*tensor).data.cast() }
 }
 
-unsafe extern "C" fn linear_kernel(
-    dst: *mut sys::ggml_tensor,
-    ith: c_int,
-    nth: c_int,
-    userdata: *mut c_void,
-) {
-    // SAFETY: `linear` made this node: its sources, shapes and parameters are as checked there; each
-    // thread writes its own outputs n only.
-    unsafe {
-        let params = &*userdata.cast::<sys::bupo_linear_params>();
-        let (n_all, t) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
-        let src = &(*dst).src;
-        let k = (*src[0]).ne[0] as usize;
-        let weight = Weight::new(src[0]);
-        let x = Matrix::new(f32_data(src[1]) as *const f32, 1, k); // [K, T]: (k, t)
-        let y = f32_data(dst);
-        let step = (TILE / k).clamp(8, 256);
-        let mine = partition(n_all, ith, nth);
-        with_scratch(if weight.is_f32() { 0 } else { step * k }, |scratch| {
-            for start in mine.clone().step_by(step) {
-                let ns = start..(start + step).min(mine.end);
-                let tile = weight.tile(ns.clone(), 0..k, scratch); // (n, k)
-                let out = Matrix::new(y.add(ns.start), 1, n_all); // (n, t)
-                gemm([ns.len(), t, k], out, false, tile, x, 1.0);
-            }
-        });
-        if params.low_rank != 0 {
-            let r = (*src[2]).ne[0] as usize;
-            let b = Matrix::new(f32_data(src[2]).add(mine.start * r) as *const f32, r, 1); // (n, r)
-            let u = Matrix::new(f32_data(src[3]) as *const f32, 1, r); // (r, t)
-            let out = Matrix::new(y.add(mine.start), 1, n_all);
-            gemm([mine.len(), t, r], out, true, b, u, params.scale);
-        }
-        if params.bias != 0 {
-            let bias = f32_data(src[2 + 2 * params.low_rank as usize]);
-            let bias = std::slice::from_raw_parts(bias.add(mine.start), mine.len());
-            for t in 0..t {
-                let y = std::slice::from_raw_parts_mut(y.add(t * n_all + mine.start), mine.len());
-                for (y, b) in y.iter_mut().zip(bias) {
-                    *y += b;
-                }
-            }
-        }
+/// How outputs `[0, n)` of all tokens are cut up for the queue.
+struct Tiling {
+    n: usize,
+    t: usize,
+    n_step: usize,
+    t_step: usize,
+}
+
+impl Tiling {
+    /// At most `most` outputs a tile, in multiples of `unit`, and where possible a tile for every thread.
+    fn new(n: usize, t: usize, unit: usize, most: usize, nth: c_int) -> Tiling {
+        let fair = n.div_ceil(nth as usize).next_multiple_of(unit);
+        let n_step = fair.min((most / unit * unit).max(unit));
+        let parts = nth as usize / n.div_ceil(n_step).max(1);
+        Tiling { n, t, n_step, t_step: t.div_ceil(parts.max(1)).max(1) }
+    }
+
+    fn n_tiles(&self) -> usize {
+        self.n.div_ceil(self.n_step) * self.t.div_ceil(self.t_step)
+    }
+
+    /// Outputs and tokens of tile `i`.
+    fn tile(&self, i: usize) -> (Range<usize>, Range<usize>) {
+        let across = self.n.div_ceil(self.n_step);
+        let (n, t) = (i % across * self.n_step, i / across * self.t_step);
+        (n..(n + self.n_step).min(self.n), t..(t + self.t_step).min(self.t))
     }
 }
 
-/// This thread's part of a `K x T` result: K in steps of `unit`, and T too when there are more threads
-/// than such steps.
-fn split(k: usize, t: usize, unit: usize, ith: c_int, nth: c_int) -> (Range<usize>, Range<usize>) {
-    let steps = k.div_ceil(unit);
-    let over_k = steps.min(nth as usize);
-    let over_t = nth as usize / over_k;
-    let (ik, it) = (ith as usize % over_k, ith as usize / over_k);
-    if it >= over_t {
-        return (0..0, 0..0);
+/// `all` in steps of `step`.
+pub(super) fn steps(all: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    all.clone().step_by(step).map(move |start| start..(start + step).min(all.end))
+}
+
+unsafe extern "C" fn linear_kernel(
+    dst: *mut sys::ggml_tensor,
+    _ith: c_int,
+    nth: c_int,
+    userdata: *mut c_void,
+) {
+    // SAFETY: `linear` made this node: its sources, shapes and parameters are as checked there; tiles of
+    // the result do not overlap.
+    unsafe {
+        let Params { c: params, tiles } = &*userdata.cast::<Params>();
+        let (n_all, t_all) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
+        let src = &(*dst).src;
+        let k = (*src[0]).ne[0] as usize;
+        let weight = Weight::new(src[0]);
+        let depth = k.min(DEPTH);
+        let unit = STEP.min(n_all.next_multiple_of(16));
+        let tiling = Tiling::new(n_all, t_all, unit, (TILE / depth).min(512), nth);
+        with_scratch(weight.scratch(tiling.n_step, depth), |scratch| {
+            tiles.each(tiling.n_tiles(), nth, |i| {
+                let (ns, ts) = tiling.tile(i);
+                let y = f32_data(dst).add(ts.start * n_all + ns.start);
+                let y = Matrix::new(y, 1, n_all); // (n, t)
+                let extent = |inner| [ns.len(), ts.len(), inner];
+                for ks in steps(0..k, DEPTH) {
+                    let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
+                    let x = f32_data(src[1]).add(ts.start * k + ks.start) as *const f32;
+                    let x = Matrix::new(x, 1, k); // (k, t)
+                    gemm(extent(ks.len()), y, ks.start > 0, tile, x, 1.0);
+                }
+                if params.low_rank != 0 {
+                    let r = (*src[2]).ne[0] as usize;
+                    let b = Matrix::new(f32_data(src[2]).add(ns.start * r) as *const f32, r, 1); // (n, r)
+                    let u = Matrix::new(f32_data(src[3]).add(ts.start * r) as *const f32, 1, r); // (r, t)
+                    gemm(extent(r), y, true, b, u, params.scale);
+                }
+                if params.bias != 0 {
+                    let bias = f32_data(src[2 + 2 * params.low_rank as usize]).add(ns.start);
+                    let bias = std::slice::from_raw_parts(bias, ns.len());
+                    for t in 0..ts.len() {
+                        let y = std::slice::from_raw_parts_mut(y.data.add(t * n_all), ns.len());
+                        for (y, b) in y.iter_mut().zip(bias) {
+                            *y += b;
+                        }
+                    }
+                }
+            });
+        });
     }
-    let ks = partition(steps, ik as c_int, over_k as c_int);
-    let ks = ks.start * unit..(ks.end * unit).min(k);
-    (ks, partition(t, it as c_int, over_t as c_int))
 }
 
 unsafe extern "C" fn linear_back_kernel(
     dst: *mut sys::ggml_tensor,
-    ith: c_int,
+    _ith: c_int,
     nth: c_int,
     userdata: *mut c_void,
 ) {
     // SAFETY: `linear_back` made this node: its sources, shapes and parameters are as checked there;
-    // each thread writes its own (k, t) only.
+    // tiles of the result do not overlap.
     unsafe {
-        let params = &*userdata.cast::<sys::bupo_linear_params>();
-        let (k, t) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
+        let Params { c: params, tiles } = &*userdata.cast::<Params>();
+        let (k, t_all) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
         let src = &(*dst).src;
         let n_all = (*src[0]).ne[1] as usize;
         let weight = Weight::new(src[0]);
-        let unit = weight.ty.block_size().max(K_STEP);
-        let (ks, ts) = split(k, t, unit, ith, nth);
-        if ks.is_empty() || ts.is_empty() {
-            return;
-        }
-        let out = Matrix::new(f32_data(dst).add(ts.start * k + ks.start), 1, k); // (k, t)
-        let extent = |inner| [ks.len(), ts.len(), inner];
-        let mut keep = params.add != 0;
-        if keep {
-            let add = f32_data(src[2 + 2 * params.low_rank as usize]);
-            for t in 0..ts.len() {
-                let from = add.add((ts.start + t) * k + ks.start);
-                std::ptr::copy_nonoverlapping(from, out.data.add(t * k), ks.len());
-            }
-        }
-        let step = (TILE / ks.len()).clamp(8, n_all.max(8));
-        with_scratch(if weight.is_f32() { 0 } else { step * ks.len() }, |scratch| {
-            for start in (0..n_all).step_by(step) {
-                let ns = start..(start + step).min(n_all);
-                let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
-                let tile = Matrix::new(tile.data, tile.column, tile.row); // (k, n)
-                let dy = f32_data(src[1]).add(ts.start * n_all + ns.start) as *const f32;
-                gemm(extent(ns.len()), out, keep, tile, Matrix::new(dy, 1, n_all), 1.0);
-                keep = true;
-            }
+        let unit = weight.ty.block_size().max(STEP);
+        let depth = n_all.min(BACK_DEPTH);
+        let tiling = Tiling::new(k, t_all, unit, TILE / BACK_DEPTH, nth);
+        with_scratch(weight.scratch(depth, tiling.n_step), |scratch| {
+            tiles.each(tiling.n_tiles(), nth, |i| {
+                let (ks, ts) = tiling.tile(i);
+                let out = Matrix::new(f32_data(dst).add(ts.start * k + ks.start), 1, k); // (k, t)
+                let extent = |inner| [ks.len(), ts.len(), inner];
+                if params.add != 0 {
+                    let add = f32_data(src[2 + 2 * params.low_rank as usize]);
+                    for t in 0..ts.len() {
+                        let from = add.add((ts.start + t) * k + ks.start);
+                        std::ptr::copy_nonoverlapping(from, out.data.add(t * k), ks.len());
+                    }
+                }
+                for ns in steps(0..n_all, BACK_DEPTH) {
+                    let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
+                    let tile = Matrix::new(tile.data, tile.column, tile.row); // (k, n)
+                    let dy = f32_data(src[1]).add(ts.start * n_all + ns.start) as *const f32;
+                    let dy = Matrix::new(dy, 1, n_all); // (n, t)
+                    gemm(extent(ns.len()), out, params.add != 0 || ns.start > 0, tile, dy, 1.0);
+                }
+                if params.low_rank != 0 {
+                    let r = (*src[2]).ne[1] as usize;
+                    let a = Matrix::new(f32_data(src[2]).add(ks.start) as *const f32, 1, k); // (k, r)
+                    let du = f32_data(src[3]).add(ts.start * r) as *const f32;
+                    gemm(extent(r), out, true, a, Matrix::new(du, 1, r), params.scale);
+                }
+            });
         });
-        if params.low_rank != 0 {
-            let r = (*src[2]).ne[1] as usize;
-            let a = Matrix::new(f32_data(src[2]).add(ks.start) as *const f32, 1, k); // (k, r)
-            let du = f32_data(src[3]).add(ts.start * r) as *const f32;
-            gemm(extent(r), out, true, a, Matrix::new(du, 1, r), params.scale);
-        }
     }
 }
 
@@ -299,19 +347,44 @@ unsafe extern "C" fn outer_kernel(
     // SAFETY: `outer` made this node: src[0] is g, of which dst is a view; then x and dy, shapes as
     // checked there; each thread writes its own part of g only.
     unsafe {
-        let params = &*userdata.cast::<sys::bupo_linear_params>();
+        let scale = (*userdata.cast::<sys::bupo_linear_params>()).scale;
         let (k, n) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
         let src = &(*dst).src;
         let t = (*src[1]).ne[1] as usize;
         let (mut ks, mut ns) = (0..k, 0..n);
-        if k >= n {
+        if k >= n.max(STEP) {
             ks = partition(k, ith, nth);
         } else {
             ns = partition(n, ith, nth);
         }
-        let g = Matrix::new(f32_data(dst).add(ns.start * k + ks.start), 1, k); // (k, n)
-        let x = Matrix::new(f32_data(src[1]).add(ks.start) as *const f32, 1, k); // (k, t)
-        let dy = Matrix::new(f32_data(src[2]).add(ns.start) as *const f32, n, 1); // (t, n)
-        gemm([ks.len(), ns.len(), t], g, true, x, dy, params.scale);
+        let x = |t: usize| f32_data(src[1]).add(t * k + ks.start) as *const f32;
+        let dy = |t: usize, n0: usize| f32_data(src[2]).add(t * n + n0) as *const f32;
+        if k >= STEP {
+            let g = Matrix::new(f32_data(dst).add(ns.start * k + ks.start), 1, k); // (k, n)
+            for ts in steps(0..t, OUTER_DEPTH) {
+                let x = Matrix::new(x(ts.start), 1, k); // (k, t)
+                let dy = Matrix::new(dy(ts.start, ns.start), n, 1); // (t, n)
+                gemm([ks.len(), ns.len(), ts.len()], g, true, x, dy, scale);
+            }
+            return;
+        }
+        // A short K leaves the micro kernel's rows empty: N stands in the rows, the sum is turned after.
+        with_scratch(256 * k, |scratch| {
+            for ns in steps(ns, 256) {
+                let width = ns.len();
+                let sums = Matrix::new(scratch.as_mut_ptr(), 1, width); // (n, k)
+                for ts in steps(0..t, OUTER_DEPTH) {
+                    let dy = Matrix::new(dy(ts.start, ns.start), 1, n); // (n, t)
+                    let x = Matrix::new(x(ts.start), k, 1); // (t, k)
+                    gemm([width, k, ts.len()], sums, ts.start > 0, dy, x, scale);
+                }
+                let g = std::slice::from_raw_parts_mut(f32_data(dst).add(ns.start * k), width * k);
+                for (n, g) in g.chunks_exact_mut(k).enumerate() {
+                    for (g, sum) in g.iter_mut().zip(scratch[n..].iter().step_by(width)) {
+                        *g += sum;
+                    }
+                }
+            }
+        });
     }
 }

@@ -24,8 +24,8 @@ use ggml_sys as sys;
 
 use super::exp::exp;
 use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::Weight;
-use super::rows::partition;
+use super::linear::{Weight, steps};
+use super::rows::{maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -170,13 +170,12 @@ impl Job {
             target: vec![None; n],
             mean: vec![0.0; if self.gradient { d * n } else { 0 }],
         };
-        let step = (VOCAB_TILE / d).clamp(16, 512);
-        let dequantised = if self.unembedding.is_f32() { 0 } else { step * d };
+        let step = (VOCAB_TILE / d / 64 * 64).clamp(64, 512);
+        let dequantised = self.unembedding.scratch(step, d);
         // SAFETY: by contract; scratch holds a tile of E_u and a tile of logits.
         with_scratch(dequantised + step * n, |scratch| unsafe {
             let (rows, logits) = scratch.split_at_mut(dequantised);
-            for start in vocab.clone().step_by(step) {
-                let vs = start..(start + step).min(vocab.end);
+            for vs in steps(vocab, step) {
                 let e = self.unembedding.tile(vs.clone(), 0..d, rows); // (v, d)
                 let width = vs.len();
                 let h = Matrix::new(self.h.add(tokens.start * d), 1, d); // (d, t)
@@ -216,7 +215,7 @@ impl Job {
             }
         }
         let before = sums.max[t];
-        let max = l.iter().copied().fold(before, f32::max);
+        let max = maximum(l).max(before);
         if max > before {
             sums.max[t] = max;
             if before > f32::NEG_INFINITY {
@@ -260,11 +259,12 @@ impl Job {
     /// `tokens` lies within the sources, targets are rows of E_u, and nobody else writes these results.
     unsafe fn finish(&self, tokens: Range<usize>, partials: Vec<Partial>) {
         let d = self.d;
-        let mut row = vec![0f32; d];
+        let mut row = vec![0f32; self.unembedding.scratch(1, d)];
         for (i, token) in tokens.enumerate() {
             let max = partials.iter().map(|p| p.max[i]).fold(f32::NEG_INFINITY, f32::max);
             let (mut sum, mut weighted, mut target) = (0.0, 0.0, None);
-            for p in partials.iter().filter(|p| p.sum[i] > 0.0) {
+            // A thread without vocabulary has no sum; one that met a NaN has, and passes it on.
+            for p in partials.iter().filter(|p| p.sum[i] != 0.0) {
                 let shift = (p.max[i] - max) as f64;
                 sum += shift.exp() * p.sum[i];
                 weighted += shift.exp() * (p.weighted[i] + shift * p.sum[i]);

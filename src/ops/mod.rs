@@ -10,6 +10,7 @@ mod gemm;
 mod linear;
 mod logprob;
 mod norm;
+mod queue;
 mod rows;
 mod swiglu;
 

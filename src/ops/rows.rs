@@ -27,6 +27,18 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
+/// The largest value, NaNs apart, in 16 lanes.
+pub(super) fn maximum(x: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for chunk in chunks {
+        for i in 0..16 {
+            lanes[i] = lanes[i].max(chunk[i]);
+        }
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max)
+}
+
 /// Rows `[ne0]` of a contiguous F32 tensor.
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'k> {
