@@ -82,8 +82,9 @@ fn rollout_logprobs_are_the_trainers() {
     let stop = AtomicBool::new(false);
     for temperature in [1.0, 0.7] {
         let sampling = Sampling { temperature, ..Sampling::default() };
-        let sampled =
-            rollouts.generate(&[request.clone()], &sampling, 1, &mut |_| (), &stop).unwrap();
+        let sampled = rollouts
+            .generate(std::slice::from_ref(&request), &sampling, 1, &mut |_| (), &stop)
+            .unwrap();
         let tokens: Vec<&[i32]> = sampled[0].iter().map(|c| c.tokens.as_slice()).collect();
         let mut batch = Batch::default();
         batch.push_group(&prompt, &tokens, golden.model.config().n_vocab).unwrap();

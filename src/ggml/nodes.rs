@@ -110,7 +110,11 @@ impl Arena {
         f32_contiguous("rope", &[x]);
         let [head_size, _, n_tokens, _] = x.shape();
         assert!(positions.ty() == Type::I32 && positions.len() == n_tokens, "rope: {positions:?}");
-        assert!(rope.n_rot % 2 == 0 && rope.n_rot <= head_size, "rope: {} of {x:?}", rope.n_rot);
+        assert!(
+            rope.n_rot.is_multiple_of(2) && rope.n_rot <= head_size,
+            "rope: {} of {x:?}",
+            rope.n_rot
+        );
         if let Some(f) = factors {
             f32_contiguous("rope", &[f]);
             assert!(f.len() >= rope.n_rot / 2, "rope: {f:?} for {}", rope.n_rot);

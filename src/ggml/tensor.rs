@@ -64,7 +64,7 @@ impl<'a> Tensor<'a> {
 
     /// Element type.
     pub fn ty(&self) -> Type {
-        Type::from_raw(self.header().type_ as u32).expect("a live tensor has a known type")
+        Type::from_ggml(self.header().type_).expect("a live tensor has a known type")
     }
 
     /// Name, e.g. `blk.0.attn_q.weight`; empty when it has none.

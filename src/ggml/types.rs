@@ -26,20 +26,28 @@ impl Type {
     pub fn from_raw(raw: u32) -> Option<Type> {
         let ty = Type(raw as sys::ggml_type);
         // SAFETY: the number is below GGML_TYPE_COUNT, so the traits table has an entry for it.
-        let known = raw < sys::GGML_TYPE_COUNT as u32
+        let known = ty.0 < sys::GGML_TYPE_COUNT
             && unsafe { (*sys::ggml_get_type_traits(ty.0)).blck_size } > 0
             && unsafe { (*sys::ggml_get_type_traits(ty.0)).type_size } > 0;
         known.then_some(ty)
     }
 
+    /// [`Type::from_raw`] of ggml's own enumeration, whose sign differs between platforms.
+    pub(crate) fn from_ggml(raw: sys::ggml_type) -> Option<Type> {
+        #[allow(clippy::unnecessary_cast)]
+        Type::from_raw(raw as u32)
+    }
+
     /// Every type this build of ggml knows.
     pub fn all() -> impl Iterator<Item = Type> {
-        (0..sys::GGML_TYPE_COUNT as u32).filter_map(Type::from_raw)
+        (0..sys::GGML_TYPE_COUNT).filter_map(Type::from_ggml)
     }
 
     /// The number in a GGUF file.
     pub fn raw(self) -> u32 {
-        self.0 as u32
+        #[allow(clippy::unnecessary_cast)]
+        let raw = self.0 as u32;
+        raw
     }
 
     /// The name ggml gives it, e.g. `q4_K`.
@@ -62,7 +70,7 @@ impl Type {
 
     /// Bytes of a row of `n` elements; `None` when `n` is not a multiple of the block or it overflows.
     pub fn row_bytes(self, n: usize) -> Option<usize> {
-        (n % self.block_size() == 0)
+        n.is_multiple_of(self.block_size())
             .then(|| (n / self.block_size()).checked_mul(self.block_bytes()))
             .flatten()
     }

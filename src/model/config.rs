@@ -114,10 +114,10 @@ impl Config {
             return refuse("head layout", got, "k, v and rotated size equal");
         }
         let head_size = h.head_size_k as usize;
-        if head_size % 8 != 0 || !(8..=256).contains(&head_size) {
+        if !head_size.is_multiple_of(8) || !(8..=256).contains(&head_size) {
             return refuse("head size", head_size.to_string(), "multiples of 8 up to 256");
         }
-        if h.n_head == 0 || h.n_head_kv == 0 || h.n_head % h.n_head_kv != 0 {
+        if h.n_head == 0 || h.n_head_kv == 0 || !h.n_head.is_multiple_of(h.n_head_kv) {
             let got = format!("{} query and {} key/value heads", h.n_head, h.n_head_kv);
             return refuse("head count", got, "query heads a multiple of key/value heads");
         }

@@ -113,8 +113,7 @@ fn write_demo() -> Result<tempfile::TempPath> {
         .suffix(".gguf")
         .tempfile_in(&folder)
         .map_err(Error::io("create a file in", &folder))?;
-    std::io::Write::write_all(&mut file, DEMO_BYTES)
-        .map_err(Error::io("write", file.path().to_path_buf()))?;
+    std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", file.path()))?;
     Ok(file.into_temp_path())
 }
 

@@ -93,7 +93,7 @@ pub fn attention<'a>(
         assert!(x.ty() == Type::F32 && x.is_contiguous(), "attention of {x:?}");
         assert_eq!(x.shape(), [width, t, 1, 1], "attention of {x:?}");
     }
-    assert!(spec.n_head_kv > 0 && spec.n_head % spec.n_head_kv == 0, "{spec:?}");
+    assert!(spec.n_head_kv > 0 && spec.n_head.is_multiple_of(spec.n_head_kv), "{spec:?}");
     check_segments(segments, t);
     let op = params(sys::BUPO_OP_ATTENTION, spec, segments);
     // One result: [hd * n_head, T], then lse [n_head, T].

@@ -91,7 +91,7 @@ pub struct TrainConfig {
     pub tis_cap: f32,
 
     /// Training steps
-    #[arg(long, default_value_t = 60, value_name = "N", help_heading = "Batch")]
+    #[arg(long, default_value_t = 40, value_name = "N", help_heading = "Batch")]
     pub steps: u64,
     /// Prompts per step
     #[arg(long, default_value_t = 32, value_name = "N", help_heading = "Batch")]

@@ -62,7 +62,6 @@ pub fn run(
         let inputs: Vec<_> = inputs.into_iter().zip(sources.iter().map(Source::input)).collect();
         let results = executor.run(&graph, &inputs).unwrap();
         let values: Vec<Vec<f32>> = outputs.iter().map(|&node| results.f32(node)).collect();
-        drop(results);
         poison(&mut executor);
         values
     };

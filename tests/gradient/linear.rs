@@ -101,7 +101,7 @@ fn lora_layer() {
         ([96, 33, 7, 5], Type::Q8_0),
         ([32, 97, 1, 1], Type::F16),
         ([256, 17, 70, 16], Type::F32),
-        ([256, 300, 3, 8], Type::from_raw(ggml_sys::GGML_TYPE_Q4_K as u32).unwrap()),
+        ([256, 300, 3, 8], Type::all().find(|t| t.name() == "q4_K").unwrap()),
     ] {
         for (threads, add) in [(1, false), (2, true), (5, true)] {
             let what = |of: &str| format!("lora {of} {ty} K={k} N={n} T={t} threads={threads}");

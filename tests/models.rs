@@ -1,0 +1,122 @@
+//! Models as llama.cpp reads them: rope scaling, chat templates, what is refused.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bupo_gguf::Model;
+use bupo_gguf::data::{ChatTemplate, Message};
+use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
+use bupo_gguf::llama::{Context, ContextOptions, Token, TokenBatch, chat_apply_template};
+use bupo_gguf::model::{Batch, Engine, Policy};
+use common::relative_error;
+
+/// A copy of a golden model with more metadata.
+fn with_metadata(case: &str, dir: &Path, extra: &[(&str, Value)]) -> PathBuf {
+    let file = GgufFile::open(&common::golden_dir().join(format!("{case}.gguf"))).unwrap();
+    let mut writer = GgufWriter::new();
+    for (key, value) in file.metadata() {
+        if extra.iter().all(|(k, _)| *k != key) {
+            writer.metadata(key, value.clone()).unwrap();
+        }
+    }
+    for (key, value) in extra {
+        writer.metadata(key, value.clone()).unwrap();
+    }
+    for tensor in file.tensors() {
+        let bytes = file.bytes(tensor);
+        writer.tensor(&tensor.name, tensor.ty, &tensor.shape, move |out| out.write(bytes)).unwrap();
+    }
+    let path = dir.join(format!("{case}-changed.gguf"));
+    writer.write(&path).unwrap();
+    path
+}
+
+/// Log-probs of each next token by our exact forward and by llama.cpp's decode with F32 keys.
+fn both_logprobs(path: &Path) -> (Vec<f32>, Vec<f32>) {
+    let model = Model::open(path).unwrap();
+    let pool = Arc::new(ThreadPool::new(2).unwrap());
+    let tokens: Vec<i32> = (0..90).map(|i| 33 + (i * 37) % 200).collect();
+    let mut batch = Batch::default();
+    batch.push_group(&tokens[..1], &[&tokens[1..]], model.config().n_vocab).unwrap();
+    let policy = Policy::full(model.config().n_layer);
+    let mut engine = Engine::new(pool.clone()).unwrap();
+    engine.forward(&model, None, &batch, policy.depth()).unwrap();
+    let ours = engine.score(&model, &batch, policy, 1.0, false).unwrap().logprobs;
+
+    // Longer than the context of the scaling's origin, so that YaRN has its say.
+    let options = ContextOptions { n_ctx_seq: 128, n_seq: 1, n_batch: 1, kv_f32: true };
+    let mut context = Context::new(model.engine(), &pool, options).unwrap();
+    let mut theirs = Vec::new();
+    for (i, pair) in tokens.windows(2).enumerate() {
+        let token = Token { id: pair[0], position: i as i32, sequence: 0, logits: true };
+        context.decode(&TokenBatch(vec![token])).unwrap();
+        let logits = context.logits(0);
+        let max = logits.iter().copied().fold(f32::MIN, f32::max) as f64;
+        let sum: f64 = logits.iter().map(|&l| (l as f64 - max).exp()).sum();
+        theirs.push((logits[pair[1] as usize] as f64 - max - sum.ln()) as f32);
+    }
+    (ours, theirs)
+}
+
+#[test]
+fn rope_scaling_is_llama_cpps() {
+    let dir = tempfile::tempdir().unwrap();
+    for (case, arch) in [("qwen3-f32", "qwen3"), ("llama-f32", "llama"), ("qwen2-f32", "qwen2")] {
+        let mut seen: Vec<Vec<f32>> = Vec::new();
+        for (kind, factor) in [("none", 4.0f32), ("linear", 2.0), ("yarn", 4.0), ("yarn", 1.5)] {
+            let key = |name: &str| format!("{arch}.rope.scaling.{name}");
+            let (ty, scale, origin) = (key("type"), key("factor"), key("original_context_length"));
+            let extra = [
+                (ty.as_str(), Value::String(kind.into())),
+                (scale.as_str(), Value::F32(factor)),
+                (origin.as_str(), Value::U32(32)),
+            ];
+            let (ours, theirs) = both_logprobs(&with_metadata(case, dir.path(), &extra));
+            let error = relative_error(&ours, &theirs);
+            assert!(error < 1e-4, "{case} {kind} {factor}: {error}");
+            assert!(
+                seen.iter().all(|s| relative_error(s, &ours) > 1e-3),
+                "{kind} changes something"
+            );
+            seen.push(ours);
+        }
+    }
+}
+
+#[test]
+fn unknown_rope_scaling_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let extra = [("qwen3.rope.scaling.type", Value::String("dizzy".into()))];
+    let path = with_metadata("qwen3-f32", dir.path(), &extra);
+    let error = Model::open(&path).err().expect("refused").to_string();
+    assert!(error.contains("'dizzy' is not supported") && error.contains("yarn"), "{error}");
+}
+
+#[test]
+fn our_chat_rendering_is_llama_cpps() {
+    let model = Model::open("demo".as_ref()).unwrap();
+    let template = model.engine().chat_template().expect("the demo model has one");
+    let ours = ChatTemplate::new(&template, "<|endoftext|>", "<|im_end|>").unwrap();
+    let conversations: [&[(&str, &str)]; 3] = [
+        &[("user", "1+2=")],
+        &[("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "17 + 25?")],
+        &[("user", "braces {{ x }} and\nlines")],
+    ];
+    for conversation in conversations {
+        for open in [true, false] {
+            let messages: Vec<Message> = conversation
+                .iter()
+                .map(|(role, content)| Message { role: (*role).into(), content: (*content).into() })
+                .collect();
+            let pairs: Vec<(String, String)> = conversation
+                .iter()
+                .map(|(role, content)| ((*role).into(), (*content).into()))
+                .collect();
+            let theirs = chat_apply_template(&template, &pairs, open).unwrap();
+            assert_eq!(ours.render(&messages, open).unwrap(), theirs);
+        }
+    }
+}
