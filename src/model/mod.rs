@@ -10,7 +10,7 @@ mod policy;
 mod taps;
 mod weights;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use batch::{Batch, Scored};
@@ -116,11 +116,3 @@ fn write_demo() -> Result<tempfile::TempPath> {
     std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", file.path()))?;
     Ok(file.into_temp_path())
 }
-
-/// Path of the demo model's bytes, for tools that want to read it as any other file.
-pub fn demo_bytes() -> &'static [u8] {
-    DEMO_BYTES
-}
-
-/// The model's path as a user gives it.
-pub type ModelPath = PathBuf;
