@@ -26,13 +26,11 @@ struct Cli {
     command: Command,
 }
 
+/// Each subcommand's help is the documentation of its arguments.
 #[derive(Subcommand)]
 enum Command {
-    /// Train a LoRA adapter with BuPO or GRPO: rollouts, rewards and updates in one process
     Train(Box<train::TrainArgs>),
-    /// Per-token log-probs and entropies of given completions under the final or an inner policy
     Score(score::ScoreArgs),
-    /// Sample completions of a prompt, with or without an adapter
     Generate(generate::GenerateArgs),
 }
 
