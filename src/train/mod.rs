@@ -221,9 +221,9 @@ impl<'m> Trainer<'m> {
             for sample in &samples {
                 dir.completion(sample)?;
             }
+            dir.flush()?;
             summary.steps = step;
             if self.config.checkpoint_every > 0 && step % self.config.checkpoint_every == 0 {
-                dir.flush()?;
                 self.save(&dir.adapter(), step)?;
             }
             observer.step(&record);
