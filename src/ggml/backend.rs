@@ -1,5 +1,6 @@
 //! The CPU backend: threads, buffers, and running a graph.
 
+use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -59,6 +60,8 @@ impl Drop for ThreadPool {
 pub struct Executor {
     backend: sys::ggml_backend_t,
     allocator: sys::ggml_gallocr_t,
+    // The graph that the memory belongs to at the moment.
+    current: *const sys::ggml_cgraph,
     pool: Arc<ThreadPool>,
 }
 
@@ -79,7 +82,7 @@ impl Executor {
             sys::ggml_backend_cpu_set_threadpool(backend, pool.raw());
             sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type())
         };
-        Ok(Executor { backend, allocator, pool })
+        Ok(Executor { backend, allocator, current: std::ptr::null(), pool })
     }
 
     /// Number of threads.
@@ -93,7 +96,11 @@ impl Executor {
         unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator, 0) }
     }
 
-    /// Gives the graph's tensors memory, fills its inputs, computes it.
+    /// Gives the graph's tensors memory, fills its inputs, computes it. The same graph may run again
+    /// until another one has run: after that its tensors may point into memory that was given back.
+    ///
+    /// # Panics
+    /// When the graph ran before, and another one, or another executor, since.
     ///
     /// # Errors
     /// [`Error::Engine`] when memory for the intermediate results is not to be had.
@@ -102,7 +109,11 @@ impl Executor {
         graph: &'e Graph<'g>,
         inputs: &[(Tensor<'g>, Input<'_>)],
     ) -> Result<Computed<'e, 'g>> {
-        // SAFETY: a live allocator and a graph whose arena is borrowed for 'g.
+        let own = std::ptr::eq(self.current, graph.raw) && graph.ran_on.get() == self.allocator;
+        assert!(graph.ran_on.get().is_null() || own, "a graph that ran is built anew to run later");
+        graph.ran_on.set(self.allocator);
+        self.current = graph.raw;
+        // SAFETY: a live allocator and a graph whose arena is borrowed for 'g, new or the last that ran.
         if !unsafe { sys::ggml_gallocr_alloc_graph(self.allocator, graph.raw) } {
             return Err(Error::engine(
                 "allocating a layer's intermediate results",
@@ -169,6 +180,8 @@ pub struct Graph<'g> {
     raw: *mut sys::ggml_cgraph,
     arena: &'g Arena,
     outputs: Vec<usize>,
+    // The allocator that gave its tensors memory; null before it has run.
+    ran_on: Cell<sys::ggml_gallocr_t>,
 }
 
 impl<'g> Graph<'g> {
@@ -177,7 +190,7 @@ impl<'g> Graph<'g> {
         // SAFETY: the arena has room for one graph of its capacity.
         let raw = unsafe { sys::ggml_new_graph_custom(arena.context(), arena.capacity(), false) };
         assert!(!raw.is_null(), "one graph per arena");
-        Graph { raw, arena, outputs: Vec::new() }
+        Graph { raw, arena, outputs: Vec::new(), ran_on: Cell::new(std::ptr::null_mut()) }
     }
 
     /// Adds a node and everything it depends on.
