@@ -92,8 +92,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             "shorten one of them",
         ));
     }
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let pool = Arc::new(ThreadPool::new(args.threads.unwrap_or(threads))?);
+    let pool = Arc::new(ThreadPool::with(args.threads)?);
     let options =
         RolloutOptions { n_ctx_seq: prompt_tokens.len() + args.max_response, kv_bytes: 1 << 30 };
     let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;

@@ -54,8 +54,7 @@ pub fn run(args: ScoreArgs) -> Result<()> {
     let policy = Policy::internal(args.layer.unwrap_or(n_layer), n_layer, args.final_norm)?;
     let lora = open_adapter(&model, &args.adapter)?;
     let encoder = Encoder::new(&model, None, args.system.clone())?;
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let mut engine = Engine::new(Arc::new(ThreadPool::new(args.threads.unwrap_or(threads))?))?;
+    let mut engine = Engine::new(Arc::new(ThreadPool::with(args.threads)?))?;
     let mut any = false;
     for (row, read) in rollouts(&args.data)?.enumerate() {
         let read = read?;

@@ -39,6 +39,12 @@ impl ThreadPool {
         Ok(ThreadPool { raw, n_threads })
     }
 
+    /// [`ThreadPool::new`] with as many threads as the user asked for, or one per core.
+    pub fn with(threads: Option<usize>) -> Result<ThreadPool> {
+        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        ThreadPool::new(threads.unwrap_or_else(cores))
+    }
+
     /// Number of threads, the caller's included.
     pub fn n_threads(&self) -> usize {
         self.n_threads

@@ -242,12 +242,6 @@ impl TrainConfig {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
     }
 
-    /// Threads of the run.
-    pub fn n_threads(&self) -> usize {
-        let all = || std::thread::available_parallelism().map_or(1, |n| n.get());
-        self.threads.unwrap_or_else(all)
-    }
-
     /// Layer of the internal phase for a model of `n_layer` layers.
     pub fn internal_layer(&self, n_layer: usize) -> usize {
         self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))

@@ -126,7 +126,7 @@ impl<'m> Trainer<'m> {
             }
             None => Lora::new(model, &config.targets, config.rank, config.alpha(), config.seed)?,
         };
-        let pool = Arc::new(ThreadPool::new(config.n_threads())?);
+        let pool = Arc::new(ThreadPool::with(config.threads)?);
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
@@ -361,6 +361,21 @@ impl<'m> Trainer<'m> {
         Ok((groups, samples))
     }
 
+    /// What holds for all mini batches of a step.
+    fn update_config(&self, phase: Phase, policy: Policy) -> UpdateConfig {
+        let c = &self.config;
+        UpdateConfig {
+            policy,
+            temperature: c.temperature,
+            loss: c.loss(),
+            aggregation: c.loss_agg,
+            max_response: c.max_response,
+            // Rollouts are the final policy's: their log-probs say nothing of an internal one.
+            tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
+            micro_batch_tokens: c.micro_batch_tokens,
+        }
+    }
+
     /// All mini batches of a step.
     fn update(
         &mut self,
@@ -370,18 +385,8 @@ impl<'m> Trainer<'m> {
         learning_rate: f32,
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
-        let c = &self.config;
-        let config = UpdateConfig {
-            policy,
-            temperature: c.temperature,
-            loss: c.loss(),
-            aggregation: c.loss_agg,
-            max_response: c.max_response,
-            // Rollouts are the final policy's: their log-probs say nothing of an internal one.
-            tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
-            micro_batch_tokens: c.micro_batch_tokens,
-        };
-        let mini_batch = c.mini_batch();
+        let config = self.update_config(phase, policy);
+        let mini_batch = self.config.mini_batch();
         let mut learner = Learner {
             model: self.model,
             lora: &mut self.lora,
@@ -393,7 +398,7 @@ impl<'m> Trainer<'m> {
         // needs no pass of its own for it.
         let first = mini_batch.min(groups.len());
         learner.fill_old(&mut groups[first..], &config)?;
-        if c.kl_coef > 0.0 {
+        if config.loss.kl_coef > 0.0 {
             learner.fill_base(groups, &config)?;
         }
         let mut tally = Tally::default();

@@ -35,21 +35,13 @@ impl Trainer<'_> {
     /// # Errors
     /// A row without reward, tokens outside the vocabulary, a gradient that is not finite.
     pub fn replay(&mut self, rows: &[RolloutRow], dump: Option<&Path>) -> Result<Replay> {
-        let (_, policy) = self.phase(1)?;
-        let groups: Vec<ResponseGroup> =
+        let (phase, policy) = self.phase(1)?;
+        let mut groups: Vec<ResponseGroup> =
             rows.iter().map(|row| self.response_group(row)).collect::<Result<_>>()?;
         let c = &self.config;
-        let config = UpdateConfig {
-            policy,
-            temperature: c.temperature,
-            loss: c.loss(),
-            aggregation: c.loss_agg,
-            max_response: c.max_response,
-            tis_cap: 0.0,
-            micro_batch_tokens: c.micro_batch_tokens,
-        };
+        // Given rows say nothing of the engine that sampled them.
+        let config = UpdateConfig { tis_cap: 0.0, ..self.update_config(phase, policy) };
         let learning_rate = c.lr * c.schedule.factor(1, c.steps, c.warmup);
-        let mut groups = groups;
         let mut learner = Learner {
             model: self.model,
             lora: &mut self.lora,
@@ -57,7 +49,7 @@ impl Trainer<'_> {
             gradients: &mut self.gradients,
             optimizer: &mut self.optimizer,
         };
-        if c.kl_coef > 0.0 {
+        if config.loss.kl_coef > 0.0 {
             learner.fill_base(&mut groups, &config)?;
         }
         let mut tally = Tally::default();
