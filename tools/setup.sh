@@ -7,10 +7,11 @@ missing=()
 command -v cmake >/dev/null || missing+=(cmake)
 command -v ninja >/dev/null || missing+=(ninja-build)
 command -v c++ >/dev/null && command -v make >/dev/null || missing+=(build-essential)
+# bindgen loads libclang.so; libclang-cpp.so, which LLVM's own packages bring along, is another library.
 has_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return 0
-    ldconfig -p 2>/dev/null | grep -q 'libclang[-.]' && return 0
-    compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' >/dev/null
+    { ldconfig -p 2>/dev/null; compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || true; } |
+        grep -qE 'libclang(-[0-9.]+)?\.so'
 }
 has_libclang || missing+=(libclang-dev)
 # Not needed, but it makes a second build of llama.cpp a matter of seconds.
