@@ -4,8 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules from the bottom up; one may import those before it.
-const ORDER: [&str; 11] =
-    ["error", "ggml", "ops", "llama", "gguf", "model", "data", "rollout", "reward", "train", "cli"];
+const ORDER: [&str; 16] = [
+    "error", "ggml", "ops", "llama", "gguf", "synth", "model", "data", "rollout", "reward", "eval",
+    "analysis", "train", "export", "bench", "cli",
+];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
