@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod eval;
 mod generate;
 mod score;
 mod train;
@@ -32,6 +33,7 @@ enum Command {
     Train(Box<train::TrainArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Eval(Box<eval::EvalArgs>),
 }
 
 /// What every subcommand takes.
@@ -63,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(*args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
