@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{ModelArgs, print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
-use crate::train::{Algorithm, Summary, TrainConfig, Trainer};
+use crate::train::{Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO or GRPO.
@@ -70,7 +70,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
 /// `runs/<model>-<algo>-<seed>`
 fn default_out(args: &TrainArgs) -> PathBuf {
     let model = args.model.model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
-    let algo = if args.config.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
+    let algo = args.config.algo.name();
     PathBuf::from("runs").join(format!("{model}-{algo}-{}", args.config.seed))
 }
 
