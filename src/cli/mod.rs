@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod entropy;
 mod generate;
 mod score;
 mod train;
@@ -30,6 +31,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Box<train::TrainArgs>),
+    Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
 }
@@ -61,6 +63,7 @@ pub fn run() -> ExitCode {
         .init();
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(*args),
+        Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
     };
