@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, no logic.
 
 mod entropy;
+mod eval;
 mod generate;
 mod score;
 mod train;
@@ -34,6 +35,7 @@ enum Command {
     Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Eval(Box<eval::EvalArgs>),
 }
 
 /// What every subcommand takes.
@@ -66,6 +68,7 @@ pub fn run() -> ExitCode {
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(*args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

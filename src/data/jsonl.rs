@@ -16,9 +16,9 @@ pub const MAX_LINE_BYTES: usize = 16 << 20;
 /// A JSON object and where it stands.
 #[derive(Debug)]
 pub struct Row {
-    /// `train.jsonl:12`.
+    /// `train.jsonl:12`, `train.parquet, row 12`.
     pub place: String,
-    /// Line in the file, from 1.
+    /// Line in the file (of a Parquet file the row), from 1.
     pub line: usize,
     /// The object.
     pub object: Map<String, Value>,
@@ -41,9 +41,27 @@ impl Row {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
-    /// The names of the fields, for messages.
+    /// The value of a field, or of one within structs: `reward_model.ground_truth`; null counts as absent.
+    pub fn at(&self, path: &str) -> Option<&Value> {
+        if let Some(value) = self.get(path) {
+            return Some(value);
+        }
+        let (first, rest) = path.split_once('.')?;
+        let mut value = self.get(first)?;
+        for name in rest.split('.') {
+            value = value.get(name)?;
+        }
+        Some(value).filter(|value| !value.is_null())
+    }
+
+    /// The names of the fields, those of structs with a dot, for messages.
     pub fn keys(&self) -> String {
-        let names: Vec<_> = self.object.keys().take(20).map(|k| shorten(k, 40)).collect();
+        let names = self.object.iter().flat_map(|(name, value)| match value {
+            Value::Object(fields) => fields.keys().map(|k| format!("{name}.{k}")).collect(),
+            _ => vec![name.clone()],
+        });
+        let one_line = |name: String| shorten(&name.replace(char::is_control, " "), 60);
+        let names: Vec<_> = names.take(30).map(one_line).collect();
         if names.is_empty() { "no field".into() } else { names.join(", ") }
     }
 }
