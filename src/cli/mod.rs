@@ -1,5 +1,7 @@
 //! The command line: one file per subcommand, no logic.
 
+mod entropy;
+mod eval;
 mod generate;
 mod score;
 mod train;
@@ -30,8 +32,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Box<train::TrainArgs>),
+    Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Eval(Box<eval::EvalArgs>),
 }
 
 /// What every subcommand takes.
@@ -64,8 +68,10 @@ pub fn run() -> ExitCode {
     let given = matches.subcommand().map_or(&matches, |(_, given)| given);
     let outcome = match cli.command {
         Command::Train(args) => train::run(*args, given),
+        Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Eval(args) => eval::run(*args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -19,7 +19,7 @@ pub use config::{Arch, Config};
 pub use engine::{Engine, Scores, Work};
 pub use lora::{Lora, Slot, Target, Targets};
 pub use policy::Policy;
-pub use taps::{LayerEntropies, tap_entropies};
+pub use taps::{LayerTaps, Question, Walk};
 pub use weights::{Layer, Linear, Weights};
 
 use crate::gguf::GgufFile;

@@ -276,11 +276,7 @@ impl TrainConfig {
             .into_iter()
             .flatten()
             .try_for_each(absolute)?;
-        if !self.data.starts_with("task:") {
-            let path = std::path::absolute(&self.data).map_err(Error::io("find", &self.data))?;
-            // A path that is no UTF-8 cannot have come from this text.
-            self.data = path.to_string_lossy().into_owned();
-        }
+        self.data = crate::data::source::absolute(&self.data)?;
         Ok(self)
     }
 

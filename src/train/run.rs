@@ -1,7 +1,7 @@
 //! A run from its first step to its last, or from a checkpoint on, and what stays of it whatever ends it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use super::checkpoint::{self, Parts};
@@ -203,10 +203,12 @@ impl Trainer<'_> {
         let sums = sums.collect::<Result<Vec<_>>>()?.join(" ");
         self.inputs.insert("model".into(), sums);
         let c = &self.config;
-        let data = (!c.data.starts_with("task:")).then(|| PathBuf::from(&c.data));
-        for (name, path) in [("data", &data), ("tokenizer", &c.tokenizer)] {
-            if let Some(path) = path {
-                self.inputs.insert(name.into(), checkpoint::sha256(path)?);
+        let data = crate::data::source::files(&c.data)?;
+        for (name, files) in [("data", data), ("tokenizer", c.tokenizer.iter().cloned().collect())]
+        {
+            let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;
+            if !sums.is_empty() {
+                self.inputs.insert(name.into(), sums.join(" "));
             }
         }
         Ok(())
