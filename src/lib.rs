@@ -23,6 +23,7 @@ pub mod data;
 pub mod rollout;
 pub mod reward;
 pub mod eval;
+pub mod analysis;
 pub mod train;
 pub mod cli;
 

@@ -196,7 +196,7 @@ fn every_algorithm_takes_steps_alone_and_as_the_objective_of_both_phases() {
 fn groups_without_signal_are_replaced() {
     let model = Model::open("demo".as_ref()).unwrap();
     let config =
-        TrainConfig { prompts_per_step: 8, group: 2, resample: Some(6), ..small(Algorithm::Grpo) };
+        TrainConfig { prompts_per_step: 6, group: 2, resample: Some(4), ..small(Algorithm::Grpo) };
     let run = || {
         let mut trainer = Trainer::new(&model, config.clone()).unwrap();
         trainer.step(3, &mut Silent).unwrap()
@@ -233,12 +233,11 @@ fn frozen_layers_stay_and_slow_ones_move_less() {
         ..small(Algorithm::Grpo)
     };
     let whole = moved(base.clone());
-    for (layer, gap) in moved(TrainConfig { freeze_layers: 6, ..base.clone() }) {
-        assert_eq!(
-            gap > 0.0,
-            layer > 6 && whole.iter().any(|w| w.0 == layer && w.1 > 0.0),
-            "{layer}"
-        );
+    // (A of a new adapter stays in the first update, for B is zero.)
+    assert!(whole.iter().filter(|w| w.1 > 0.0).count() >= whole.len() / 2);
+    let frozen = moved(TrainConfig { freeze_layers: 6, ..base.clone() });
+    for ((layer, gap), (_, full)) in frozen.iter().zip(&whole) {
+        assert_eq!(*gap > 0.0, *layer > 6 && *full > 0.0, "{layer}");
     }
     let slow = moved(TrainConfig { lr_above: 0.25, ..base.clone() });
     for ((layer, gap), (_, full)) in slow.iter().zip(&whole).filter(|(s, _)| s.1 > 0.0) {

@@ -9,6 +9,7 @@
 //! Departures from a full critic (a second model): one linear layer, and no gradient flows from it into
 //! the adapter. Each policy (of the internal layer, of the model) has a head of its own.
 
+use super::state::State;
 use super::update::ResponseGroup;
 use crate::Result;
 use crate::ggml::TensorSet;
@@ -115,6 +116,17 @@ impl Critic {
             let m = decay(1, beta1, g) * unbias1;
             let v = decay(2, beta2, g * g) * unbias2;
             tensors.values_mut(0)[i] -= (lr as f64 * m / (v.sqrt() + eps as f64)) as f32;
+        }
+    }
+}
+
+impl Critic {
+    /// Weights, moments and step count of each head.
+    pub fn state<'s>(&'s mut self, state: &mut State<'s>) {
+        let Critic { config: _, heads } = self;
+        for Head { depth, tensors, gradient: _, steps } in heads {
+            state.tensors(&format!("critic.{depth}"), tensors);
+            state.counter(format!("critic.{depth}.steps"), steps);
         }
     }
 }

@@ -2,15 +2,15 @@
 
 use super::{Observer, TrainConfig, Trainer};
 use crate::Result;
-use crate::data::{Problem, ProblemSource};
+use crate::data::{Problem, ProblemSource, SourceOptions};
 use crate::eval::{EvalOptions, Evaluator, Report};
 
 /// The held-out problems of a run: `--eval-data`, or a task's own split. A data file alone has none.
 pub(super) fn held_out(config: &TrainConfig, problems: &ProblemSource) -> Result<Vec<Problem>> {
     Ok(match &config.eval_data {
         Some(files) => {
-            let held_out = ProblemSource::with(&files.to_string_lossy(), config.source())?;
-            held_out.eval_problems(config.eval_problems)
+            let options = SourceOptions { curriculum: false, ..config.source() };
+            ProblemSource::with(files, options)?.eval_problems(config.eval_problems)
         }
         None if problems.task().is_some() => problems.eval_problems(config.eval_problems),
         None => Vec::new(),
