@@ -18,11 +18,13 @@ pub mod ops;
 #[allow(unsafe_code)]
 pub mod llama;
 pub mod gguf;
+pub mod synth;
 pub mod model;
 pub mod data;
 pub mod rollout;
 pub mod reward;
 pub mod train;
+pub mod bench;
 pub mod cli;
 
 pub use error::{Error, Result};

@@ -1,7 +1,9 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
 mod generate;
 mod score;
+mod synth;
 mod train;
 mod watch;
 
@@ -32,6 +34,8 @@ enum Command {
     Train(Box<train::TrainArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Synth(synth::SynthArgs),
+    Bench(bench::BenchArgs),
 }
 
 /// What every subcommand takes.
@@ -63,6 +67,8 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -13,6 +13,7 @@ mod norm;
 mod queue;
 mod rows;
 mod swiglu;
+mod yardstick;
 
 pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
 pub(crate) use exp::exp as exp_fast;
@@ -21,3 +22,4 @@ pub use logprob::{Logprob, linear_logprob};
 pub use norm::{rms_norm, rms_norm_back};
 pub use rows::scale_rows;
 pub use swiglu::{swiglu, swiglu_back};
+pub use yardstick::Yardstick;
