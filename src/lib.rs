@@ -23,6 +23,8 @@ pub mod model;
 pub mod data;
 pub mod rollout;
 pub mod reward;
+pub mod eval;
+pub mod analysis;
 pub mod train;
 pub mod bench;
 pub mod cli;

@@ -3,7 +3,8 @@
 use super::measure::timed;
 use super::{Bench, Row, row};
 use crate::Result;
-use crate::model::{Batch, Engine, tap_entropies};
+use crate::analysis::{Look, measure};
+use crate::model::{Batch, Engine};
 
 /// Names of the cases.
 pub(super) const CASES: [&str; 1] = ["all taps"];
@@ -19,12 +20,13 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let tokens = bench.tokens(TOKENS + 1, 1);
     let mut batch = Batch::default();
     batch.push_group(&tokens[..1], &[&tokens[1..]], config.n_vocab)?;
+    let picked: Vec<usize> = (0..TOKENS).collect();
     let mut engine = Engine::new(bench.pool.clone())?;
     // The heads of all taps; the layers themselves are little beside them.
     let taps = 5 * config.n_layer + 2;
     let flop = 2.0 * (taps * TOKENS) as f64 * (config.n_embd * config.n_vocab) as f64;
-    let timing = timed(bench.pool.n_threads(), bench.options.reps.min(3), flop, || {
-        tap_entropies(&mut engine, model, None, &batch).map(drop)
+    let timing = timed(bench, flop, || {
+        measure(&mut engine, model, None, &batch, &picked, Look::default()).map(drop)
     })?;
     Ok(Some(vec![row(
         format!("entropy/{name}"),

@@ -2,11 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::Bench;
 use crate::Result;
 use crate::ops::Yardstick;
-
-/// Size of the yardstick's matrices.
-const N: usize = 2048;
 
 /// Medians over the repetitions.
 #[derive(Clone, Copy, Debug)]
@@ -26,19 +24,18 @@ impl Timing {
     }
 }
 
-/// Runs `work` of `flop` operations `reps` times after one run to warm up.
+/// Runs `work` of `flop` operations as often as the options say, after one run to warm up.
 pub(super) fn timed(
-    threads: usize,
-    reps: usize,
+    bench: &Bench<'_>,
     flop: f64,
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<Timing> {
-    let mut yardstick = Yardstick::new(N, threads);
+    let mut yardstick = Yardstick::new(bench.options.sgemm, bench.pool.n_threads());
     yardstick.run();
     work()?;
     let (mut times, mut rates, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     let mut before = yardstick.run();
-    for _ in 0..reps {
+    for _ in 0..bench.options.reps {
         let (time, ran) = once(&mut work);
         ran?;
         let after = yardstick.run();
@@ -69,15 +66,6 @@ pub(super) fn median(values: &mut [f64]) -> f64 {
     (values[(n - 1) / 2] + values[n / 2]) / 2.0
 }
 
-/// The largest resident size of this process so far, mapped weights included; 0 where the system does
-/// not tell.
-pub(super) fn peak_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.map_or(0, |kib| kib * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -86,12 +74,5 @@ mod tests {
     fn medians() {
         assert_eq!(median(&mut [3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&mut [4.0, 1.0, 2.0, 3.0]), 2.5);
-    }
-
-    #[test]
-    fn memory_is_seen() {
-        if cfg!(target_os = "linux") {
-            assert!(peak_bytes() > 1 << 20);
-        }
     }
 }

@@ -42,6 +42,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Times that each measurement is repeated.
     pub reps: usize,
+    /// Size of the square matrices that tell the sgemm rate.
+    pub sgemm: usize,
     /// Rank of the adapter.
     pub rank: usize,
     /// Length of a sequence in training, twice as many tokens as a micro batch has sequences.
@@ -131,7 +133,7 @@ pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>
         _ => None,
     };
     let mut rows = rows.ok_or_else(unknown)?;
-    let peak = measure::peak_bytes();
+    let peak = crate::train::plan::peak_bytes();
     for row in &mut rows {
         row.insert("peak_bytes".into(), json!(peak));
     }

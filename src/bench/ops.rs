@@ -65,9 +65,7 @@ fn time(
         inputs.floats.iter().map(|(t, values)| (*t, Input::F32(values))).collect();
     values.extend(inputs.ids.iter().map(|(t, values)| (*t, Input::I32(values))));
     executor.run(&graph, &values)?;
-    let timing = timed(bench.pool.n_threads(), bench.options.reps, flop, || {
-        executor.run(&graph, &[]).map(drop)
-    })?;
+    let timing = timed(bench, flop, || executor.run(&graph, &[]).map(drop))?;
     Ok(row(
         format!("ops/{name}"),
         &[

@@ -133,7 +133,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let cotangents: Vec<f32> =
         (0..n).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 } / n as f32).collect();
     let flop = case.useful_flop(model.config());
-    let timing = timed(bench.pool.n_threads(), bench.options.reps, flop, || {
+    let timing = timed(bench, flop, || {
         engine.forward(model, Some(&lora), &case.batch, case.policy.depth())?;
         engine.score(model, &case.batch, case.policy, 1.0, case.backward)?;
         if case.backward {

@@ -31,6 +31,9 @@ pub struct BenchArgs {
     /// Repetitions; figures are medians
     #[arg(long, default_value_t = 5, value_name = "N")]
     reps: usize,
+    /// Size of the square matrices that tell the machine's sgemm rate
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    sgemm: usize,
     /// Rank of the adapter (all seven targets)
     #[arg(long, default_value_t = 16, value_name = "R")]
     rank: usize,
@@ -55,6 +58,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     for (option, value, least) in [
         ("--reps", args.reps, 1),
         ("--rank", args.rank, 1),
+        ("--sgemm", args.sgemm, 64),
         ("--tokens", args.tokens, 8),
         ("--sequences", args.sequences.iter().copied().min().unwrap_or(0), 1),
     ] {
@@ -66,6 +70,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let options = Options {
         threads: args.threads,
         reps: args.reps,
+        sgemm: args.sgemm,
         rank: args.rank,
         tokens: args.tokens,
         internal_layer: args.internal_layer,
