@@ -23,6 +23,7 @@ pub mod data;
 pub mod rollout;
 pub mod reward;
 pub mod train;
+pub mod export;
 pub mod cli;
 
 pub use error::{Error, Result};

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod export;
 mod generate;
 mod score;
 mod train;
@@ -32,6 +33,7 @@ enum Command {
     Train(Box<train::TrainArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Export(export::ExportArgs),
 }
 
 /// What every subcommand takes.
@@ -63,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Export(args) => export::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -93,6 +96,14 @@ fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
         eprintln!("\nstopping after the current write (once more to stop at once)");
     })
     .map_err(|e| Error::engine("catching Ctrl-C", e.to_string(), "report it"))
+}
+
+/// Runs `work` with that many threads of its own, or one per core.
+fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    let pool =
+        pool.map_err(|e| Error::engine("starting threads", e.to_string(), "try --threads 1"))?;
+    Ok(pool.install(work))
 }
 
 /// Writes a line of JSON to stdout.

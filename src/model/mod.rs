@@ -10,7 +10,7 @@ mod policy;
 mod taps;
 mod weights;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use batch::{Batch, Scored};
@@ -21,7 +21,7 @@ pub use policy::Policy;
 pub use taps::{LayerEntropies, tap_entropies};
 pub use weights::{Layer, Linear, Weights};
 
-use crate::gguf::GgufFile;
+use crate::gguf::{GgufFile, GgufSet};
 use crate::llama;
 use crate::{Error, Result};
 
@@ -33,9 +33,43 @@ static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo.gguf");
 pub struct Model {
     engine: Arc<llama::Model>,
     config: Config,
+    file: ModelFile,
+}
+
+/// Where a model lies on the disk: what a path on the command line means.
+pub struct ModelFile {
+    path: PathBuf,
     name: String,
-    // The demo model's file; removed when the model is dropped.
+    // The demo model's file; removed when this is dropped.
     _demo: Option<tempfile::TempPath>,
+}
+
+impl ModelFile {
+    /// The file of this path; for `demo` a temporary one with the embedded model.
+    ///
+    /// # Errors
+    /// When the embedded model cannot be written.
+    pub fn find(path: &Path) -> Result<ModelFile> {
+        if path.as_os_str() == DEMO {
+            let demo = write_demo()?;
+            return Ok(ModelFile {
+                path: demo.to_path_buf(),
+                name: DEMO.into(),
+                _demo: Some(demo),
+            });
+        }
+        Ok(ModelFile { path: path.into(), name: path.display().to_string(), _demo: None })
+    }
+
+    /// The (first) file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// As given on the command line.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 impl Model {
@@ -45,27 +79,15 @@ impl Model {
     /// Missing, truncated or non-GGUF files, unsupported architectures, tensors or types; llama.cpp's
     /// own words when it refuses.
     pub fn open(path: &Path) -> Result<Model> {
-        if path.as_os_str() == DEMO {
-            let demo = write_demo()?;
-            let mut model = Model::open_file(&demo, DEMO)?;
-            model._demo = Some(demo);
-            return Ok(model);
-        }
-        Model::open_file(path, &path.display().to_string())
-    }
-
-    fn open_file(path: &Path, name: &str) -> Result<Model> {
+        let file = ModelFile::find(path)?;
         // Everything that llama.cpp would abort on is checked by our own reader first.
-        let file = GgufFile::open(path)?;
-        let arch = Arch::parse(file.architecture()?)?;
-        for part in crate::gguf::split_paths(path)? {
-            GgufFile::open(&part)?;
-        }
-        check_rope(&file)?;
-        let engine = Arc::new(llama::Model::load(path)?);
+        let files = GgufSet::open(file.path())?;
+        let arch = Arch::parse(files.head().architecture()?)?;
+        check_rope(files.head())?;
+        let engine = Arc::new(llama::Model::load(file.path())?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
-        let model = Model { engine, config, name: name.into(), _demo: None };
-        Weights::collect(&model.engine, &model.config, &model.name)?;
+        let model = Model { engine, config, file };
+        Weights::collect(&model.engine, &model.config, model.name())?;
         Ok(model)
     }
 
@@ -81,12 +103,12 @@ impl Model {
 
     /// Path as given, or `demo`.
     pub fn name(&self) -> &str {
-        &self.name
+        self.file.name()
     }
 
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
-        Weights::collect(&self.engine, &self.config, &self.name)
+        Weights::collect(&self.engine, &self.config, self.name())
             .expect("checked when it was opened")
     }
 }
