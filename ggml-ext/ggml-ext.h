@@ -40,6 +40,8 @@ enum bupo_op {
     BUPO_OP_SWIGLU         = 9,
     BUPO_OP_SWIGLU_BACK    = 10,
     BUPO_OP_SCALE_ROWS     = 11,
+    BUPO_OP_POLICIES       = 12, // entropy, KL, rank and top tokens of many policies in one pass
+    BUPO_OP_TAKEN_LOGITS   = 13, // one logit per hidden state
     BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
 };
 
@@ -55,6 +57,13 @@ struct bupo_logprob_params {
     uint32_t op;
     float    inv_temperature; // 1/T
     uint32_t gradient;        // also the gradient of the log-prob by the hidden state
+};
+
+struct bupo_policies_params {
+    uint32_t op;
+    uint32_t group; // columns come in groups of this many; the last of each is what the others are compared with
+    uint32_t top_k; // likeliest tokens wanted per column
+    uint32_t taken; // sources 2 and 3 are the taken tokens and their logits
 };
 
 // One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end).

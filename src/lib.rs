@@ -22,6 +22,8 @@ pub mod model;
 pub mod data;
 pub mod rollout;
 pub mod reward;
+pub mod eval;
+pub mod analysis;
 pub mod train;
 pub mod export;
 pub mod cli;

@@ -1,7 +1,11 @@
 //! The command line: one file per subcommand, no logic.
 
+mod diff;
+mod entropy;
+mod eval;
 mod export;
 mod generate;
+mod import_peft;
 mod score;
 mod train;
 mod watch;
@@ -31,9 +35,13 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Box<train::TrainArgs>),
+    Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
-    Export(export::ExportArgs),
+    Eval(Box<eval::EvalArgs>),
+    Export(Box<export::ExportArgs>),
+    ImportPeft(import_peft::ImportPeftArgs),
+    Diff(Box<diff::DiffArgs>),
 }
 
 /// What every subcommand takes.
@@ -63,9 +71,13 @@ pub fn run() -> ExitCode {
         .init();
     let outcome = match Cli::parse().command {
         Command::Train(args) => train::run(*args),
+        Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
-        Command::Export(args) => export::run(args),
+        Command::Eval(args) => eval::run(*args),
+        Command::Export(args) => export::run(*args),
+        Command::ImportPeft(args) => import_peft::run(args),
+        Command::Diff(args) => diff::run(*args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

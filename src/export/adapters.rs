@@ -65,6 +65,11 @@ impl Adapters {
             .iter()
             .map(|spec| Ok((spec.clone(), AdapterFile::read(&spec.path)?)))
             .collect::<Result<_>>()?;
+        Adapters::of(list)
+    }
+
+    /// Adapters that were read already.
+    pub(super) fn of(list: Vec<(AdapterSpec, AdapterFile)>) -> Result<Adapters> {
         if let [(_, first), others @ ..] = list.as_slice()
             && let Some((spec, other)) = others.iter().find(|(_, other)| other.arch != first.arch)
         {

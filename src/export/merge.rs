@@ -1,6 +1,7 @@
 //! Base and adapters to one model file.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -62,6 +63,8 @@ pub struct MergeReport {
     /// As asked for.
     #[serde(rename = "type")]
     pub ty: String,
+    /// How many tensors there are of each type: rows that are no whole blocks of the asked one show here.
+    pub types: BTreeMap<String, usize>,
     /// Tensors copied byte for byte.
     pub copied: usize,
     /// The others, in file order.
@@ -126,10 +129,14 @@ impl Merger {
             }
             if let (Some(most), true) = (options.keep_delta, adapted) {
                 let before = types[i];
-                types[i] = self.raise(i, before, most)?;
+                types[i] = self.raise(i, before, options.ty, most)?;
                 let size = |ty: Type| ty.row_bytes(info.n_elements() as usize).unwrap_or(0) as u64;
                 raised[i] = size(types[i]).saturating_sub(size(before));
             }
+        }
+        let mut counts = BTreeMap::new();
+        for ty in &types {
+            *counts.entry(ty.name().to_owned()).or_insert(0) += 1;
         }
         let metadata = provenance::metadata((&self.base, &self.name), &self.adapters, options.ty)?;
         let base_sha256 = match &metadata[1].1 {
@@ -144,7 +151,7 @@ impl Merger {
         let mut copied = 0;
         for (i, (file, info)) in self.base.tensors().enumerate() {
             let (to, raised_bytes) = (types[i], raised[i]);
-            let conversion = self.conversion(i, to)?;
+            let conversion = self.conversion(i, to, options.ty)?;
             copied += conversion.is_none() as usize;
             let (reports, done) = (&reports, &done);
             writer.tensor(&info.name, to, &info.shape, move |sink| {
@@ -183,6 +190,7 @@ impl Merger {
             bytes,
             base_sha256,
             ty: options.ty.to_string(),
+            types: counts,
             copied,
             converted,
             error_to_delta,
@@ -192,7 +200,12 @@ impl Merger {
     }
 
     /// What becomes of tensor `index` as `to`; none when it is copied.
-    fn conversion(&self, index: usize, to: Type) -> Result<Option<Conversion<'_>>> {
+    fn conversion(
+        &self,
+        index: usize,
+        to: Type,
+        choice: TypeChoice,
+    ) -> Result<Option<Conversion<'_>>> {
         let (file, info) = self.base.tensors().nth(index).expect("an index of this base");
         let deltas = self.adapters.deltas(&info.name);
         if deltas.is_empty() && to == info.ty {
@@ -211,7 +224,7 @@ impl Merger {
             Some(imatrix) => imatrix.of(&info.name, info.shape[0] as usize)?,
             None => None,
         };
-        if importance.is_none() && to.needs_importance() {
+        if importance.is_none() && plan::needs_importance(&info.name, to, choice) {
             return Err(Error::invalid(
                 format!("{}, to be written as {to}", place()),
                 "an importance matrix that has it",
@@ -223,9 +236,9 @@ impl Merger {
     }
 
     /// The first type from `ty` upwards in which rounding stays below `most` times the change.
-    fn raise(&self, index: usize, mut ty: Type, most: f32) -> Result<Type> {
+    fn raise(&self, index: usize, mut ty: Type, choice: TypeChoice, most: f32) -> Result<Type> {
         loop {
-            let Some(conversion) = self.conversion(index, ty)? else { return Ok(ty) };
+            let Some(conversion) = self.conversion(index, ty, choice)? else { return Ok(ty) };
             let sums = conversion.run(&mut |_| Ok(()))?;
             if sums.error.sqrt() <= most as f64 * sums.delta.sqrt() {
                 return Ok(ty);
@@ -273,18 +286,23 @@ impl Merger {
     /// Nothing that is read is written over.
     fn refuse_inputs(&self, out: &Path) -> Result<()> {
         let adapters = self.adapters.iter().map(|(spec, _)| spec.path.as_path());
-        for input in self.base.paths().iter().map(PathBuf::as_path).chain(adapters) {
-            if same_file(input, out) {
-                return Err(Error::invalid(
-                    format!("--out {}", out.display()),
-                    "a file of its own",
-                    format!("{}, which is read", input.display()),
-                    "choose another name",
-                ));
-            }
-        }
-        Ok(())
+        refuse_inputs(self.base.paths().iter().map(PathBuf::as_path).chain(adapters), out)
     }
+}
+
+/// Refuses an `out` that is one of the files that are read, under whatever name.
+pub(super) fn refuse_inputs<'p>(inputs: impl Iterator<Item = &'p Path>, out: &Path) -> Result<()> {
+    for input in inputs {
+        if same_file(input, out) {
+            return Err(Error::invalid(
+                format!("--out {}", out.display()),
+                "a file of its own",
+                format!("{}, which is read", input.display()),
+                "choose another name",
+            ));
+        }
+    }
+    Ok(())
 }
 
 impl Conversion<'_> {

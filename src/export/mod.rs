@@ -10,7 +10,9 @@
 //! A tensor that no adapter and no change of type touches is copied byte for byte. Memory is a few row
 //! blocks and the adapters, whatever the model's size; pages of the mapped base are given back.
 
+mod adapter;
 mod adapters;
+mod diff;
 mod imatrix;
 mod merge;
 mod peft;
@@ -19,7 +21,9 @@ mod plan;
 mod provenance;
 mod rows;
 
+pub use adapter::{AdapterReport, AdapterType, export_adapter, export_peft, import_peft, lora_of};
 pub use adapters::{AdapterSpec, Adapters};
+pub use diff::{DiffConfig, Difference, Place, Side, diff};
 pub use imatrix::Imatrix;
 pub use merge::{MergeOptions, MergeReport, Merger, TensorReport};
 pub use peft::{PeftBase, read_peft, write_peft};

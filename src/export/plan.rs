@@ -127,6 +127,15 @@ fn with_importance(
     }
 }
 
+/// Whether a tensor may only be written as `ty` with an importance matrix: where ggml insists, and where
+/// llama.cpp's quantiser calls the result garbage without.
+pub(super) fn needs_importance(name: &str, ty: Type, choice: TypeChoice) -> bool {
+    const LOW: [&str; 6] = ["iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs"];
+    let head = ["token_embd.weight", "output.weight"].contains(&name);
+    let small = matches!(choice, TypeChoice::File(file) if file.name() == "q2_k_s");
+    ty.needs_importance() || !head && (LOW.contains(&ty.name()) || small && ty.name() == "q2_K")
+}
+
 /// The next type up when rounding would drown a change: about one bit a weight more.
 pub(super) fn raised(ty: Type, width: usize) -> Option<Type> {
     const STEPS: [(&str, &[&str]); 23] = [

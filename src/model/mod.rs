@@ -2,6 +2,7 @@
 
 mod batch;
 mod blocks;
+mod compare;
 mod config;
 mod engine;
 mod layer;
@@ -14,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use batch::{Batch, Scored};
+pub use compare::{Comparison, Contestant, compare};
 pub use config::{Arch, Config};
 pub use engine::{Engine, Scores, Work};
 pub use lora::{Lora, Slot, Target, Targets};
 pub use policy::Policy;
-pub use taps::{LayerEntropies, tap_entropies};
+pub use taps::{LayerTaps, Question, Walk};
 pub use weights::{Layer, Linear, Weights};
 
 use crate::gguf::{GgufFile, GgufSet};

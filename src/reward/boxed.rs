@@ -24,6 +24,15 @@ pub(super) fn score(answer: &str, completion: &str) -> Verdict {
     Verdict::wrong(format!("{} is not {}", quoted(theirs), quoted(ours)))
 }
 
+/// Whether two contents of boxes are equal, as [`score`] compares them.
+pub(super) fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (inner(a), inner(b));
+    match (Number::parse(a), Number::parse(b)) {
+        (Some(a), Some(b)) => a.equals(&b),
+        _ => a.split_whitespace().eq(b.split_whitespace()),
+    }
+}
+
 /// The content of the last `\boxed{..}`, `\fbox{..}` or `\boxed 5`; `None` when there is none, or the last
 /// one is not closed or empty.
 ///

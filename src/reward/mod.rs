@@ -2,13 +2,20 @@
 
 mod boxed;
 mod exact;
+mod judge;
 mod number;
+mod parts;
+mod pool;
+mod program;
 
 use crate::{Error, Result, data::Problem};
 
 pub use boxed::last_boxed;
+pub use judge::{Attempt, Judge, JudgeOptions, Judgement};
+pub use pool::{Fresh, JudgePool, Judged, Sampler};
+pub use program::Program;
 
-/// A rule that gives a completion its reward.
+/// A rule that compares a completion's answer with the right one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reward {
     /// The last `\boxed{..}` of the completion, compared with the answer as a number or as text.
@@ -48,6 +55,23 @@ impl Reward {
         match self {
             Reward::Boxed => "boxed",
             Reward::Exact => "exact",
+        }
+    }
+
+    /// The answer that this rule reads in a completion; none where there is none.
+    pub fn answer(&self, completion: &str) -> Option<String> {
+        let answer = match self {
+            Reward::Boxed => last_boxed(completion)?,
+            Reward::Exact => completion.trim(),
+        };
+        Some(answer.to_owned()).filter(|answer| !answer.is_empty())
+    }
+
+    /// Whether two answers (of [`Reward::answer`]) are the same to this rule.
+    pub fn same(&self, a: &str, b: &str) -> bool {
+        match self {
+            Reward::Boxed => boxed::same(a, b),
+            Reward::Exact => a == b,
         }
     }
 
@@ -98,6 +122,7 @@ mod tests {
             prompt: Prompt::Text("17+25=".into()),
             answer: "42".into(),
             source: "t:1".into(),
+            difficulty: None,
         };
         for (reward, completion, value, reason) in [
             (Reward::Boxed, "so \\boxed{42.0}", 1.0, "\"42.0\" equals \"42\" as a number"),

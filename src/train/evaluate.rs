@@ -2,7 +2,7 @@
 
 use super::{Observer, TrainConfig, Trainer};
 use crate::Result;
-use crate::data::{Problem, ProblemSource, read_problems};
+use crate::data::{Columns, Problem, ProblemSource, read_problems};
 use crate::rollout::Request;
 
 /// Keeps the random numbers of evaluations apart from those of training.
@@ -11,7 +11,7 @@ const EVAL_STREAM: u64 = 1 << 48;
 /// The held-out problems of a run: `--eval-data`, or a task's own split. A data file alone has none.
 pub(super) fn held_out(config: &TrainConfig, problems: &ProblemSource) -> Result<Vec<Problem>> {
     let mut held_out = match &config.eval_data {
-        Some(path) => read_problems(path)?,
+        Some(path) => read_problems(path, &Columns::default())?,
         None if problems.task().is_some() => problems.eval_problems(config.eval_problems),
         None => Vec::new(),
     };
