@@ -12,6 +12,7 @@ use super::imatrix::Imatrix;
 use crate::ggml::Type;
 use crate::gguf::{GgufSet, TensorInfo};
 use crate::llama::{self, FileType, TensorEntry};
+use crate::model::{Arch, check_values};
 use crate::{Error, Result};
 
 /// The value of `--type`.
@@ -71,6 +72,8 @@ pub(super) fn types(
             TensorEntry { name: &tensors[i].name, ty: tensors[i].ty, shape }
         })
         .collect();
+    // What llama.cpp would abort on is checked before.
+    check_values(base.head(), Arch::parse(base.head().architecture()?)?)?;
     let outline = llama::Model::load_outline(path)?;
     let mut chosen = outline.quantised_types(ty, &entries)?;
     if imatrix.is_some() {

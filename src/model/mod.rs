@@ -8,6 +8,7 @@ mod engine;
 mod layer;
 mod lora;
 mod policy;
+mod precheck;
 mod taps;
 mod weights;
 
@@ -20,10 +21,11 @@ pub use config::{Arch, Config};
 pub use engine::{Engine, Scores, Work};
 pub use lora::{Lora, Slot, Target, Targets};
 pub use policy::Policy;
+pub(crate) use precheck::check as check_values;
 pub use taps::{LayerTaps, Question, Walk};
 pub use weights::{Layer, Linear, Weights};
 
-use crate::gguf::{GgufFile, GgufSet};
+use crate::gguf::GgufSet;
 use crate::llama;
 use crate::{Error, Result};
 
@@ -36,6 +38,7 @@ pub struct Model {
     engine: Arc<llama::Model>,
     config: Config,
     file: ModelFile,
+    files: Vec<PathBuf>,
 }
 
 /// Where a model lies on the disk: what a path on the command line means.
@@ -85,10 +88,10 @@ impl Model {
         // Everything that llama.cpp would abort on is checked by our own reader first.
         let files = GgufSet::open(file.path())?;
         let arch = Arch::parse(files.head().architecture()?)?;
-        check_rope(files.head())?;
+        precheck::check(files.head(), arch)?;
         let engine = Arc::new(llama::Model::load(file.path())?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
-        let model = Model { engine, config, file };
+        let model = Model { engine, config, file, files: files.paths().to_vec() };
         Weights::collect(&model.engine, &model.config, model.name())?;
         Ok(model)
     }
@@ -108,24 +111,15 @@ impl Model {
         self.file.name()
     }
 
+    /// The files it was read from: one, or the parts of a split set in their order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
         Weights::collect(&self.engine, &self.config, self.name())
             .expect("checked when it was opened")
-    }
-}
-
-/// llama.cpp aborts on a rope scaling type that it does not know.
-fn check_rope(file: &GgufFile) -> Result<()> {
-    const KNOWN: [&str; 3] = ["none", "linear", "yarn"];
-    let key = format!("{}.rope.scaling.type", file.architecture()?);
-    match file.find::<&str>(&key)? {
-        Some(got) if !KNOWN.contains(&got) => Err(Error::Unsupported {
-            what: "rope scaling type",
-            got: got.into(),
-            supported: format!("{}, and llama3 by rope_freqs", KNOWN.join(", ")),
-        }),
-        _ => Ok(()),
     }
 }
 
