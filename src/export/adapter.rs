@@ -68,7 +68,7 @@ impl AdapterReport {
 
 impl fmt::Display for AdapterReport {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "adapter    {}\n", self.out.display())?;
+        writeln!(f, "adapter    {}", self.out.display())?;
         write!(f, "weights    {} of rank {}, alpha {}", self.pairs, self.rank, self.alpha)?;
         if let Some(first) = self.in_f16.first() {
             let n = self.in_f16.len();

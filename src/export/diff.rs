@@ -91,7 +91,7 @@ pub struct Difference {
     /// Mean of KL(A || B) over tokens, nats.
     pub kl_mean_nats: f64,
     /// The largest.
-    pub kl_max_nats: f32,
+    pub kl_max_nats: f64,
     /// Where that is.
     pub kl_max_at: Place,
     /// Share of tokens at which both have the same likeliest token.
@@ -390,7 +390,7 @@ impl Sums {
             tokens: self.tokens,
             // Rounding may leave a zero a little below it.
             kl_mean_nats: (self.kl / n).max(0.0),
-            kl_max_nats: kl_max_nats.max(0.0),
+            kl_max_nats: kl_max_nats.max(0.0) as f64,
             kl_max_at,
             top1_agreement: self.agree / n,
             perplexity_a: perplexity(self.logprob_a),

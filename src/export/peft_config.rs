@@ -8,6 +8,20 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::{Error, Result};
 
+/// Settings that must be absent or empty: each makes the tensors mean something else.
+const UNKNOWN: [&str; 10] = [
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "megatron_config",
+    "use_bdlora",
+];
+
 /// Settings of a PEFT adapter that its tensors are to be read with.
 pub(super) struct Config {
     rank: usize,
@@ -63,7 +77,7 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
     if let Some(bias) = get("bias").filter(|bias| **bias != json!("none")) {
         return refuse("bias", bias, "none");
     }
-    for key in ["modules_to_save", "trainable_token_indices", "target_parameters"] {
+    for key in UNKNOWN {
         let empty = |v: &&Json| {
             v.as_array().is_some_and(Vec::is_empty) || v.as_object().is_some_and(Map::is_empty)
         };

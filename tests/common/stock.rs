@@ -29,6 +29,8 @@ pub fn logits(
     let params = LlamaContextParams::default()
         .with_type_k(KvCacheType::F32)
         .with_type_v(KvCacheType::F32)
+        .with_n_threads(1)
+        .with_n_threads_batch(1)
         .with_flash_attention_policy(FLASH_ATTN_DISABLED);
     let mut context = model.new_context(backend, params).unwrap();
     if let Some(adapter) = &mut adapter {
