@@ -26,6 +26,7 @@ pub mod reward;
 pub mod eval;
 pub mod analysis;
 pub mod train;
+pub mod export;
 pub mod bench;
 pub mod cli;
 
