@@ -206,6 +206,10 @@ impl Rule {
             }
             _ => match Reward::parse(text) {
                 Ok(reward) => Rule::Answer(reward),
+                // A known rule's own argument: its words say what is wrong with it.
+                Err(error) if !matches!(error, Error::Unsupported { what: "reward", .. }) => {
+                    return Err(error);
+                }
                 Err(_) => {
                     let supported = Judge::supported();
                     return Err(Error::Unsupported { what: "reward", got: text.into(), supported });
