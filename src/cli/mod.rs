@@ -3,6 +3,7 @@
 mod generate;
 mod score;
 mod train;
+mod verify;
 mod watch;
 
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ enum Command {
     Train(Box<train::TrainArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Verify(verify::VerifyArgs),
 }
 
 /// What every subcommand takes.
@@ -63,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

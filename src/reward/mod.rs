@@ -2,15 +2,21 @@
 
 mod boxed;
 mod exact;
+pub mod math;
 mod number;
 
 use crate::{Error, Result, data::Problem};
+use math::Mode;
 
 pub use boxed::last_boxed;
 
 /// A rule that gives a completion its reward.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reward {
+    /// The answer in the completion, compared with the problem's by meaning: [`math`].
+    Math,
+    /// The last `\boxed{..}`, compared after the string normalisation of the MATH data set: the paper's.
+    Hendrycks,
     /// The last `\boxed{..}` of the completion, compared with the answer as a number or as text.
     Boxed,
     /// The whole completion, compared with the answer as text.
@@ -28,11 +34,13 @@ pub struct Verdict {
 
 impl Reward {
     /// What [`Reward::parse`] knows.
-    pub const SUPPORTED: &str = "boxed, exact";
+    pub const SUPPORTED: &str = "math, hendrycks, boxed, exact";
 
     /// Reads the value of `--reward`.
     pub fn parse(spec: &str) -> Result<Reward> {
         match spec {
+            "math" => Ok(Reward::Math),
+            "hendrycks" => Ok(Reward::Hendrycks),
             "boxed" => Ok(Reward::Boxed),
             "exact" => Ok(Reward::Exact),
             _ => Err(Error::Unsupported {
@@ -46,6 +54,8 @@ impl Reward {
     /// The name that [`Reward::parse`] reads.
     pub fn name(&self) -> &'static str {
         match self {
+            Reward::Math => "math",
+            Reward::Hendrycks => "hendrycks",
             Reward::Boxed => "boxed",
             Reward::Exact => "exact",
         }
@@ -55,7 +65,10 @@ impl Reward {
     ///
     /// A wrong answer is a verdict; an error is a rule that could not judge.
     pub fn score(&self, problem: &Problem, completion: &str) -> Result<Verdict> {
+        let by = |mode: Mode| math::score(&problem.answer, completion, mode, mode.rules());
         Ok(match self {
+            Reward::Math => by(Mode::Math),
+            Reward::Hendrycks => by(Mode::Hendrycks),
             Reward::Boxed => boxed::score(&problem.answer, completion),
             Reward::Exact => exact::score(&problem.answer, completion),
         })
@@ -84,11 +97,14 @@ mod tests {
 
     #[test]
     fn names_are_read_back_and_unknown_ones_list_the_known() {
-        for reward in [Reward::Boxed, Reward::Exact] {
+        for reward in [Reward::Math, Reward::Hendrycks, Reward::Boxed, Reward::Exact] {
             assert_eq!(Reward::parse(reward.name()).unwrap(), reward);
         }
         let error = Reward::parse("magic").unwrap_err().to_string();
-        assert_eq!(error, "reward 'magic' is not supported; supported: boxed, exact");
+        assert_eq!(
+            error,
+            "reward 'magic' is not supported; supported: math, hendrycks, boxed, exact"
+        );
     }
 
     #[test]
