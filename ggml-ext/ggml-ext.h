@@ -40,6 +40,9 @@ enum bupo_op {
     BUPO_OP_SWIGLU         = 9,
     BUPO_OP_SWIGLU_BACK    = 10,
     BUPO_OP_SCALE_ROWS     = 11,
+    BUPO_OP_POLICIES       = 12, // entropy, KL, rank and top tokens of many policies in one pass
+    BUPO_OP_TAKEN_LOGITS   = 13, // one logit per hidden state
+    BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
 };
 
 struct bupo_linear_params {
@@ -54,6 +57,13 @@ struct bupo_logprob_params {
     uint32_t op;
     float    inv_temperature; // 1/T
     uint32_t gradient;        // also the gradient of the log-prob by the hidden state
+};
+
+struct bupo_policies_params {
+    uint32_t op;
+    uint32_t group; // columns come in groups of this many; the last of each is what the others are compared with
+    uint32_t top_k; // likeliest tokens wanted per column
+    uint32_t taken; // sources 2 and 3 are the taken tokens and their logits
 };
 
 // One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end).
@@ -133,6 +143,18 @@ enum bupo_status bupo_token_to_piece(const struct llama_vocab * vocab, llama_tok
                                      size_t * n_written);
 enum bupo_status bupo_chat_apply_template(const char * template_text, const struct llama_chat_message * messages, size_t n_messages,
                                           bool add_assistant, char * buffer, size_t capacity, size_t * n_written);
+
+// A tensor as a file's table has it.
+struct bupo_tensor_entry {
+    const char * name;
+    uint32_t     type;  // enum ggml_type
+    int64_t      ne[4];
+};
+
+// The type of each tensor in a file of type `ftype` (enum llama_ftype), by the rules of llama.cpp's own
+// quantiser for this model, in the order that the quantiser takes them. Without an importance matrix.
+enum bupo_status bupo_quantize_types(const struct llama_model * model, int32_t ftype, const struct bupo_tensor_entry * tensors,
+                                     size_t n_tensors, uint32_t * types);
 
 // llama_decode with exceptions stopped at the header. *result: its return value.
 enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, int32_t * result);

@@ -3,7 +3,8 @@
 
 mod common;
 
-use bupo_gguf::model::{Batch, Policy, tap_entropies};
+use bupo_gguf::analysis::{Figure, Look, measure};
+use bupo_gguf::model::{Batch, Policy};
 use bupo_gguf::train::{Aggregation, LossConfig, TokenContext, token_loss};
 use common::{Golden, relative_error};
 
@@ -17,7 +18,7 @@ fn tolerance(case: &str) -> f32 {
 }
 
 #[test]
-fn tap_entropies_agree() {
+fn figures_of_every_layer_agree() {
     for case in CASES {
         let golden = Golden::load(case);
         let mut engine = golden.engine();
@@ -28,24 +29,32 @@ fn tap_entropies_agree() {
         let mut completion = rest.to_vec();
         completion.push(0);
         batch.push_group(prompt, &[&completion], golden.model.config().n_vocab).unwrap();
-        let (layers, last) = tap_entropies(&mut engine, &golden.model, None, &batch).unwrap();
+        let picked: Vec<usize> = (0..batch.scored.len()).collect();
+        let look = Look::default();
+        let layers = measure(&mut engine, &golden.model, None, &batch, &picked, look).unwrap();
         assert_eq!(layers.len(), golden.json["n_layer"].as_u64().unwrap() as usize);
         for (i, layer) in layers.iter().enumerate() {
-            let reference = &golden.json["entropies"][i];
-            for (name, ours) in [
-                ("layer_in", &layer.layer_in),
-                ("attn_in", &layer.attn_in),
-                ("attn_out", &layer.attn_out),
-                ("ffn_in", &layer.ffn_in),
-                ("ffn_out", &layer.ffn_out),
-                ("layer_out", &layer.layer_out),
-            ] {
-                let error = relative_error(ours, &common::floats(&reference[name]));
+            let ours = |figure: Figure| -> Vec<f32> {
+                layer.iter().map(|m| m.figures[figure as usize]).collect()
+            };
+            let check = |name: &str, figure: Figure, reference: &serde_json::Value| {
+                let error = relative_error(&ours(figure), &common::floats(reference));
                 assert!(error < tolerance(case), "{case} layer {} {name}: {error}", i + 1);
+            };
+            let (entropies, norms) = (&golden.json["entropies"][i], &golden.json["norms"][i]);
+            for (name, entropy, norm) in [
+                ("layer_in", Figure::LayerIn, Figure::NormLayerIn),
+                ("attn_in", Figure::AttnIn, Figure::NormAttnIn),
+                ("attn_out", Figure::AttnOut, Figure::NormAttnOut),
+                ("ffn_in", Figure::FfnIn, Figure::NormFfnIn),
+                ("ffn_out", Figure::FfnOut, Figure::NormFfnOut),
+                ("layer_out", Figure::LayerOut, Figure::NormLayerOut),
+            ] {
+                check(name, entropy, &entropies[name]);
+                check(&format!("norm of {name}"), norm, &norms[name]);
             }
+            check("final entropy", Figure::FinalEntropy, &golden.json["final_entropy"]);
         }
-        let error = relative_error(&last, &common::floats(&golden.json["final_entropy"]));
-        assert!(error < tolerance(case), "{case} final entropy: {error}");
     }
 }
 
@@ -79,7 +88,7 @@ fn check_phase(case: &str, phase: &str) {
     assert!(error < tolerance(case), "{case} {phase} log-probs: {error}");
 
     // The loss as PyTorch has it: token mean over both groups.
-    let config = LossConfig { clip_low: 0.2, clip_high: 0.2, clip_c: 10.0, kl_coef: 0.0 };
+    let config = LossConfig::default();
     let old = common::nested_floats(&reference["old_logprobs"]);
     let mut advantages = Vec::new();
     for row in &rollouts {

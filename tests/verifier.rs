@@ -92,7 +92,8 @@ fn every_published_gold_equals_itself() {
         assert!(own.equal, "{file}: {gold}: {own:?}");
         let spaced = math(&gold, &format!(" ${}$ ", bare(&gold)));
         assert!(spaced.equal, "{file}: {gold}: {spaced:?}");
-        let text = format!("Therefore, the answer is $\\boxed{{{}}}$, as was to be shown.", bare(&gold));
+        let text =
+            format!("Therefore, the answer is $\\boxed{{{}}}$, as was to be shown.", bare(&gold));
         for mode in [Mode::Math, Mode::Hendrycks] {
             let verdict = score(&gold, &text, mode, mode.rules());
             assert_eq!(verdict.reward, 1.0, "{file}: {gold}: {}", verdict.reason);
@@ -140,9 +141,52 @@ fn different_golds_are_told_apart() {
 #[test]
 fn edited_golds_are_judged_in_time_and_without_panic() {
     let pieces = [
-        "{", "}", "(", ")", "[", "]", "\\", "$", "^", "_", "-", ",", ".", "/", "%", "!", "|", "=", "<", "0", "9",
-        "e", "x", "\\frac", "\\sqrt", "\\left", "\\right", "\\text{", "\\pm", "\\cup", "\\infty", "\\begin{pmatrix}",
-        "\\\\", "&", "\\{", "\\}", "\u{0}", "é", "√", "°", "\\log_", "10^", "\\binom", "and", " ", "\n",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        "\\",
+        "$",
+        "^",
+        "_",
+        "-",
+        ",",
+        ".",
+        "/",
+        "%",
+        "!",
+        "|",
+        "=",
+        "<",
+        "0",
+        "9",
+        "e",
+        "x",
+        "\\frac",
+        "\\sqrt",
+        "\\left",
+        "\\right",
+        "\\text{",
+        "\\pm",
+        "\\cup",
+        "\\infty",
+        "\\begin{pmatrix}",
+        "\\\\",
+        "&",
+        "\\{",
+        "\\}",
+        "\u{0}",
+        "é",
+        "√",
+        "°",
+        "\\log_",
+        "10^",
+        "\\binom",
+        "and",
+        " ",
+        "\n",
     ];
     let golds: Vec<_> = table().into_iter().map(|(_, gold, ..)| gold).collect();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
@@ -184,7 +228,8 @@ fn edited_golds_are_judged_in_time_and_without_panic() {
 #[test]
 fn hostile_answers_are_bounded_and_named() {
     let n = 1 << 20;
-    let deep = |open: &str, close: &str, times: usize| open.repeat(times) + "1" + &close.repeat(times);
+    let deep =
+        |open: &str, close: &str, times: usize| open.repeat(times) + "1" + &close.repeat(times);
     for (answer, words) in [
         (deep("{", "}", 10_000), "longer than"),
         (deep("{", "}", 500), "nested"),
@@ -226,7 +271,11 @@ fn hostile_answers_are_bounded_and_named() {
         assert!(judgement.reason.len() < 300, "{shown}: {}", judgement.reason);
         assert!(start.elapsed() < Duration::from_secs(1), "{shown}: {:?}", start.elapsed());
         // The same text is equal whatever it is.
-        assert!(answer.trim().is_empty() || !shown.contains(|c| c != '$' && c != ' ') || math(&answer, &answer).equal);
+        assert!(
+            answer.trim().is_empty()
+                || !shown.contains(|c| c != '$' && c != ' ')
+                || math(&answer, &answer).equal
+        );
         let completion = format!("\\boxed{{{answer}}}");
         for mode in Mode::ALL {
             assert_eq!(score("42", &completion, mode, mode.rules()).reward, 0.0, "{shown}");

@@ -11,7 +11,7 @@ command -v c++ >/dev/null && command -v make >/dev/null || missing+=(build-essen
 has_libclang() {
     [ -n "${LIBCLANG_PATH:-}" ] && return 0
     { ldconfig -p 2>/dev/null; compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || true; } |
-        grep -qE 'libclang(-[0-9.]+)?\.so'
+        grep -E 'libclang(-[0-9.]+)?\.so' >/dev/null
 }
 has_libclang || missing+=(libclang-dev)
 # Not needed, but it makes a second build of llama.cpp a matter of seconds.

@@ -1,7 +1,14 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
+mod diff;
+mod entropy;
+mod eval;
+mod export;
 mod generate;
+mod import_peft;
 mod score;
+mod synth;
 mod train;
 mod verify;
 mod watch;
@@ -11,7 +18,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::model::{Lora, Model};
 use crate::{Error, Result};
@@ -31,9 +38,16 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Train(Box<train::TrainArgs>),
+    Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
     Verify(verify::VerifyArgs),
+    Synth(synth::SynthArgs),
+    Bench(bench::BenchArgs),
+    Eval(Box<eval::EvalArgs>),
+    Export(Box<export::ExportArgs>),
+    ImportPeft(import_peft::ImportPeftArgs),
+    Diff(Box<diff::DiffArgs>),
 }
 
 /// What every subcommand takes.
@@ -61,11 +75,21 @@ pub fn run() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("BUPO_LOG"))
         .with_writer(std::io::stderr)
         .init();
-    let outcome = match Cli::parse().command {
-        Command::Train(args) => train::run(*args),
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let given = matches.subcommand().map_or(&matches, |(_, given)| given);
+    let outcome = match cli.command {
+        Command::Train(args) => train::run(*args, given),
+        Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Verify(args) => verify::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(*args),
+        Command::Export(args) => export::run(*args),
+        Command::ImportPeft(args) => import_peft::run(args),
+        Command::Diff(args) => diff::run(*args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -93,9 +117,17 @@ fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after the current write (once more to stop at once)");
+        eprintln!("\nstopping before the next step (once more to stop at once)");
     })
     .map_err(|e| Error::engine("catching Ctrl-C", e.to_string(), "report it"))
+}
+
+/// Runs `work` with that many threads of its own, or one per core.
+fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    let pool =
+        pool.map_err(|e| Error::engine("starting threads", e.to_string(), "try --threads 1"))?;
+    Ok(pool.install(work))
 }
 
 /// Writes a line of JSON to stdout.

@@ -15,10 +15,7 @@ pub struct Watch {
 impl Watch {
     /// For this run.
     pub fn new(trainer: &Trainer<'_>) -> Watch {
-        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{msg:10} [{bar:30}] {pos}/{len} {elapsed}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
-        Watch { bar, steps: trainer.config().steps, header_due: true }
+        Watch { bar: bar(), steps: trainer.config().steps, header_due: true }
     }
 
     /// Takes the bar away.
@@ -33,6 +30,14 @@ impl Watch {
             self.bar.println(line);
         }
     }
+}
+
+/// A bar on stderr, hidden where that is no terminal.
+pub fn bar() -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{msg:10} [{bar:30}] {pos}/{len} {elapsed}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+    bar
 }
 
 impl Observer for Watch {

@@ -16,9 +16,9 @@ pub const MAX_LINE_BYTES: usize = 16 << 20;
 /// A JSON object and where it stands.
 #[derive(Debug)]
 pub struct Row {
-    /// `train.jsonl:12`.
+    /// `train.jsonl:12`, `train.parquet, row 12`.
     pub place: String,
-    /// Line in the file, from 1.
+    /// Line in the file (of Parquet and CSV the row), from 1.
     pub line: usize,
     /// The object.
     pub object: Map<String, Value>,
@@ -41,14 +41,33 @@ impl Row {
         self.object.get(name).filter(|value| !value.is_null())
     }
 
-    /// The names of the fields, for messages.
+    /// The value of a field, or of one within structs: `reward_model.ground_truth`; null counts as absent.
+    pub fn at(&self, path: &str) -> Option<&Value> {
+        if let Some(value) = self.get(path) {
+            return Some(value);
+        }
+        let (first, rest) = path.split_once('.')?;
+        let mut value = self.get(first)?;
+        for name in rest.split('.') {
+            value = value.get(name)?;
+        }
+        Some(value).filter(|value| !value.is_null())
+    }
+
+    /// The names of the fields, those of structs with a dot, for messages.
     pub fn keys(&self) -> String {
-        let names: Vec<_> = self.object.keys().take(20).map(|k| shorten(k, 40)).collect();
+        let names = self.object.iter().flat_map(|(name, value)| match value {
+            Value::Object(fields) => fields.keys().map(|k| format!("{name}.{k}")).collect(),
+            _ => vec![name.clone()],
+        });
+        let one_line = |name: String| shorten(&name.replace(char::is_control, " "), 60);
+        let names: Vec<_> = names.take(30).map(one_line).collect();
         if names.is_empty() { "no field".into() } else { names.join(", ") }
     }
 }
 
-/// The rows of a JSON-lines source. Blank lines are skipped; after an error the iteration ends.
+/// The rows of a JSON-lines source. Blank lines are skipped; after a line that is no
+/// JSON object the next one follows, after any other error the iteration ends.
 #[derive(Debug)]
 pub struct JsonLines<R> {
     path: PathBuf,
@@ -76,6 +95,7 @@ impl<R: BufRead> JsonLines<R> {
             let mut bytes = Vec::new();
             let limit = MAX_LINE_BYTES as u64 + 1;
             let read = self.reader.by_ref().take(limit).read_until(b'\n', &mut bytes);
+            self.done = true; // until it is known that the next line can be found
             if read.map_err(Error::io("read", &self.path))? == 0 {
                 return Ok(None);
             }
@@ -86,6 +106,7 @@ impl<R: BufRead> JsonLines<R> {
                 let advice = "write one JSON object per line and split long rows";
                 return Err(Error::invalid(place, expected, "a longer one", advice));
             }
+            self.done = false;
             let bytes = if self.line == 1 { strip_bom(&bytes) } else { &bytes };
             let text = std::str::from_utf8(bytes).map_err(|e| {
                 let got = format!("an invalid byte at column {}", e.valid_up_to() + 1);
@@ -116,9 +137,7 @@ impl<R: BufRead> Iterator for JsonLines<R> {
         if self.done {
             return None;
         }
-        let row = self.next_row().transpose();
-        self.done = !matches!(row, Some(Ok(_)));
-        row
+        self.next_row().transpose()
     }
 }
 
@@ -174,6 +193,18 @@ mod tests {
             assert!(error.starts_with(expected), "{error}");
             assert!(!error.contains('\n'), "{error}");
         }
+    }
+
+    #[test]
+    fn a_bad_line_does_not_hide_those_after_it() {
+        let text = b"{\"a\":1}\n{oops\n[]\n\xff\n{\"b\":2}\n";
+        let rows: Vec<bool> =
+            JsonLines::new(&text[..], Path::new("d")).map(|row| row.is_ok()).collect();
+        assert_eq!(rows, [true, false, false, false, true]);
+        let long = [vec![b' '; MAX_LINE_BYTES + 1], b"\n{}\n".to_vec()].concat();
+        let rows: Vec<bool> =
+            JsonLines::new(&long[..], Path::new("d")).map(|row| row.is_ok()).collect();
+        assert_eq!(rows, [false], "where the next line begins is not known");
     }
 
     #[test]

@@ -1,21 +1,28 @@
-//! What a run is fed with: problems and rollout rows from JSON lines, generated tasks, the chat
-//! template that turns messages into text, and the tokenizer that may replace the GGUF's own.
+//! What a run is fed with: problems and rollout rows from JSON lines, Parquet or CSV, generated tasks, the
+//! chat template that turns messages into text, and the tokenizer that may replace the GGUF's own.
 //!
 //! Nothing here knows a model: text and ids go in, text and ids come out.
 
 pub mod chat;
+mod columns;
+mod csv;
 pub mod hf_tokenizer;
 pub mod jsonl;
+mod parquet;
 mod rows;
 pub mod source;
+pub mod table;
 pub mod tasks;
+pub mod templates;
 pub mod tokenizer;
 
 pub use chat::ChatTemplate;
+pub use columns::Columns;
 pub use hf_tokenizer::HfTokenizer;
 pub use rows::{read_problems, read_rollouts, rollouts};
-pub use source::ProblemSource;
+pub use source::{ProblemSource, SourceOptions};
 pub use tasks::Task;
+pub use templates::Template;
 pub use tokenizer::{Tokenize, agree};
 
 /// One turn of a conversation.
@@ -56,6 +63,8 @@ pub struct Problem {
     pub answer: String,
     /// Where it comes from, for messages: `train.jsonl:12`, `task:add 17+25`.
     pub source: String,
+    /// How hard it is, where the data says so: a number or a word such as `Level 3`.
+    pub difficulty: Option<String>,
 }
 
 /// A prompt with completions that were sampled elsewhere; none, where only the prompt is looked at.

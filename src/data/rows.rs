@@ -1,7 +1,7 @@
-//! What a JSON row means: a problem, or a prompt with its completions.
+//! What a row means: a problem, or a prompt with its completions.
 //!
-//! Problems: `{"prompt": "..." | [{"role": .., "content": ..}], "answer": ..}`; `question` may stand for
-//! `prompt`, an `id` is kept. Rollouts, text or token ids, see [`rollouts`]:
+//! Problems: `{"prompt": "..." | [{"role": .., "content": ..}], "answer": ..}`, an `id` is kept; other names
+//! of columns, verl's among them, see [`Columns`]. Rollouts, text or token ids, see [`rollouts`]:
 //!
 //! ```json
 //! {"prompt": "..." | [{"role": .., "content": ..}], "completion": "..."}
@@ -13,53 +13,57 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{
-    CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow,
-    jsonl::{JsonLines, Row, kind},
+    Columns, CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow, columns,
+    jsonl::{Row, kind},
+    table,
 };
 use crate::{Error, Result};
 
-/// All problems of a JSON-lines file, at least one.
-pub fn read_problems(path: &Path) -> Result<Vec<Problem>> {
-    let rows = JsonLines::open(path)?.map(|row| problem(&row?)).collect::<Result<_>>()?;
+/// All problems of a data file (JSON lines, Parquet, CSV), at least one.
+pub fn read_problems(path: &Path, columns: &Columns) -> Result<Vec<Problem>> {
+    let rows = table::open(path)?.map(|row| problem(&row?, columns)).collect::<Result<_>>()?;
     not_empty(path, rows)
 }
 
-/// All rollout rows of a JSON-lines file, at least one.
+/// All rollout rows of a data file, at least one.
 pub fn read_rollouts(path: &Path) -> Result<Vec<RolloutRow>> {
     not_empty(path, rollouts(path)?.collect::<Result<_>>()?)
 }
 
-/// The rollout rows of a JSON-lines file, one at a time.
+/// The rollout rows of a data file (JSON lines, Parquet, CSV), one at a time.
 ///
-/// A row has one of `prompt`, `question` and `prompt_tokens`, and either `completion` (text; `reward`
-/// beside it), or `completions`, objects with `tokens` or `completion` (text), `reward` and `old_logprobs`,
-/// or neither. Other fields are ignored.
+/// A row has one of `prompt`, `question`, `problem` and `prompt_tokens`, and either `completion` (text;
+/// `reward` beside it), or `completions`, objects with `tokens` or `completion` (text), `reward` and
+/// `old_logprobs`, or neither. Other fields are ignored.
 pub fn rollouts(path: &Path) -> Result<impl Iterator<Item = Result<RolloutRow>> + use<>> {
-    Ok(JsonLines::open(path)?.map(|row| rollout(&row?)))
+    Ok(table::open(path)?.map(|row| rollout(&row?)))
 }
 
 fn not_empty<T>(path: &Path, rows: Vec<T>) -> Result<Vec<T>> {
     if rows.is_empty() {
         let place = path.display().to_string();
-        let advice = "give a JSON-lines file that has rows";
-        return Err(Error::invalid(place, "at least one row", "none", advice));
+        return Err(Error::invalid(place, "at least one row", "none", "give a file that has rows"));
     }
     Ok(rows)
 }
 
-fn problem(row: &Row) -> Result<Problem> {
-    let prompt = prompt(row)?;
-    let Some(answer) = row.get("answer") else {
-        let advice = "give every row its right answer";
-        return Err(row.invalid("answer", "text or a number", row.keys(), advice));
-    };
-    let answer = scalar(row, "answer", answer)?;
+fn problem(row: &Row, columns: &Columns) -> Result<Problem> {
+    let prompt = prompt(row, columns)?;
+    let (name, answer) = columns.answer(row)?;
+    let answer = scalar(row, name, answer)?;
+    let answer = columns::after_hashes(&answer);
     if answer.trim().is_empty() {
-        return Err(row.invalid("answer", "an answer", "empty text", "fill it in or drop the row"));
+        return Err(row.invalid(name, "an answer", "empty text", "fill it in or drop the row"));
     }
     let id = row.get("id").map(|id| scalar(row, "id", id)).transpose()?;
     let source = row.place.clone();
-    Ok(Problem { id: id.unwrap_or_else(|| source.clone()), prompt, answer, source })
+    Ok(Problem {
+        id: id.unwrap_or_else(|| source.clone()),
+        prompt,
+        answer: answer.into(),
+        source,
+        difficulty: columns.difficulty(row)?,
+    })
 }
 
 fn rollout(row: &Row) -> Result<RolloutRow> {
@@ -84,7 +88,7 @@ fn rollout(row: &Row) -> Result<RolloutRow> {
         }
         (None, None) => vec![],
     };
-    Ok(RolloutRow { prompt: prompt(row)?, completions, line: row.line })
+    Ok(RolloutRow { prompt: prompt(row, &Columns::default())?, completions, line: row.line })
 }
 
 /// One completion's object, whose fields are called `prefix` + name in messages.
@@ -113,19 +117,8 @@ fn completion(row: &Row, object: &Map<String, Value>, prefix: &str) -> Result<Ro
     Ok(RolloutCompletion { content, reward, old_logprobs })
 }
 
-fn prompt(row: &Row) -> Result<Prompt> {
-    let mut found = ["prompt", "question", "prompt_tokens"]
-        .into_iter()
-        .filter_map(|name| row.get(name).map(|value| (name, value)));
-    let Some((name, value)) = found.next() else {
-        let expected = "`prompt` (or `question`, or `prompt_tokens`)";
-        return Err(row.invalid("prompt", expected, row.keys(), "name the field so"));
-    };
-    // A row of a data set often keeps its bare question beside the finished prompt.
-    if let Some((other, _)) = found.find(|(other, _)| *other == "prompt_tokens") {
-        let got = format!("both `{name}` and `{other}`");
-        return Err(row.invalid(other, "one prompt", got, "keep the one that is meant"));
-    }
+fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
+    let (name, value) = columns.prompt(row)?;
     match value {
         _ if name == "prompt_tokens" => Ok(Prompt::Tokens(tokens(row, name, value)?)),
         Value::String(text) => Ok(Prompt::Text(text.clone())),
@@ -227,7 +220,7 @@ mod tests {
     }
 
     fn problems(text: &str) -> Result<Vec<Problem>> {
-        read_problems(file(text).path())
+        read_problems(file(text).path(), &Columns::default())
     }
 
     fn rows(text: &str) -> Result<Vec<RolloutRow>> {
@@ -259,7 +252,11 @@ mod tests {
             ("", "expected at least one row, got none"),
             ("\n \n", "expected at least one row, got none"),
             (r#"{"answer": 1}"#, ":1: `prompt`: expected `prompt` (or"),
-            ("\n{\"prompt\": \"a\"}", ":2: `answer`: expected text or a number, got prompt;"),
+            (
+                "\n{\"prompt\": \"a\"}",
+                ":2: `answer`: expected one of `reward_model.ground_truth`, ",
+            ),
+            ("{\"prompt\": \"a\", \"extra\": {\"x\": 1}}", "got prompt, extra.x; name the column"),
             (r#"{"prompt": "a", "answer": " "}"#, "`answer`: expected an answer, got empty text"),
             (r#"{"prompt": "a", "answer": true}"#, "`answer`: expected text or a number below"),
             (r#"{"prompt": "a", "answer": 1e30}"#, "write it as text"),

@@ -1,15 +1,32 @@
 //! Where a run's problems come from, and in which order.
+//!
+//! A specification is a list, with commas between, of data files and tasks: `a.parquet`,
+//! `a.jsonl,b.csv`, `a.parquet:2,task:add:1`. Without weights the rows of all files make one pool.
+//! With weights (or a task in the list) each source gets its share of the prompts, 1 where none is
+//! written, and runs through its own rows: position n goes to the source that is furthest behind its
+//! share, `argmax_i (w_i / sum w) (n + 1) - taken_i`.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Problem, Task, read_problems};
-use crate::Result;
+use super::{Columns, Problem, Task, columns::difficulty_number, read_problems};
+use crate::{Error, Result};
+
+/// What tells one sequence of problems from another.
+#[derive(Debug, Clone, Default)]
+pub struct SourceOptions {
+    /// Seed of the order.
+    pub seed: u64,
+    /// Columns of the files.
+    pub columns: Columns,
+    /// Easy problems first, by the number in their difficulty, in every epoch; equal ones shuffled.
+    pub curriculum: bool,
+}
 
 /// An endless, seeded sequence of problems with random access, so that a run resumes at its position.
 ///
@@ -17,72 +34,266 @@ use crate::Result;
 /// `e * len .. (e + 1) * len` are a permutation that depends on the seed and e alone.
 #[derive(Debug)]
 pub struct ProblemSource {
-    seed: u64,
+    options: SourceOptions,
+    parts: Vec<Part>,
+    turns: Mutex<Turns>,
+}
+
+/// A source and its share.
+#[derive(Debug)]
+struct Part {
+    weight: f64,
     problems: Problems,
 }
 
 #[derive(Debug)]
 enum Problems {
     Task(Task),
-    /// The second field is the permutation of the epoch last asked for.
-    Rows(Vec<Problem>, Mutex<(u64, Vec<usize>)>),
+    Rows(Rows),
+}
+
+#[derive(Debug)]
+struct Rows {
+    rows: Vec<Problem>,
+    /// In the order of `rows`, for a curriculum; else empty.
+    difficulty: Vec<f64>,
+    /// The order last asked for, of this seed and epoch.
+    order: Mutex<Option<(u64, u64, Vec<usize>)>>,
+}
+
+/// Which part the last position went to.
+#[derive(Debug, Default)]
+struct Turns {
+    /// Positions given out.
+    next: u64,
+    taken: Vec<u64>,
+    last: usize,
 }
 
 impl ProblemSource {
-    /// Opens `task:NAME` or a JSON-lines file with `prompt` and `answer`.
+    /// Opens a specification with the usual columns, shuffled.
     pub fn open(spec: &str, seed: u64) -> Result<ProblemSource> {
-        if spec.starts_with("task:") {
-            let problems = Problems::Task(Task::parse(spec)?);
-            return Ok(ProblemSource { seed, problems });
+        ProblemSource::with(spec, SourceOptions { seed, ..SourceOptions::default() })
+    }
+
+    /// Opens a specification: files (JSON lines, Parquet, CSV) and tasks, see the head of this file.
+    ///
+    /// # Errors
+    /// A file or task that cannot be read, or with a curriculum a row without difficulty.
+    pub fn with(spec: &str, options: SourceOptions) -> Result<ProblemSource> {
+        let items = split(spec)?;
+        let is_task = |name: &str| name.starts_with("task:");
+        let shares = items.len() > 1 && items.iter().any(|(name, w)| w.is_some() || is_task(name));
+        let mut parts: Vec<Part> = Vec::with_capacity(items.len());
+        let mut pool = Vec::new();
+        for (name, weight) in &items {
+            let weight = weight.unwrap_or(1.0);
+            if is_task(name) {
+                parts.push(Part { weight, problems: Problems::Task(Task::parse(name)?) });
+                continue;
+            }
+            pool.extend(read_problems(Path::new(name), &options.columns)?);
+            if shares {
+                let problems = Problems::Rows(Rows::new(std::mem::take(&mut pool), &options)?);
+                parts.push(Part { weight, problems });
+            }
         }
-        let rows = read_problems(Path::new(spec))?;
-        let order = Mutex::new((0, permutation(rows.len(), seed, 0)));
-        Ok(ProblemSource { seed, problems: Problems::Rows(rows, order) })
+        if !pool.is_empty() {
+            let problems = Problems::Rows(Rows::new(pool, &options)?);
+            parts.push(Part { weight: 1.0, problems });
+        }
+        Ok(ProblemSource { options, parts, turns: Mutex::default() })
     }
 
     /// The problem at position `index` of training.
     pub fn problem(&self, index: u64) -> Problem {
-        match &self.problems {
-            Problems::Task(task) => task.train_problem(self.seed, index),
-            Problems::Rows(rows, order) => {
-                let (epoch, place) = (index / rows.len() as u64, index % rows.len() as u64);
-                let mut order = order.lock().unwrap_or_else(PoisonError::into_inner);
-                if order.0 != epoch {
-                    *order = (epoch, permutation(rows.len(), self.seed, epoch));
-                }
-                rows[order.1[place as usize]].clone()
-            }
+        self.problem_of_round(0, index)
+    }
+
+    /// The problem at a position of another sequence over the same problems: round 0 is that of
+    /// [`ProblemSource::problem`], the others are shuffled apart from it (for groups to be replaced).
+    pub fn problem_of_round(&self, round: u64, index: u64) -> Problem {
+        let (part, index) = self.turn(index);
+        // An odd factor makes rounds and parts differ without a say in round 0 of a single part.
+        let seed = self.options.seed.wrapping_add(
+            round.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add((part as u64) << 32),
+        );
+        match &self.parts[part].problems {
+            Problems::Task(task) => task.train_problem(seed, index),
+            Problems::Rows(rows) => rows.problem(seed, index),
         }
     }
 
-    /// `n` problems to evaluate on: a task's held-out ones, or of a file's rows a seeded sample without
-    /// repetition, all of them in file order when there are no more than `n`.
+    /// The part that a position goes to, and the position within it.
+    fn turn(&self, index: u64) -> (usize, u64) {
+        if self.parts.len() == 1 {
+            return (0, index);
+        }
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if index + 1 < turns.next || turns.next == 0 {
+            *turns = Turns { taken: vec![0; self.parts.len()], ..Turns::default() };
+        }
+        let total: f64 = self.parts.iter().map(|p| p.weight).sum();
+        while turns.next <= index {
+            let due = (turns.next + 1) as f64 / total;
+            let behind = |p: usize| self.parts[p].weight * due - turns.taken[p] as f64;
+            let first = |a: usize, b: usize| if behind(b) > behind(a) { b } else { a };
+            let part = (0..self.parts.len()).reduce(first).expect("at least one part");
+            turns.taken[part] += 1;
+            turns.last = part;
+            turns.next += 1;
+        }
+        (turns.last, turns.taken[turns.last] - 1)
+    }
+
+    /// `n` problems to evaluate on: a task's held-out ones; of a file's rows a seeded sample without
+    /// repetition, all of them in file order when there are no more than `n`. Several parts in turn.
     pub fn eval_problems(&self, n: usize) -> Vec<Problem> {
-        match &self.problems {
-            Problems::Task(task) => task.eval_problems(n, self.seed),
-            Problems::Rows(rows, _) if rows.len() <= n => rows.clone(),
-            Problems::Rows(rows, _) => permutation(rows.len(), self.seed, 0)[..n]
-                .iter()
-                .map(|&row| rows[row].clone())
-                .collect(),
+        let of = |part: &Part, n: usize| match &part.problems {
+            Problems::Task(task) => task.eval_problems(n, self.options.seed),
+            Problems::Rows(rows) => rows.sample(n, self.options.seed),
+        };
+        if let [part] = self.parts.as_slice() {
+            return of(part, n);
         }
+        let mut shares = vec![0; self.parts.len()];
+        (0..n as u64).for_each(|i| shares[self.turn(i).0] += 1);
+        self.parts.iter().zip(shares).flat_map(|(part, n)| of(part, n)).collect()
     }
 
-    /// Problems in an epoch; `None` for a task, which has no end.
+    /// Drops the rows that `keep` refuses, and says how many. Tasks stay as they are.
+    ///
+    /// # Errors
+    /// Those of `keep`; [`Error::Invalid`] when a file has no row left.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Problem) -> Result<bool>) -> Result<usize> {
+        let mut dropped = 0;
+        for part in &mut self.parts {
+            let Problems::Rows(rows) = &mut part.problems else { continue };
+            let all = std::mem::take(&mut rows.rows);
+            let (before, place) = (all.len(), all[0].source.clone());
+            let mut kept = Vec::with_capacity(before);
+            for problem in all {
+                if keep(&problem)? {
+                    kept.push(problem);
+                }
+            }
+            if kept.is_empty() {
+                let expected = "a row that passes the filter";
+                let got = format!("none of {before}");
+                return Err(Error::invalid(place, expected, got, "raise --max-prompt"));
+            }
+            dropped += before - kept.len();
+            *rows = Rows::new(kept, &self.options)?;
+        }
+        Ok(dropped)
+    }
+
+    /// Problems in an epoch; `None` with a task, which has no end, and with shares.
     pub fn epoch_len(&self) -> Option<usize> {
-        match &self.problems {
-            Problems::Task(_) => None,
-            Problems::Rows(rows, _) => Some(rows.len()),
+        match self.parts.as_slice() {
+            [Part { problems: Problems::Rows(rows), .. }] => Some(rows.rows.len()),
+            _ => None,
         }
     }
 
-    /// The task, where the problems are generated.
+    /// The task, where the problems are generated by one alone.
     pub fn task(&self) -> Option<Task> {
-        match &self.problems {
-            Problems::Task(task) => Some(*task),
-            Problems::Rows(..) => None,
+        match self.parts.as_slice() {
+            [Part { problems: Problems::Task(task), .. }] => Some(*task),
+            _ => None,
         }
     }
+}
+
+impl Rows {
+    fn new(rows: Vec<Problem>, options: &SourceOptions) -> Result<Rows> {
+        let number = |p: &Problem| difficulty_number(p.difficulty.as_deref(), &p.source);
+        let ordered = if options.curriculum { rows.as_slice() } else { &[] };
+        let difficulty = ordered.iter().map(number).collect::<Result<_>>()?;
+        Ok(Rows { rows, difficulty, order: Mutex::default() })
+    }
+
+    fn problem(&self, seed: u64, index: u64) -> Problem {
+        let (epoch, place) = (index / self.rows.len() as u64, index % self.rows.len() as u64);
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = matches!(&*order, Some((s, e, _)) if (*s, *e) == (seed, epoch));
+        if !known {
+            let mut rows = permutation(self.rows.len(), seed, epoch);
+            if !self.difficulty.is_empty() {
+                // Stable: equally hard ones stay shuffled.
+                rows.sort_by(|&a, &b| self.difficulty[a].total_cmp(&self.difficulty[b]));
+            }
+            *order = Some((seed, epoch, rows));
+        }
+        let (_, _, rows) = order.as_ref().expect("just made");
+        self.rows[rows[place as usize]].clone()
+    }
+
+    fn sample(&self, n: usize, seed: u64) -> Vec<Problem> {
+        if self.rows.len() <= n {
+            return self.rows.clone();
+        }
+        let order = permutation(self.rows.len(), seed, 0);
+        order[..n].iter().map(|&row| self.rows[row].clone()).collect()
+    }
+}
+
+/// The files of a specification, in its order.
+///
+/// # Errors
+/// [`Error::Invalid`] for a list that cannot be read.
+pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
+    let items = split(spec)?.into_iter().filter(|(name, _)| !name.starts_with("task:"));
+    Ok(items.map(|(name, _)| name.into()).collect())
+}
+
+/// The specification with absolute paths, so that it means the same in every folder.
+///
+/// # Errors
+/// [`Error::Invalid`] for a list that cannot be read, [`Error::Io`] when there is no current folder.
+pub fn absolute(spec: &str) -> Result<String> {
+    let item = |(name, weight): (String, Option<f64>)| -> Result<String> {
+        let mut text = name;
+        if !text.starts_with("task:") {
+            let path = std::path::absolute(&text).map_err(Error::io("find", &text))?;
+            text = path.to_string_lossy().into_owned();
+        }
+        Ok(text + &weight.map_or(String::new(), |w| format!(":{w}")))
+    };
+    let items: Vec<String> = split(spec)?.into_iter().map(item).collect::<Result<_>>()?;
+    Ok(items.join(","))
+}
+
+/// The items of a specification with the weights that are written. What exists under its whole name is
+/// that file, whatever commas and colons the name has.
+fn split(spec: &str) -> Result<Vec<(String, Option<f64>)>> {
+    let whole = |name: &str| Path::new(name).exists();
+    let items: Vec<&str> = if whole(spec) { vec![spec] } else { spec.split(',').collect() };
+    let mut parsed = Vec::with_capacity(items.len());
+    for item in items.into_iter().map(str::trim) {
+        if item.is_empty() {
+            let advice = "write --data a.parquet:2,b.jsonl";
+            return Err(Error::invalid(
+                "--data",
+                "files with commas between",
+                format!("{spec:?}"),
+                advice,
+            ));
+        }
+        let weighted = if whole(item) { None } else { item.rsplit_once(':') };
+        parsed.push(match weighted.map(|(name, w)| (name, w.parse::<f64>())) {
+            Some((name, Ok(weight))) if weight > 0.0 && weight.is_finite() => {
+                (name.to_owned(), Some(weight))
+            }
+            Some((_, Ok(weight))) => {
+                let advice = "write --data a.parquet:2,b.jsonl";
+                let place = format!("--data {item}");
+                return Err(Error::invalid(place, "a weight above 0", weight.to_string(), advice));
+            }
+            _ => (item.to_owned(), None),
+        });
+    }
+    Ok(parsed)
 }
 
 fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
@@ -142,6 +353,97 @@ mod tests {
         assert!((0..2000).all(|i| !held.contains(&source.problem(i).id)));
         assert_eq!(source.epoch_len(), None);
         assert!(ProblemSource::open("task:none", 0).is_err());
+    }
+
+    #[test]
+    fn weights_are_shares_and_positions_are_random_access() {
+        let (a, b) = (rows(10), rows(7));
+        let name = |file: &tempfile::NamedTempFile| file.path().to_str().unwrap().to_owned();
+        let spec = format!("{}:2,{},task:add:1", name(&a), name(&b));
+        let source = ProblemSource::open(&spec, 3).unwrap();
+        let of = |p: &Problem| {
+            [name(&a), name(&b), "task:add".into()].iter().position(|n| p.source.starts_with(n))
+        };
+        let first: Vec<Problem> = (0..400).map(|i| source.problem(i)).collect();
+        for (part, share) in [(0, 200), (1, 100), (2, 100)] {
+            let n = first.iter().filter(|p| of(p) == Some(part)).count();
+            assert_eq!(n, share, "part {part}");
+        }
+        // Never far from the shares, and each part runs through its own rows.
+        let n = first[..40].iter().filter(|p| of(p) == Some(0)).count();
+        assert_eq!(n, 20);
+        let ids: BTreeSet<_> = first[..20].iter().filter(|p| of(p) == Some(0)).collect_ids();
+        assert_eq!(ids.len(), 10);
+        let again = ProblemSource::open(&spec, 3).unwrap();
+        for i in [399, 7, 8, 200, 0] {
+            assert_eq!(again.problem(i), first[i as usize], "position {i}");
+        }
+    }
+
+    trait CollectIds {
+        fn collect_ids(self) -> BTreeSet<String>;
+    }
+
+    impl<'p, I: Iterator<Item = &'p Problem>> CollectIds for I {
+        fn collect_ids(self) -> BTreeSet<String> {
+            self.map(|p| p.id.clone()).collect()
+        }
+    }
+
+    #[test]
+    fn files_without_weights_are_one_pool() {
+        let (a, b) = (rows(10), rows(7));
+        let spec = format!("{},{}", a.path().display(), b.path().display());
+        let source = ProblemSource::open(&spec, 3).unwrap();
+        assert_eq!(source.epoch_len(), Some(17));
+        assert_eq!(
+            (0..17).map(|i| source.problem(i)).collect::<Vec<_>>().iter().collect_ids().len(),
+            17
+        );
+        // Another round is another order over the same rows.
+        let round = |r| (0..17).map(|i| source.problem_of_round(r, i).id).collect::<Vec<_>>();
+        assert_ne!(round(0), round(1));
+        assert_eq!(round(1).iter().collect::<BTreeSet<_>>(), round(0).iter().collect());
+    }
+
+    #[test]
+    fn a_curriculum_goes_from_easy_to_hard_in_every_epoch() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        for i in 0..30 {
+            writeln!(file, r#"{{"prompt": "p", "answer": {i}, "level": "Level {}"}}"#, i % 3)
+                .unwrap();
+        }
+        let spec = file.path().to_str().unwrap();
+        let options = SourceOptions { seed: 1, curriculum: true, ..SourceOptions::default() };
+        let mut source = ProblemSource::with(spec, options.clone()).unwrap();
+        let epoch = |source: &ProblemSource, e: u64| -> Vec<Problem> {
+            (30 * e..30 * (e + 1)).map(|i| source.problem(i)).collect()
+        };
+        for e in 0..2 {
+            let levels: Vec<_> = epoch(&source, e).into_iter().map(|p| p.difficulty).collect();
+            assert!(levels.is_sorted(), "{levels:?}");
+        }
+        assert_ne!(epoch(&source, 0), epoch(&source, 1), "equally hard ones are shuffled");
+        assert_eq!(source.retain(|p| Ok(p.difficulty.as_deref() != Some("Level 1"))).unwrap(), 10);
+        assert_eq!(source.epoch_len(), Some(20));
+        let error = source.retain(|_| Ok(false)).unwrap_err().to_string();
+        assert!(error.contains("none of 20"), "{error}");
+        let plain = rows(3);
+        let error = ProblemSource::with(plain.path().to_str().unwrap(), options).unwrap_err();
+        assert!(error.to_string().contains("difficulty: expected a number in it, got none"));
+    }
+
+    #[test]
+    fn bad_weights_are_refused() {
+        let file = rows(1);
+        for (spec, expected) in [
+            (format!("{}:0", file.path().display()), "a weight above 0, got 0"),
+            (format!("{}:-1", file.path().display()), "a weight above 0, got -1"),
+            (format!("{},", file.path().display()), "files with commas between"),
+        ] {
+            let error = ProblemSource::open(&spec, 1).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

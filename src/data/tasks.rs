@@ -139,6 +139,7 @@ impl Task {
             prompt: Prompt::Messages(vec![Message::user(format!("{question}="))]),
             answer: answer.to_string(),
             source,
+            difficulty: None,
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Everything is linear in the lengths of the texts, but for fractions, whose parts are short (see
 //! [`Number`](super::number::Number)).
 
-use super::{Verdict, number::Number, quoted};
+use super::{Verdict, math::closed, number::Number, quoted};
 
 /// 1 when the last box equals the answer.
 pub(super) fn score(answer: &str, completion: &str) -> Verdict {
@@ -22,6 +22,15 @@ pub(super) fn score(answer: &str, completion: &str) -> Verdict {
         return Verdict::right(format!("{} as text", quoted(theirs)));
     }
     Verdict::wrong(format!("{} is not {}", quoted(theirs), quoted(ours)))
+}
+
+/// Whether two contents of boxes are equal, as [`score`] compares them.
+pub(super) fn same(a: &str, b: &str) -> bool {
+    let (a, b) = (inner(a), inner(b));
+    match (Number::parse(a), Number::parse(b)) {
+        (Some(a), Some(b)) => a.equals(&b),
+        _ => a.split_whitespace().eq(b.split_whitespace()),
+    }
 }
 
 /// The content of the last `\boxed{..}`, `\fbox{..}` or `\boxed 5`; `None` when there is none, or the last
@@ -45,22 +54,6 @@ pub fn last_boxed(text: &str) -> Option<&str> {
         }
     };
     Some(content.trim()).filter(|content| !content.is_empty())
-}
-
-/// What stands before the brace that closes a group whose opening brace was read.
-fn closed(group: &str) -> Option<&str> {
-    let mut depth = 0usize;
-    let mut bytes = group.bytes().enumerate();
-    while let Some((at, byte)) = bytes.next() {
-        match byte {
-            b'\\' => drop(bytes.next()),
-            b'{' => depth += 1,
-            b'}' if depth == 0 => return Some(&group[..at]),
-            b'}' => depth -= 1,
-            _ => {}
-        }
-    }
-    None
 }
 
 /// Without blanks and the dollars of TeX's mathematics around.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::data::{ChatTemplate, HfTokenizer, Message, Prompt, Tokenize, agree};
+use crate::data::{ChatTemplate, HfTokenizer, Message, Prompt, Template, Tokenize, agree};
 use crate::model::Model;
 use crate::{Error, Result};
 
@@ -16,7 +16,8 @@ pub struct Encoder<'m> {
 
 impl<'m> Encoder<'m> {
     /// Uses the GGUF's chat template and vocabulary; `tokenizer` (a tokenizer.json) replaces the
-    /// vocabulary's encoder where both agree on ids. `system` goes before text prompts.
+    /// vocabulary's encoder where both agree on ids. `system` goes before text prompts, and takes the place
+    /// of a system message that a prompt brings along.
     ///
     /// # Errors
     /// The template or the tokenizer cannot be read, or ids disagree.
@@ -26,11 +27,8 @@ impl<'m> Encoder<'m> {
         system: Option<String>,
     ) -> Result<Encoder<'m>> {
         let vocab = model.engine().vocab();
-        let spelling = |token: Option<i32>| token.map_or(String::new(), |t| vocab.spelling(t));
         let template = match model.engine().chat_template() {
-            Some(text) => {
-                Some(ChatTemplate::new(&text, &spelling(vocab.bos()), &spelling(vocab.eos()))?)
-            }
+            Some(source) => Some(compile(model, &source)?),
             None => None,
         };
         let tokenizer = match tokenizer {
@@ -43,6 +41,17 @@ impl<'m> Encoder<'m> {
             None => None,
         };
         Ok(Encoder { model, template, tokenizer, system })
+    }
+
+    /// Renders prompts with another template than the GGUF's.
+    ///
+    /// # Errors
+    /// It does not compile.
+    pub fn with_template(mut self, template: &Template) -> Result<Encoder<'m>> {
+        if let Template::Source { source, enable_thinking } = template {
+            self.template = Some(compile(self.model, source)?.with_thinking(*enable_thinking));
+        }
+        Ok(self)
     }
 
     /// Tokens of a prompt, cut from the left to `max_tokens` (PAPER section 2).
@@ -62,13 +71,20 @@ impl<'m> Encoder<'m> {
                 }
                 tokens.clone()
             }
-            (Prompt::Messages(messages), Some(template)) => self.chat(template, messages)?,
+            (Prompt::Messages(messages), Some(template)) => match &self.system {
+                Some(system) => {
+                    let others = messages.iter().filter(|m| m.role != "system").cloned();
+                    let first = Message { role: "system".into(), content: system.clone() };
+                    self.chat(template, &std::iter::once(first).chain(others).collect::<Vec<_>>())?
+                }
+                None => self.chat(template, messages)?,
+            },
             (Prompt::Messages(_), None) => {
                 return Err(Error::invalid(
                     "prompt",
                     "text, for this model has no chat template",
                     "messages",
-                    "give the prompt as one text",
+                    "give the prompt as one text, or choose a --template such as plain",
                 ));
             }
             (Prompt::Text(text), Some(template)) => {
@@ -94,6 +110,14 @@ impl<'m> Encoder<'m> {
         }
         tokens.drain(..tokens.len().saturating_sub(max_tokens));
         Ok(tokens)
+    }
+
+    /// Whether a prompt stays whole within `max_tokens`.
+    ///
+    /// # Errors
+    /// Those of [`Encoder::prompt`].
+    pub fn fits(&self, prompt: &Prompt, max_tokens: usize) -> Result<bool> {
+        Ok(self.prompt(prompt, max_tokens.saturating_add(1))?.len() <= max_tokens)
     }
 
     fn chat(&self, template: &ChatTemplate, messages: &[Message]) -> Result<Vec<i32>> {
@@ -123,4 +147,11 @@ impl<'m> Encoder<'m> {
     pub fn text(&self, tokens: &[i32]) -> String {
         self.model.engine().vocab().text(tokens, false)
     }
+}
+
+/// A chat template with the model's own special tokens.
+fn compile(model: &Model, source: &str) -> Result<ChatTemplate> {
+    let vocab = model.engine().vocab();
+    let spelling = |token: Option<i32>| token.map_or(String::new(), |t| vocab.spelling(t));
+    ChatTemplate::new(source, &spelling(vocab.bos()), &spelling(vocab.eos()))
 }

@@ -6,4 +6,4 @@ mod scheduler;
 
 pub use encode::Encoder;
 pub use sampler::{Sampler, Sampling};
-pub use scheduler::{Completion, Finish, Progress, Request, RolloutOptions, Rollouts};
+pub use scheduler::{Completion, Finish, Progress, Request, RolloutOptions, Rollouts, Watcher};

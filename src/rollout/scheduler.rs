@@ -67,6 +67,28 @@ pub struct Progress {
     pub newest: Option<i32>,
 }
 
+/// Follows a call of [`Rollouts::generate_watched`]; an error ends it.
+pub trait Watcher {
+    /// After each round of tokens.
+    fn progress(&mut self, _progress: Progress) -> Result<()> {
+        Ok(())
+    }
+
+    /// Completion `index` of request `request` has ended; the others go on.
+    fn finished(&mut self, _request: usize, _index: usize, _completion: &Completion) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A closure that looks at the progress alone.
+struct ProgressOnly<'w>(&'w mut dyn FnMut(Progress) -> Result<()>);
+
+impl Watcher for ProgressOnly<'_> {
+    fn progress(&mut self, progress: Progress) -> Result<()> {
+        (self.0)(progress)
+    }
+}
+
 /// Limits of the rollout engine.
 #[derive(Clone, Copy, Debug)]
 pub struct RolloutOptions {
@@ -168,6 +190,19 @@ impl Rollouts {
         stop: &AtomicBool,
         watch: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> Result<Vec<Vec<Completion>>> {
+        self.generate_watched(requests, sampling, seed, stop, &mut ProgressOnly(watch))
+    }
+
+    /// [`Rollouts::generate`] with a watcher that is also handed every completion as it ends, so that
+    /// it is judged while others are sampled.
+    pub fn generate_watched(
+        &mut self,
+        requests: &[Request],
+        sampling: &Sampling,
+        seed: u64,
+        stop: &AtomicBool,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Vec<Vec<Completion>>> {
         for (i, r) in requests.iter().enumerate() {
             let room = self.n_ctx_seq.saturating_sub(r.prompt_tokens.len());
             if r.prompt_tokens.is_empty() || r.max_tokens == 0 || r.max_tokens > room {
@@ -190,6 +225,7 @@ impl Rollouts {
             slots: Vec::new(),
             done: requests.iter().map(|r| vec![None; r.n]).collect(),
             samplers: Vec::new(),
+            finished: Vec::new(),
             progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
         };
         run.slots.resize_with(run.context.options().n_seq, || None);
@@ -199,12 +235,13 @@ impl Rollouts {
             }
             run.fill()?;
             if run.progress.tokens > 0 {
-                watch(run.progress)?;
+                watcher.progress(run.progress)?;
             }
             run.compact();
             run.decode()?;
+            run.report(watcher)?;
         }
-        watch(run.progress)?;
+        watcher.progress(run.progress)?;
         let take = |group: Vec<Option<Completion>>| group.into_iter().flatten().collect();
         Ok(run.done.into_iter().map(take).collect())
     }
@@ -224,6 +261,8 @@ struct Run<'r> {
     slots: Vec<Option<Slot>>,
     done: Vec<Vec<Option<Completion>>>,
     samplers: Vec<Sampler>,
+    /// (request, index) of completions that the watcher has not seen.
+    finished: Vec<(usize, usize)>,
     progress: Progress,
 }
 
@@ -333,7 +372,18 @@ impl Run<'_> {
     fn finish(&mut self, slot: Slot) {
         let request = self.groups[slot.group].request;
         self.done[request][slot.index] = Some(slot.completion);
+        self.finished.push((request, slot.index));
         self.progress.done += 1;
+    }
+
+    /// Hands what has ended to the watcher.
+    fn report(&mut self, watcher: &mut dyn Watcher) -> Result<()> {
+        for (request, index) in self.finished.drain(..) {
+            if let Some(completion) = &self.done[request][index] {
+                watcher.finished(request, index, completion)?;
+            }
+        }
+        Ok(())
     }
 
     /// Closes holes between running slots, so that llama.cpp takes them in one go.

@@ -1,4 +1,5 @@
-//! Training: BuPO and GRPO with LoRA on a quantised model (PAPER section 2).
+//! Training: BuPO with LoRA on a quantised model (PAPER section 2), and the algorithms it is measured against,
+//! each of which can be the objective of both of its phases (`objective.rs`).
 //!
 //! ```text
 //! for step s in 1..=steps
@@ -18,44 +19,57 @@
 //! advantage are not computed, since their gradient is zero.
 
 mod advantage;
+mod checkpoint;
+mod collect;
 mod config;
+mod critic;
 mod evaluate;
 mod loss;
 mod micro_batch;
+mod objective;
 mod optimizer;
+pub mod plan;
 mod probe;
 mod record;
 mod replay;
+mod resume;
+mod run;
+mod run_dir;
 mod schedule;
+mod state;
 mod update;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-pub use advantage::{Baseline, advantages};
-pub use config::{Algorithm, TrainConfig};
-pub use loss::{Aggregation, LossConfig, TokenContext, TokenLoss, token_loss};
+pub use advantage::{Baseline, Gae, advantages, assign, estimate};
+pub use checkpoint::{Checkpoint, Damaged};
+pub use collect::Sample;
+pub use config::TrainConfig;
+pub use loss::{
+    Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
+};
+pub use objective::{Algorithm, Defaults};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
+pub use resume::{Change, Effect, Resume};
+pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
+pub use state::State;
+pub use update::{Response, ResponseGroup};
 
-use crate::data::{Problem, ProblemSource};
+use crate::data::{Problem, ProblemSource, Template};
 use crate::ggml::{TensorSet, ThreadPool};
-use crate::gguf::Value;
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::reward::Reward;
-use crate::rollout::{Encoder, Finish, Progress, Request, RolloutOptions, Rollouts};
+use crate::reward::{Judge, JudgePool};
+use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
 use crate::{Error, Result};
-use record::RunDir;
-use update::{Learner, Response, ResponseGroup, Tally, UpdateConfig};
-
-/// Updates in a row whose gradient is not finite before a run gives up.
-const SKIPS_MAX: u64 = 10;
-/// Steps in a row without a group whose rewards differ before a run gives up.
-const SILENT_STEPS_MAX: u64 = 20;
+use critic::Critic;
+use update::{Learner, Tally, UpdateConfig};
 
 /// Whoever watches a run. All methods may do nothing.
 pub trait Observer {
@@ -86,12 +100,22 @@ pub struct Trainer<'m> {
     encoder: Encoder<'m>,
     problems: ProblemSource,
     held_out: Vec<Problem>,
-    reward: Reward,
+    judges: JudgePool,
+    critic: Option<Critic>,
     stop: Arc<AtomicBool>,
+    /// SHA-256 of the model and of the data; empty until a run begins.
+    inputs: BTreeMap<String, String>,
+    /// Whether a step has begun to change the adapter and is not complete.
+    mid_step: bool,
+    steps_done: u64,
     updates: u64,
     skipped: u64,
     skipped_in_row: u64,
     silent_steps: u64,
+    /// NaN before it is measured.
+    accuracy_before: f64,
+    /// Of all processes that had a part in the run.
+    seconds: f64,
 }
 
 impl<'m> Trainer<'m> {
@@ -100,10 +124,32 @@ impl<'m> Trainer<'m> {
     /// # Errors
     /// A setting, the data or the adapter does not fit, or memory is short.
     pub fn new(model: &'m Model, config: TrainConfig) -> Result<Trainer<'m>> {
+        let adapter = config.adapter.clone();
+        Trainer::with_adapter(model, config, adapter.as_deref())
+    }
+
+    /// [`Trainer::new`] with another adapter to begin from than the one in the settings.
+    fn with_adapter(
+        model: &'m Model,
+        config: TrainConfig,
+        adapter: Option<&Path>,
+    ) -> Result<Trainer<'m>> {
         config.check()?;
         let n_layer = model.config().n_layer;
         let mut config = config.resolved(n_layer);
         Policy::internal(config.internal_layer(n_layer), n_layer, config.final_norm)?;
+        let reaches = match config.algo {
+            Algorithm::Bupo if config.internal_steps > 0 => config.internal_layer(n_layer),
+            _ => n_layer,
+        };
+        if config.freeze_layers >= reaches {
+            return Err(Error::invalid(
+                "--freeze-layers",
+                format!("below {reaches}, the lowest layer whose policy is optimised"),
+                config.freeze_layers.to_string(),
+                "nothing would be learnt; lower it",
+            ));
+        }
         let needs = config.max_prompt + config.max_response;
         if needs > model.config().n_ctx_train {
             return Err(Error::invalid(
@@ -113,11 +159,15 @@ impl<'m> Trainer<'m> {
                 "lower one of them",
             ));
         }
-        let problems = ProblemSource::open(&config.data, config.seed)?;
+        let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let reward = Reward::parse(&config.reward)?;
-        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
-        let mut lora = match &config.adapter {
+        let judge = Judge::parse(&config.reward, config.judging())?;
+        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
+            .with_template(&Template::parse(&config.template)?)?;
+        if config.drop_long_prompts {
+            problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
+        }
+        let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
                 (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
@@ -130,8 +180,14 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
+        let depths = [config.internal_layer(n_layer), n_layer];
+        let critic = match config.baseline() {
+            Baseline::Value => Some(Critic::new(&depths, model.config().n_embd, config.critic())?),
+            _ => None,
+        };
+        let judges = JudgePool::new(judge, config.reward_workers)?;
         Ok(Trainer {
-            optimizer: AdamW::new(&lora, n_layer, config.adamw())?,
+            optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
             engine: Engine::new(pool)?,
             stop: Arc::default(),
@@ -142,12 +198,64 @@ impl<'m> Trainer<'m> {
             encoder,
             problems,
             held_out,
-            reward,
+            judges,
+            critic,
+            inputs: BTreeMap::new(),
+            mid_step: false,
+            steps_done: 0,
             updates: 0,
             skipped: 0,
             skipped_in_row: 0,
             silent_steps: 0,
+            accuracy_before: f64::NAN,
+            seconds: 0.0,
         })
+    }
+
+    /// What the trainer carries from one step to the next. Every field is named here, state or not: a new
+    /// one does not compile before that is decided.
+    pub fn state(&mut self) -> State<'_> {
+        let Trainer {
+            lora,
+            optimizer,
+            steps_done,
+            updates,
+            skipped,
+            skipped_in_row,
+            silent_steps,
+            accuracy_before,
+            seconds,
+            critic,
+            // Given at the start.
+            model: _,
+            config: _,
+            encoder: _,
+            problems: _,
+            held_out: _,
+            judges: _,
+            stop: _,
+            inputs: _,
+            // Cleared or filled anew by every update, rollout or forward.
+            gradients: _,
+            engine: _,
+            rollouts: _,
+            // False whenever a checkpoint is written.
+            mid_step: _,
+        } = self;
+        let mut state = State::default();
+        state.tensors("adapter", lora.tensors_mut());
+        optimizer.state(&mut state);
+        if let Some(critic) = critic {
+            critic.state(&mut state);
+        }
+        state.counter("steps_done", steps_done);
+        state.counter("updates", updates);
+        state.counter("skipped", skipped);
+        state.counter("skipped_in_row", skipped_in_row);
+        state.counter("silent_steps", silent_steps);
+        state.number("accuracy_before", accuracy_before);
+        state.number("seconds", seconds);
+        state
     }
 
     /// Settings with every default filled in.
@@ -170,69 +278,6 @@ impl<'m> Trainer<'m> {
         self.stop.clone()
     }
 
-    /// The whole run: evaluation, steps, evaluation; everything is written to `dir`.
-    ///
-    /// # Errors
-    /// The folder is not empty, a file cannot be written, or training cannot learn.
-    pub fn run(&mut self, dir: &Path, observer: &mut dyn Observer) -> Result<Summary> {
-        let start = Instant::now();
-        RunDir::check(dir)?;
-        self.check_gradients()?;
-        let mut dir = RunDir::create(dir, self.model.name(), &self.config)?;
-        let mut summary = Summary {
-            accuracy_before: None,
-            accuracy_after: None,
-            steps: 0,
-            seconds: 0.0,
-            interrupted: false,
-            adapter: dir.adapter(),
-        };
-        let outcome = self.run_steps(&mut dir, &mut summary, observer);
-        // Whatever ended the run, the newest adapter is kept.
-        self.save(&dir.adapter(), summary.steps)?;
-        dir.flush()?;
-        match outcome {
-            Err(Error::Interrupted) => summary.interrupted = true,
-            other => other?,
-        }
-        summary.seconds = start.elapsed().as_secs_f64();
-        Ok(summary)
-    }
-
-    fn run_steps(
-        &mut self,
-        dir: &mut RunDir,
-        summary: &mut Summary,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        summary.accuracy_before = self.evaluate("before", observer)?;
-        observer.note(&match summary.accuracy_before {
-            Some(a) => {
-                format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len())
-            }
-            None => "no held-out problems: give some with --eval-data to see the accuracy".into(),
-        });
-        for step in 1..=self.config.steps {
-            let (mut record, samples) = self.step(step, observer)?;
-            if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
-                record.accuracy = self.evaluate("held-out", observer)?;
-            }
-            dir.metrics(&record)?;
-            for sample in &samples {
-                dir.completion(sample)?;
-            }
-            dir.flush()?;
-            summary.steps = step;
-            if self.config.checkpoint_every > 0 && step % self.config.checkpoint_every == 0 {
-                self.save(&dir.adapter(), step)?;
-            }
-            observer.step(&record);
-            self.give_up_if_hopeless(&record)?;
-        }
-        summary.accuracy_after = self.evaluate("after", observer)?;
-        Ok(())
-    }
-
     /// One step of the algorithm.
     pub fn step(
         &mut self,
@@ -241,18 +286,10 @@ impl<'m> Trainer<'m> {
     ) -> Result<(StepRecord, Vec<Sample>)> {
         let start = Instant::now();
         let (phase, policy) = self.phase(step)?;
-        let problems = self.batch(step);
-        let (mut groups, samples) = self.rollout(step, &problems, observer)?;
+        let (mut groups, samples) = self.collect(step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
         let sampled: usize = samples.iter().map(|s| s.tokens).sum();
 
-        for group in &mut groups {
-            let rewards: Vec<f32> = group.responses.iter().map(|r| r.reward).collect();
-            let advantages = advantages(&rewards, self.config.baseline);
-            for (response, advantage) in group.responses.iter_mut().zip(advantages) {
-                response.advantage = advantage;
-            }
-        }
         let learning_rate = self.config.lr
             * self.config.schedule.factor(step, self.config.steps, self.config.warmup);
         let update_start = Instant::now();
@@ -266,13 +303,15 @@ impl<'m> Trainer<'m> {
         let per_token = |sum: f64| (tally.tokens > 0).then(|| (sum / tally.tokens as f64) as f32);
         let per_update =
             |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
-        let with_signal = groups.iter().filter(|g| g.responses.iter().any(|r| r.advantage != 0.0));
+        let with_signal = groups.iter().filter(|g| g.responses.iter().any(Response::has_signal));
         let record = StepRecord {
             step,
             phase,
             layer: policy.depth(),
             reward: mean(&|s| s.reward),
+            reward_parts: self.mean_parts(&samples),
             groups_with_signal: with_signal.count() as f32 / groups.len() as f32,
+            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.config.group,
             response_tokens: mean(&|s| s.tokens as f32),
             truncated: mean(&|s| s.truncated as u8 as f32),
             entropy_nats: per_token(tally.entropy),
@@ -281,6 +320,8 @@ impl<'m> Trainer<'m> {
             gradient_norm: per_update(tally.gradient_norm),
             drift_nats: if phase == Phase::Final { per_token(tally.drift) } else { None },
             kl_nats: if self.config.kl_coef > 0.0 { per_token(tally.kl) } else { None },
+            value_loss: self.critic.is_some().then(|| per_update(tally.value_loss)).flatten(),
+            explained_variance: critic::explained_variance(&groups),
             learning_rate,
             updates: self.updates,
             updates_skipped: self.skipped,
@@ -288,6 +329,7 @@ impl<'m> Trainer<'m> {
             update_tokens_per_s: work.backward_tokens as f32 / update_seconds,
             seconds: start.elapsed().as_secs_f32(),
             accuracy: None,
+            evaluation: None,
         };
         Ok((record, samples))
     }
@@ -303,64 +345,6 @@ impl<'m> Trainer<'m> {
         Ok((Phase::Final, Policy::full(n_layer)))
     }
 
-    fn batch(&self, step: u64) -> Vec<Problem> {
-        let n = self.config.prompts_per_step as u64;
-        ((step - 1) * n..step * n).map(|index| self.problems.problem(index)).collect()
-    }
-
-    /// Samples a group for each problem from the final policy, and rewards it.
-    fn rollout(
-        &mut self,
-        step: u64,
-        problems: &[Problem],
-        observer: &mut dyn Observer,
-    ) -> Result<(Vec<ResponseGroup>, Vec<Sample>)> {
-        let c = &self.config;
-        let mut requests = Vec::with_capacity(problems.len());
-        for (i, problem) in problems.iter().enumerate() {
-            requests.push(Request {
-                prompt_tokens: self.encoder.prompt(&problem.prompt, c.max_prompt)?,
-                n: c.group,
-                seed_stream: (step - 1) * problems.len() as u64 + i as u64,
-                max_tokens: c.max_response,
-            });
-        }
-        let sampled = self.rollouts.generate(
-            &requests,
-            &c.sampling(),
-            c.seed,
-            &mut |progress| observer.rollout("rollout", progress),
-            &self.stop,
-        )?;
-        let mut groups = Vec::with_capacity(problems.len());
-        let mut samples = Vec::with_capacity(problems.len() * c.group);
-        for ((problem, request), completions) in problems.iter().zip(requests).zip(sampled) {
-            let mut responses = Vec::with_capacity(completions.len());
-            for completion in completions {
-                let text = self.encoder.text(&completion.tokens);
-                let verdict = self.reward.score(problem, &text)?;
-                samples.push(Sample {
-                    step,
-                    problem: problem.id.clone(),
-                    answer: problem.answer.clone(),
-                    reward: verdict.reward,
-                    reason: verdict.reason,
-                    tokens: completion.tokens.len(),
-                    truncated: completion.finish == Finish::Length,
-                    completion: text,
-                });
-                responses.push(Response {
-                    tokens: completion.tokens,
-                    rollout: completion.logprobs,
-                    reward: verdict.reward,
-                    ..Response::default()
-                });
-            }
-            groups.push(ResponseGroup { prompt: request.prompt_tokens, responses });
-        }
-        Ok((groups, samples))
-    }
-
     /// What holds for all mini batches of a step.
     fn update_config(&self, phase: Phase, policy: Policy) -> UpdateConfig {
         let c = &self.config;
@@ -368,7 +352,7 @@ impl<'m> Trainer<'m> {
             policy,
             temperature: c.temperature,
             loss: c.loss(),
-            aggregation: c.loss_agg,
+            aggregation: c.aggregation(),
             max_response: c.max_response,
             // Rollouts are the final policy's: their log-probs say nothing of an internal one.
             tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
@@ -393,20 +377,30 @@ impl<'m> Trainer<'m> {
             engine: &mut self.engine,
             gradients: &mut self.gradients,
             optimizer: &mut self.optimizer,
+            critic: self.critic.as_mut(),
         };
-        // Before the first update the policy is the one that `old` means, so the first mini batch
-        // needs no pass of its own for it.
-        let first = mini_batch.min(groups.len());
-        learner.fill_old(&mut groups[first..], &config)?;
+        let (baseline, gae) = (self.config.baseline(), self.config.gae());
+        if learner.critic.is_some() {
+            learner.fill_old(groups, &config)?;
+            assign(groups, baseline, gae);
+        } else {
+            assign(groups, baseline, gae);
+            // Before the first update the policy is the one that `old` means, so the first mini batch
+            // needs no pass of its own for it.
+            let first = mini_batch.min(groups.len());
+            learner.fill_old(&mut groups[first..], &config)?;
+        }
         if config.loss.kl_coef > 0.0 {
             learner.fill_base(groups, &config)?;
         }
         let mut tally = Tally::default();
         let total = groups.len().div_ceil(mini_batch);
+        // From here on the step is completed: a run only stops between steps, where it can go on.
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        self.mid_step = true;
         for (i, mini) in groups.chunks(mini_batch).enumerate() {
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
             let applied = learner.update(mini, &config, learning_rate, &mut tally)?;
             self.updates += applied as u64;
             self.skipped += !applied as u64;
@@ -429,70 +423,4 @@ impl<'m> Trainer<'m> {
         }
         Ok(())
     }
-
-    fn give_up_if_hopeless(&mut self, record: &StepRecord) -> Result<()> {
-        self.silent_steps = if record.groups_with_signal > 0.0 { 0 } else { self.silent_steps + 1 };
-        if self.skipped_in_row >= SKIPS_MAX {
-            return Err(Error::engine(
-                format!("training at step {}", record.step),
-                format!("{SKIPS_MAX} updates in a row had a gradient that is not finite"),
-                "lower --lr, or check the model file",
-            ));
-        }
-        if self.silent_steps >= SILENT_STEPS_MAX && record.reward < 1.0 {
-            return Err(Error::engine(
-                format!("training at step {}", record.step),
-                format!(
-                    "in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})",
-                    record.reward
-                ),
-                "nothing can be learnt from that: use easier problems, a larger --group, or look at completions.jsonl",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Writes `adapter.gguf` into a new folder.
-    pub fn save_to(&self, folder: &Path) -> Result<()> {
-        RunDir::check(folder)?;
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        self.save(&folder.join("adapter.gguf"), 1)
-    }
-
-    /// Writes the adapter with what made it in its metadata.
-    fn save(&self, path: &Path, step: u64) -> Result<()> {
-        let c = &self.config;
-        let text = |s: &str| Value::String(s.into());
-        let algo = if c.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
-        let extra = vec![
-            ("bupo.algorithm".into(), text(algo)),
-            ("bupo.base".into(), text(self.model.name())),
-            ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
-            ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
-            ("bupo.steps".into(), Value::U64(step)),
-            ("bupo.seed".into(), Value::U64(c.seed)),
-        ];
-        self.lora.save(self.model, path, extra)
-    }
-}
-
-/// One line of `completions.jsonl`.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct Sample {
-    /// Step.
-    pub step: u64,
-    /// Which problem.
-    pub problem: String,
-    /// The right answer.
-    pub answer: String,
-    /// Reward.
-    pub reward: f32,
-    /// Why.
-    pub reason: String,
-    /// Length.
-    pub tokens: usize,
-    /// Whether it hit the length limit.
-    pub truncated: bool,
-    /// Text, control tokens left out.
-    pub completion: String,
 }

@@ -17,6 +17,7 @@ mod harness;
 mod linear;
 mod logprob;
 mod memory;
+mod policies;
 mod reference;
 mod rowwise;
 

@@ -115,3 +115,36 @@ pub fn rope(
     }
     y
 }
+
+/// What `ops::policies` gives for one column with logits `l` beside one with logits `other`.
+pub struct Policy {
+    pub entropy: f64,
+    pub lse: f64,
+    pub taken: f64,
+    pub rank: u32,
+    pub kl_to: f64,
+    pub kl_from: f64,
+    /// All tokens with their log-probs, likeliest first.
+    pub sorted: Vec<(i32, f64)>,
+}
+
+pub fn policy(l: &[f64], other: &[f64], taken: i32) -> Policy {
+    let logprobs = |l: &[f64]| -> (f64, Vec<f64>) {
+        let max = l.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let lse = max + l.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
+        (lse, l.iter().map(|l| l - lse).collect())
+    };
+    let ((lse, p), (_, q)) = (logprobs(l), logprobs(other));
+    let kl = |p: &[f64], q: &[f64]| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum();
+    let mut sorted: Vec<(i32, f64)> = p.iter().enumerate().map(|(v, p)| (v as i32, *p)).collect();
+    sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+    Policy {
+        entropy: -p.iter().map(|p| p.exp() * p).sum::<f64>(),
+        lse,
+        taken: p[taken as usize],
+        rank: 1 + l.iter().filter(|&&x| x > l[taken as usize]).count() as u32,
+        kl_to: kl(&p, &q),
+        kl_from: kl(&q, &p),
+        sorted,
+    }
+}

@@ -59,15 +59,23 @@ fn llama_source() -> PathBuf {
     let cargo = env::var_os("CARGO").expect("cargo sets CARGO");
     let here = env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR");
     let target = env::var("TARGET").expect("cargo sets TARGET");
-    // Offline, for cargo has fetched by now what this target needs, and only that.
-    let out = Command::new(cargo)
-        .args(["metadata", "--format-version", "1", "--offline", "--filter-platform", &target])
-        .current_dir(here)
-        .output()
-        .expect("run cargo metadata");
+    let metadata = |offline: &[&str]| {
+        Command::new(&cargo)
+            .args(["metadata", "--format-version", "1", "--locked", "--filter-platform", &target])
+            .args(offline)
+            .current_dir(&here)
+            .output()
+            .expect("run cargo metadata")
+    };
+    // Cargo has fetched what this build needs, but not what only tests need, and metadata wants to see
+    // the manifests of both: where those are missing, it fetches them.
+    let mut out = metadata(&["--offline"]);
+    if !out.status.success() {
+        out = metadata(&[]);
+    }
     assert!(
         out.status.success(),
-        "cargo metadata failed: {}",
+        "cargo metadata failed (without a network run `cargo fetch` first): {}",
         String::from_utf8_lossy(&out.stderr)
     );
     let metadata: serde_json::Value =

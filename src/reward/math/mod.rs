@@ -24,6 +24,7 @@ mod token;
 mod units;
 mod value;
 
+pub(super) use extract::closed;
 pub use extract::{Extracted, Rule, extract};
 
 use super::Verdict;

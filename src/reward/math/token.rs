@@ -333,9 +333,8 @@ impl<'a> Lexer<'a> {
         let content = content.trim_matches(|c: char| c.is_whitespace() || c == '~');
         let bare = content.trim_end_matches([',', '.', ';']);
         let letters = bare.bytes().filter(u8::is_ascii_alphabetic).count();
-        let mathematics = letters <= 1
-            || bare.contains('\\')
-            || bare.starts_with(|c: char| c.is_ascii_digit());
+        let mathematics =
+            letters <= 1 || bare.contains('\\') || bare.starts_with(|c: char| c.is_ascii_digit());
         if bare.len() == 1 && self.after_value() && super::units::is_unit(bare) {
             self.push(Tok::Text(bare.into()));
         } else if mathematics {

@@ -1,0 +1,399 @@
+//! The dump: rows in, `entropy.jsonl` and running sums out, batch by batch, so that memory does not grow with
+//! the rows, and what is done stays done.
+//!
+//! `entropy.jsonl` is the one truth: `progress.json` says how many rows and bytes of it are whole, and a
+//! resumed run cuts it there and reads the sums back from it. Everything else is made of it at the end.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use super::files::DumpFiles;
+use super::measure::{Look, Measured, measure};
+use super::pack::{Packed, Pick, pack};
+use super::record::{Figure, Record};
+use super::rows::{Answerer, Answering, Rows, Sample, Usable};
+use super::samples::Gallery;
+use super::summary::Sums;
+use crate::ggml::ThreadPool;
+use crate::model::{Engine, Lora, Model};
+use crate::rollout::Sampling;
+use crate::{Error, Result};
+
+/// Rows that are read before those without a completion are answered together.
+const WINDOW: usize = 32;
+/// Reasons of refused rows that are kept.
+const REASONS: usize = 20;
+
+/// What a dump is made of; a resumed one must be told the same.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Model as given.
+    pub model: String,
+    /// Adapter as given.
+    pub adapter: Option<String>,
+    /// Model that is compared with it.
+    pub compare: Option<String>,
+    /// Adapter of that one.
+    pub compare_adapter: Option<String>,
+    /// Data.
+    pub data: String,
+    /// System message before text prompts.
+    pub system: Option<String>,
+    /// Which tokens are looked at.
+    pub pick: Pick,
+    /// What is looked at.
+    pub look: Look,
+    /// Longest answer to a row without completion.
+    pub max_response: usize,
+    /// Temperature of such answers.
+    pub temperature: f32,
+    /// Their seed.
+    pub seed: u64,
+}
+
+/// How the work is done; none of it changes the figures.
+#[derive(Clone, Debug)]
+pub struct Conduct {
+    /// Folder of the results.
+    pub out: PathBuf,
+    /// Go on with what is there.
+    pub resume: bool,
+    /// Completions at most.
+    pub samples: Option<u64>,
+    /// Stop at the first row that cannot be used.
+    pub strict: bool,
+    /// Tokens of a batch.
+    pub batch_tokens: usize,
+}
+
+/// A model with or without an adapter.
+pub struct Side<'m> {
+    /// The model.
+    pub model: &'m Model,
+    /// Its adapter.
+    pub lora: Option<Lora>,
+}
+
+/// Whoever watches.
+pub trait Watcher {
+    /// Tokens that a resumed dump had measured before.
+    fn resumed(&mut self, _tokens: u64) {}
+    /// Completions and tokens measured so far.
+    fn measured(&mut self, _samples: u64, _tokens: u64) {}
+    /// Rows being answered.
+    fn answering(&mut self, _progress: crate::rollout::Progress) {}
+    /// Something to tell, such as a refused row.
+    fn note(&mut self, _text: &str) {}
+}
+
+/// A watcher that looks away.
+pub struct Unwatched;
+
+impl Watcher for Unwatched {}
+
+/// What a dump has found out.
+pub struct Findings {
+    /// Sums of the model, and of the one it is compared with.
+    pub sums: Vec<Sums>,
+    /// Sums of the differences, second less first.
+    pub difference: Sums,
+    /// A few completions to look at.
+    pub gallery: Gallery,
+    /// Completions measured.
+    pub samples: u64,
+    /// Rows read.
+    pub rows: u64,
+    /// Rows that could not be used.
+    pub refused: u64,
+    /// Why, of the first of them.
+    pub reasons: Vec<String>,
+    /// Whether it was stopped before the end of the data.
+    pub interrupted: bool,
+}
+
+/// A dump in the making.
+struct Dump<'d, 'm> {
+    sides: &'d mut [Side<'m>],
+    settings: &'d Settings,
+    conduct: &'d Conduct,
+    engine: Engine,
+    files: DumpFiles,
+    findings: Findings,
+    // Rows of the window that cannot be used, and why.
+    unusable: Vec<(usize, String)>,
+    stop: &'d AtomicBool,
+    watcher: &'d mut dyn Watcher,
+}
+
+/// Measures the data's completions under one or two models and writes the records.
+///
+/// # Errors
+/// The folder is not empty, the settings are not those of what is there, no row can be used; with `strict`
+/// the first row that cannot be used. An interruption is no error: see [`Findings::interrupted`].
+pub fn dump<'m>(
+    sides: &mut [Side<'m>],
+    settings: &Settings,
+    conduct: &Conduct,
+    pool: &Arc<ThreadPool>,
+    stop: &AtomicBool,
+    watcher: &mut dyn Watcher,
+) -> Result<Findings> {
+    let model = sides[0].model;
+    check_comparable(sides)?;
+    let n_layer = model.config().n_layer;
+    let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
+    let answering = Answering {
+        max_response: settings.max_response,
+        sampling: Sampling { temperature: settings.temperature, ..Sampling::default() },
+        seed: settings.seed,
+    };
+    let mut answerer = Answerer::new(model, pool.clone(), answering);
+    let mut findings = Findings {
+        sums: vec![Sums::new(n_layer); sides.len()],
+        difference: Sums::new(n_layer),
+        gallery: Gallery::default(),
+        samples: 0,
+        rows: 0,
+        refused: 0,
+        reasons: Vec::new(),
+        interrupted: false,
+    };
+    let files = DumpFiles::open(&conduct.out, settings, sides.len(), conduct.resume, |records| {
+        take(&mut findings, model, records)
+    })?;
+    let done = files.progress();
+    (findings.samples, findings.rows) = (done.samples, done.rows);
+    (findings.refused, findings.reasons) = (done.refused, done.reasons.clone());
+    if conduct.resume {
+        watcher.resumed(findings.sums[0].tokens());
+    }
+    let mut dump = Dump {
+        engine: Engine::new(pool.clone())?,
+        sides,
+        settings,
+        conduct,
+        files,
+        findings,
+        unusable: Vec::new(),
+        stop,
+        watcher,
+    };
+    for _ in 0..dump.findings.rows {
+        rows.next(settings.max_response)?;
+    }
+    let outcome = dump.run(&mut rows, &mut answerer);
+    dump.findings.interrupted = matches!(outcome, Err(Error::Interrupted));
+    if dump.files.progress().samples > 0 {
+        if !dump.findings.interrupted {
+            outcome?;
+        }
+        dump.files.finish()?;
+        return Ok(dump.findings);
+    }
+    dump.files.discard()?;
+    outcome?;
+    let got = match dump.findings.reasons.first() {
+        Some(first) => format!("none in {}, for {first}", dump.findings.rows),
+        None => "no row".into(),
+    };
+    let advice = "give rows with a prompt, and a completion or room to answer";
+    Err(Error::invalid(&settings.data, "a row that can be used", got, advice))
+}
+
+/// Two models must mean the same by a token id and by a layer.
+fn check_comparable(sides: &[Side<'_>]) -> Result<()> {
+    let [a, b] = sides else { return Ok(()) };
+    let place = format!("--compare {}", b.model.name());
+    let layers = [a, b].map(|side| side.model.config().n_layer);
+    if layers[0] != layers[1] {
+        let (expected, got) = (format!("a model of {} layers", layers[0]), layers[1].to_string());
+        let advice = "compare quantisations or trainings of one model";
+        return Err(Error::invalid(place, expected, got, advice));
+    }
+    let (va, vb) = (a.model.engine().vocab(), b.model.engine().vocab());
+    let n = va.n_tokens();
+    let differs = (0..n as i32).find(|&t| va.spelling(t) != vb.spelling(t));
+    if n == vb.n_tokens() && differs.is_none() {
+        return Ok(());
+    }
+    let (expected, got) = match differs {
+        Some(t) if n == vb.n_tokens() => {
+            (format!("token {t} '{}'", va.spelling(t)), format!("'{}'", vb.spelling(t)))
+        }
+        _ => (format!("a vocabulary of {n} tokens"), vb.n_tokens().to_string()),
+    };
+    Err(Error::invalid(place, expected, got, "compare models of one vocabulary"))
+}
+
+/// Adds the records of one place under both models to the findings.
+fn take(findings: &mut Findings, model: &Model, records: &[Record]) {
+    for (sums, record) in findings.sums.iter_mut().zip(records) {
+        sums.add(record.layer, &record.figures);
+    }
+    if let [a, b] = records {
+        findings.difference.add_difference(a.layer, &a.figures, &b.figures);
+    }
+    let text = |token: i32| model.engine().vocab().text(&[token], true);
+    findings.gallery.take(&records[0], &text);
+}
+
+impl<'m> Dump<'_, 'm> {
+    fn run(&mut self, rows: &mut Rows<'m>, answerer: &mut Answerer<'m>) -> Result<()> {
+        while !self.limit_reached() {
+            let mut usable = Vec::with_capacity(WINDOW);
+            let first = rows.read();
+            while rows.read() - first < WINDOW {
+                match rows.next(self.settings.max_response)? {
+                    None => break,
+                    Some(Ok(row)) => usable.push(row),
+                    Some(Err(unusable)) if self.conduct.strict => return Err(unusable),
+                    Some(Err(unusable)) => {
+                        self.watcher.note(&format!("left out: {unusable}"));
+                        self.unusable.push((rows.read() - 1, unusable.to_string()));
+                    }
+                }
+            }
+            let end = rows.read();
+            if end == first {
+                break;
+            }
+            let mut samples = self.samples(usable, answerer)?;
+            let room = self.conduct.samples.map_or(u64::MAX, |n| n - n.min(self.findings.samples));
+            samples.truncate(room.try_into().unwrap_or(usize::MAX));
+            self.measure(samples, end)?;
+        }
+        Ok(())
+    }
+
+    /// The samples of rows, those without a completion answered.
+    fn samples(&mut self, rows: Vec<Usable>, answerer: &mut Answerer<'m>) -> Result<Vec<Sample>> {
+        let open: Vec<(usize, Arc<[i32]>)> = rows
+            .iter()
+            .filter(|row| row.completions.is_empty())
+            .map(|row| (row.row, row.prompt.clone()))
+            .collect();
+        let mut answers = Vec::new();
+        if !open.is_empty() {
+            let lora = self.sides[0].lora.as_mut();
+            let watcher = &mut *self.watcher;
+            let mut progress = |p| watcher.answering(p);
+            answers = answerer.answer(lora, &open, &mut progress, self.stop)?;
+        }
+        let mut answers = answers.into_iter();
+        let mut samples = Vec::new();
+        for row in rows {
+            let completions = match row.completions.is_empty() {
+                true => vec![answers.next().expect("one for each open row")],
+                false => row.completions,
+            };
+            samples.extend(completions.into_iter().enumerate().map(|(completion, tokens)| {
+                Sample { row: row.row, completion, prompt: row.prompt.clone(), tokens }
+            }));
+        }
+        Ok(samples)
+    }
+
+    /// Measures samples; after each batch whatever rows are complete are noted as done, at the end all up
+    /// to `end`.
+    fn measure(&mut self, samples: Vec<Sample>, end: usize) -> Result<()> {
+        let n_vocab = self.sides[0].model.config().n_vocab;
+        let budget = self.conduct.batch_tokens;
+        let packed = pack(samples, self.settings.pick, budget, n_vocab)?;
+        let firsts: Vec<usize> = packed.iter().map(|p| p.samples[0].0.row).collect();
+        let mut whole = true;
+        for (i, packed) in packed.iter().enumerate() {
+            // A row that was begun is ended, so that sums and files say the same.
+            if whole && self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            self.batch(packed)?;
+            self.watcher.measured(self.findings.samples, self.findings.sums[0].tokens());
+            // A row that goes on in the next batch is not done; refused rows after the last batch are.
+            let last = packed.samples.last().expect("a batch has samples").0.row;
+            let next = firsts.get(i + 1).copied();
+            whole = next != Some(last);
+            if whole {
+                let all = next.is_none() && !self.limit_reached();
+                self.commit(if all { end } else { last + 1 })?;
+            }
+        }
+        if packed.is_empty() {
+            self.commit(end)?;
+        }
+        Ok(())
+    }
+
+    fn limit_reached(&self) -> bool {
+        self.conduct.samples.is_some_and(|n| self.findings.samples >= n)
+    }
+
+    /// The rows before `rows` are done.
+    fn commit(&mut self, rows: usize) -> Result<()> {
+        let (done, later) =
+            std::mem::take(&mut self.unusable).into_iter().partition(|u| u.0 < rows);
+        self.unusable = later;
+        let f = &mut self.findings;
+        let done: Vec<(usize, String)> = done;
+        f.refused += done.len() as u64;
+        f.reasons.extend(done.into_iter().map(|(_, reason)| reason));
+        f.reasons.truncate(REASONS);
+        f.rows = rows as u64;
+        self.files.commit(f.rows, f.samples, f.refused, &f.reasons)
+    }
+
+    /// One batch under every model: records to the files, figures to the sums.
+    fn batch(&mut self, packed: &Packed) -> Result<()> {
+        let mut measured: Vec<Vec<Vec<Measured>>> = Vec::with_capacity(self.sides.len());
+        for side in self.sides.iter() {
+            let lora = side.lora.as_ref();
+            let (batch, picked) = (&packed.batch, &packed.picked);
+            let look = self.settings.look;
+            measured.push(measure(&mut self.engine, side.model, lora, batch, picked, look)?);
+        }
+        let model = self.sides[0].model;
+        let mut at = 0;
+        for (sample, n) in &packed.samples {
+            let own = at..at + n;
+            at += n;
+            for layer in 0..model.config().n_layer {
+                for i in own.clone() {
+                    let scored = packed.batch.scored[packed.picked[i]];
+                    let mut records: Vec<Record> = Vec::with_capacity(measured.len());
+                    for side in &measured {
+                        let m = side[layer][i].clone();
+                        check_finite(&m, sample)?;
+                        records.push(Record {
+                            row: sample.row,
+                            completion: sample.completion,
+                            layer: layer + 1,
+                            position: packed.batch.positions[scored.row as usize] as usize,
+                            token: scored.target,
+                            text: model.engine().vocab().text(&[scored.target], true),
+                            figures: m.figures,
+                            tops: m.tops,
+                        });
+                    }
+                    self.files.write(&records)?;
+                    take(&mut self.findings, model, &records);
+                }
+            }
+            self.findings.samples += 1;
+        }
+        Ok(())
+    }
+}
+
+/// A figure that is no number would poison every mean after it.
+fn check_finite(m: &Measured, sample: &Sample) -> Result<()> {
+    match Figure::ALL.into_iter().find(|(figure, _)| !m.figures[*figure as usize].is_finite()) {
+        None => Ok(()),
+        Some((figure, name)) => Err(Error::engine(
+            format!("measuring row {}", sample.row),
+            format!("{name} is {}", m.figures[figure as usize]),
+            "the model's weights or the adapter hold values that are not finite; fetch the file again",
+        )),
+    }
+}

@@ -1,0 +1,221 @@
+//! The files of a dump: records appended, what is whole noted beside them.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::dump::Settings;
+use super::parquet;
+use super::record::{Kind, Record, columns};
+use crate::gguf::write_atomically;
+use crate::{Error, Result};
+
+/// Names of the record files by side, without their ending.
+pub const RECORDS: [&str; 2] = ["entropy", "compare"];
+const PROGRESS: &str = "progress.json";
+
+/// What of the record files is whole.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    settings: Settings,
+    /// Rows of the data that are done.
+    pub rows: u64,
+    /// Completions measured.
+    pub samples: u64,
+    /// Rows left out.
+    pub refused: u64,
+    /// Why, of the first.
+    pub reasons: Vec<String>,
+    // Length of each record file.
+    bytes: Vec<u64>,
+}
+
+/// The record files in the making.
+pub struct DumpFiles {
+    out: PathBuf,
+    writers: Vec<BufWriter<File>>,
+    columns: Vec<(String, Kind)>,
+    progress: Progress,
+}
+
+impl DumpFiles {
+    /// Makes the folder, or goes on with it: then `replay` gets the records that are there, those of both
+    /// sides for one place together.
+    ///
+    /// # Errors
+    /// Without `resume`, a folder that is not empty; with it, one without a dump of these settings.
+    pub fn open(
+        out: &Path,
+        settings: &Settings,
+        sides: usize,
+        resume: bool,
+        mut replay: impl FnMut(&[Record]),
+    ) -> Result<DumpFiles> {
+        let progress = if resume { read_progress(out, settings)? } else { None };
+        let paths: Vec<PathBuf> =
+            RECORDS[..sides].iter().map(|name| out.join(format!("{name}.jsonl"))).collect();
+        let progress = match progress {
+            Some(progress) => {
+                replay_files(&paths, &progress, &mut replay)?;
+                progress
+            }
+            None => {
+                check_empty(out)?;
+                fs::create_dir_all(out).map_err(Error::io("create", out))?;
+                Progress {
+                    settings: settings.clone(),
+                    rows: 0,
+                    samples: 0,
+                    refused: 0,
+                    reasons: Vec::new(),
+                    bytes: vec![0; sides],
+                }
+            }
+        };
+        let open = |path: &PathBuf| {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            file.map(BufWriter::new).map_err(Error::io("write", path))
+        };
+        let writers = paths.iter().map(open).collect::<Result<_>>()?;
+        let columns = columns(settings.look.top_k > 0);
+        Ok(DumpFiles { out: out.into(), writers, columns, progress })
+    }
+
+    /// What is whole.
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// Appends the records of one place, one for each side.
+    pub fn write(&mut self, records: &[Record]) -> Result<()> {
+        for (record, out) in records.iter().zip(&mut self.writers) {
+            record.write(&self.columns, out).map_err(Error::io("write records in", &self.out))?;
+        }
+        Ok(())
+    }
+
+    /// Notes that all that was written so far is whole, and which rows it covers.
+    pub fn commit(
+        &mut self,
+        rows: u64,
+        samples: u64,
+        refused: u64,
+        reasons: &[String],
+    ) -> Result<()> {
+        for (out, bytes) in self.writers.iter_mut().zip(&mut self.progress.bytes) {
+            let length = out.flush().and_then(|()| out.get_ref().metadata());
+            *bytes = length.map_err(Error::io("write records in", &self.out))?.len();
+        }
+        let p = &mut self.progress;
+        (p.rows, p.samples, p.refused, p.reasons) = (rows, samples, refused, reasons.to_vec());
+        let path = self.out.join(PROGRESS);
+        write_atomically(&path, |w| {
+            serde_json::to_writer(w, &self.progress)
+                .map_err(|e| Error::io("write", &path)(e.into()))
+        })
+    }
+
+    /// Cuts off what is not whole and writes the Parquet files.
+    pub fn finish(&mut self) -> Result<()> {
+        for ((name, out), &bytes) in RECORDS.iter().zip(&mut self.writers).zip(&self.progress.bytes)
+        {
+            let from = self.out.join(format!("{name}.jsonl"));
+            out.flush()
+                .and_then(|()| out.get_ref().set_len(bytes))
+                .map_err(Error::io("cut", &from))?;
+            let to = self.out.join(format!("{name}.parquet"));
+            parquet::from_json_lines(&from, &self.columns, &to)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the files away again: nothing was measured.
+    pub fn discard(self) -> Result<()> {
+        let names = RECORDS.iter().flat_map(|n| [format!("{n}.jsonl"), format!("{n}.parquet")]);
+        for path in names.chain([PROGRESS.into()]).map(|name| self.out.join(name)) {
+            if path.exists() {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        fs::remove_dir(&self.out).map_err(Error::io("remove", &self.out))
+    }
+}
+
+fn check_empty(out: &Path) -> Result<()> {
+    match fs::read_dir(out).map(|mut entries| entries.next().is_some()) {
+        Ok(true) => Err(Error::invalid(
+            format!("--out {}", out.display()),
+            "an empty or new folder",
+            "one with files",
+            "choose another, or go on with it by --resume",
+        )),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::Io { action: "read folder", path: out.into(), source: e })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The progress of a dump with these settings; none where nothing was begun.
+fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
+    let path = out.join(PROGRESS);
+    let text = match fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(Error::io("read", &path))?,
+    };
+    let progress: Progress = serde_json::from_str(&text).map_err(|e| {
+        let advice = "start anew in another folder";
+        Error::invalid(path.display().to_string(), "a dump's progress", e.to_string(), advice)
+    })?;
+    let fields = |s: &Settings| match serde_json::to_value(s) {
+        Ok(serde_json::Value::Object(map)) => map,
+        _ => serde_json::Map::new(),
+    };
+    let (was, is) = (fields(&progress.settings), fields(settings));
+    if let Some((name, value)) = was.iter().find(|&(name, value)| is.get(name) != Some(value)) {
+        let got = is.get(name).map_or("nothing".into(), |v| v.to_string());
+        return Err(Error::invalid(
+            format!("--resume {}: {}", out.display(), name.replace('_', "-")),
+            format!("{value} as before"),
+            got,
+            "give the same options, or another --out",
+        ));
+    }
+    Ok(Some(progress))
+}
+
+/// Cuts record files to what is whole and reads it.
+fn replay_files(
+    paths: &[PathBuf],
+    progress: &Progress,
+    replay: &mut impl FnMut(&[Record]),
+) -> Result<()> {
+    let mut readers = Vec::with_capacity(paths.len());
+    for (path, &bytes) in paths.iter().zip(&progress.bytes) {
+        let file = OpenOptions::new().read(true).write(true).open(path);
+        let file = file.map_err(Error::io("open", path))?;
+        let there = file.metadata().map_err(Error::io("read", path))?.len();
+        if there < bytes {
+            let (expected, got) = (format!("{bytes} bytes"), there.to_string());
+            let advice = "it was changed since; start anew in another folder";
+            return Err(Error::invalid(path.display().to_string(), expected, got, advice));
+        }
+        file.set_len(bytes).map_err(Error::io("cut", path))?;
+        readers.push(BufReader::new(file).lines());
+    }
+    for line in 1.. {
+        let mut records = Vec::with_capacity(paths.len());
+        for (path, reader) in paths.iter().zip(&mut readers) {
+            let Some(text) = reader.next() else { continue };
+            let text = text.map_err(Error::io("read", path))?;
+            records.push(Record::read(&text, &format!("{}:{line}", path.display()))?);
+        }
+        if records.len() < paths.len() {
+            break;
+        }
+        replay(&records);
+    }
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! The figures of every layer at the tokens of packed completions: one walk through the model.
+//!
+//! A layer's input is the layer below's output, so a model of L layers has 5 L + 2 hidden states to look at
+//! (H^0, five a layer, and the final norm's output), not 6 L + 1. The four that lie inside a layer go through
+//! the unembedding together as soon as it is computed; H^0 .. H^L and the final policy go through at the end,
+//! side by side for each token, so that the divergences come out of the same pass.
+
+use crate::Result;
+use crate::model::{Batch, Engine, LayerTaps, Lora, Model, Question, Walk};
+use crate::ops::Answers;
+
+use super::record::{Figure, Tap, Top};
+
+/// The policies' top tokens that are always kept.
+pub const TOP_TOKENS: usize = 3;
+
+/// What is looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Look {
+    /// Likeliest tokens of every tap (0: of the layer's and the final policy only, [`TOP_TOKENS`] of them).
+    pub top_k: usize,
+    /// The final norm before the unembedding at every tap (the paper's ablation).
+    pub final_norm: bool,
+}
+
+impl Look {
+    fn policy_top_k(&self, n_vocab: usize) -> usize {
+        if self.top_k > 0 { self.top_k } else { TOP_TOKENS.min(n_vocab) }
+    }
+}
+
+/// One layer at one token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// By [`Figure`].
+    pub figures: [f32; Figure::N],
+    /// By [`Tap`].
+    pub tops: [Option<Top>; 7],
+}
+
+/// Looks at the tokens `picked` (indices into `batch.scored`): `[layer - 1][picked]`.
+///
+/// Memory: `(L + 2) x picked x D` for the policies' hidden states, plus one layer.
+pub fn measure(
+    engine: &mut Engine,
+    model: &Model,
+    lora: Option<&Lora>,
+    batch: &Batch,
+    picked: &[usize],
+    look: Look,
+) -> Result<Vec<Vec<Measured>>> {
+    let (d, n_layer, s) = (model.config().n_embd, model.config().n_layer, picked.len());
+    let rows: Vec<i32> = picked.iter().map(|&i| batch.scored[i].row).collect();
+    let taken: Vec<i32> = picked.iter().map(|&i| batch.scored[i].target).collect();
+    let group = n_layer + 2;
+    // H^0 .. H^L and norm(H^L) of each token: [D, L + 2, S]
+    let mut policies = vec![0f32; d * group * s];
+    let mut put = |at: usize, hidden: &[f32]| {
+        for (i, h) in hidden.chunks_exact(d).enumerate() {
+            policies[(i * group + at) * d..][..d].copy_from_slice(h);
+        }
+    };
+    let mut layers: Vec<Vec<Measured>> = Vec::with_capacity(n_layer);
+    let mut walk = Walk::new(engine, model, lora, batch, &rows)?;
+    let mut input = walk.hidden();
+    put(0, &seen(engine, model, input.clone(), look)?);
+    while let Some(taps) = walk.next(engine)? {
+        layers.push(inside(engine, model, &input, &taps, &taken, look)?);
+        put(layers.len(), &seen(engine, model, taps.layer_out.clone(), look)?);
+        input = taps.layer_out;
+    }
+    put(n_layer + 1, &engine.final_norm(model, &input)?);
+    let repeated: Vec<i32> = taken.iter().flat_map(|&t| std::iter::repeat_n(t, group)).collect();
+    let top_k = look.policy_top_k(model.config().n_vocab);
+    let question = Question { taken: Some(&repeated), group, top_k };
+    let answers = engine.policies(model, &policies, &question)?;
+    for (l, layer) in layers.iter_mut().enumerate() {
+        for (i, m) in layer.iter_mut().enumerate() {
+            let (below, own, last) = (i * group + l, i * group + l + 1, i * group + n_layer + 1);
+            for (figure, value) in [
+                (Figure::LayerIn, answers.entropy(below)),
+                (Figure::LayerOut, answers.entropy(own)),
+                (Figure::FinalEntropy, answers.entropy(last)),
+                (Figure::FinalLogprob, answers.taken_logprob(last)),
+                (Figure::KlToFinal, answers.kl_to(own)),
+                (Figure::KlFromFinal, answers.kl_from(own)),
+                (Figure::Top1Agrees, (answers.best(own) == answers.best(last)) as u8 as f32),
+            ] {
+                m.figures[figure as usize] = value;
+            }
+            if look.top_k > 0 {
+                m.tops[Tap::LayerIn as usize] = Some(top(&answers, below));
+            }
+            m.tops[Tap::LayerOut as usize] = Some(top(&answers, own));
+            m.tops[Tap::Final as usize] = Some(top(&answers, last));
+        }
+    }
+    Ok(layers)
+}
+
+/// A tap as the unembedding sees it.
+fn seen(engine: &mut Engine, model: &Model, hidden: Vec<f32>, look: Look) -> Result<Vec<f32>> {
+    if look.final_norm { engine.final_norm(model, &hidden) } else { Ok(hidden) }
+}
+
+/// The figures that one layer gives by itself: its inner taps, cosines and norms. `input`: H^(l-1), `[D, S]`.
+fn inside(
+    engine: &mut Engine,
+    model: &Model,
+    input: &[f32],
+    taps: &LayerTaps,
+    taken: &[i32],
+    look: Look,
+) -> Result<Vec<Measured>> {
+    let (d, s) = (model.config().n_embd, taken.len());
+    let inner = [&taps.attn_in, &taps.attn_out, &taps.ffn_in, &taps.ffn_out];
+    let columns = seen(engine, model, inner.map(|tap| tap.as_slice()).concat(), look)?; // [D, 4 S]
+    let repeated = taken.repeat(4);
+    let wanted = (look.top_k > 0).then_some(repeated.as_slice());
+    let question = Question { taken: wanted, group: 1, top_k: look.top_k };
+    let answers = engine.policies(model, &columns, &question)?;
+    let token = |tap: &[f32], i: usize| -> Vec<f32> { tap[i * d..][..d].to_vec() };
+    let measured = (0..s).map(|i| {
+        let (residual, attn, ffn) =
+            (token(input, i), token(&taps.attn_out, i), token(&taps.ffn_out, i));
+        let middle: Vec<f32> = residual.iter().zip(&attn).map(|(h, a)| h + a).collect();
+        let mut m = Measured { figures: [0.0; Figure::N], tops: [const { None }; 7] };
+        for (figure, value) in [
+            (Figure::AttnIn, answers.entropy(i)),
+            (Figure::AttnOut, answers.entropy(s + i)),
+            (Figure::FfnIn, answers.entropy(2 * s + i)),
+            (Figure::FfnOut, answers.entropy(3 * s + i)),
+            (Figure::CosAttn, cosine(&attn, &residual)),
+            (Figure::CosFfn, cosine(&ffn, &middle)),
+            (Figure::NormLayerIn, norm(&residual)),
+            (Figure::NormAttnIn, norm(&token(&taps.attn_in, i))),
+            (Figure::NormAttnOut, norm(&attn)),
+            (Figure::NormFfnIn, norm(&token(&taps.ffn_in, i))),
+            (Figure::NormFfnOut, norm(&ffn)),
+            (Figure::NormLayerOut, norm(&token(&taps.layer_out, i))),
+        ] {
+            m.figures[figure as usize] = value;
+        }
+        if look.top_k > 0 {
+            let inner = [Tap::AttnIn, Tap::AttnOut, Tap::FfnIn, Tap::FfnOut];
+            for (j, tap) in inner.into_iter().enumerate() {
+                m.tops[tap as usize] = Some(top(&answers, j * s + i));
+            }
+        }
+        m
+    });
+    Ok(measured.collect())
+}
+
+fn top(answers: &Answers, column: usize) -> Top {
+    let (tokens, probs) = answers.top(column).map(|(token, p)| (token, p.exp())).unzip();
+    Top {
+        tokens,
+        probs,
+        taken_prob: answers.taken_logprob(column).exp(),
+        taken_rank: answers.taken_rank(column),
+    }
+}
+
+/// Sum of products, in f64.
+pub fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| a as f64 * b as f64).sum()
+}
+
+/// Euclidean norm.
+pub fn norm(a: &[f32]) -> f32 {
+    dot(a, a).sqrt() as f32
+}
+
+/// Cosine of the angle between two vectors; 0 where one of them has no length.
+pub fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let length = (dot(a, a) * dot(b, b)).sqrt();
+    if length > 0.0 { (dot(a, b) / length) as f32 } else { 0.0 }
+}

@@ -1,0 +1,62 @@
+//! What the layers think: entropies, divergences and cosines of internal policies (PAPER section 1), the
+//! boundary layer that follows from them, and pages to look at.
+//!
+//! ```text
+//! rows       data -> prompts and completions in tokens, answers where there is none
+//! pack       completions -> batches
+//! measure    batch -> figures of every layer at every token
+//! dump       figures -> entropy.jsonl, entropy.parquet, running sums
+//! summary    sums -> means, standard errors, the boundary layer
+//! ```
+
+mod dump;
+mod files;
+mod measure;
+mod outcome;
+mod pack;
+mod parquet;
+mod record;
+mod rows;
+mod samples;
+mod summary;
+
+pub use dump::{Conduct, Findings, Settings, Side, Unwatched, Watcher, dump};
+pub use measure::{Look, Measured, cosine, measure};
+pub use outcome::{Difference, Means, Outcome};
+pub use pack::{Packed, Pick, pack};
+pub use record::{Figure, Record, Tap, Top};
+pub use rows::{Answerer, Answering, Sample};
+pub use samples::{Gallery, Glance, View};
+pub use summary::{Boundary, Change, LayerMeans, Mean, Sums, boundary};
+
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::ggml::ThreadPool;
+use crate::gguf::write_atomically;
+use crate::{Error, Result};
+
+/// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`.
+///
+/// # Errors
+/// Those of [`dump`], and of writing.
+pub fn entropy<'m>(
+    sides: &mut [Side<'m>],
+    settings: &Settings,
+    conduct: &Conduct,
+    pool: &Arc<ThreadPool>,
+    stop: &AtomicBool,
+    watcher: &mut dyn Watcher,
+) -> Result<Outcome> {
+    let findings = dump(sides, settings, conduct, pool, stop, watcher)?;
+    let outcome = Outcome::new(settings, &findings);
+    let path = conduct.out.join("summary.json");
+    write_atomically(&path, |w| {
+        serde_json::to_writer_pretty(&mut *w, &outcome)
+            .map_err(std::io::Error::from)
+            .and_then(|()| w.write_all(b"\n"))
+            .map_err(Error::io("write", &path))
+    })?;
+    Ok(outcome)
+}

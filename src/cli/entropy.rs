@@ -1,0 +1,198 @@
+//! `bupo-gguf entropy`
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::{ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
+use crate::analysis::{Conduct, Look, Pick, Settings, Side, Watcher, entropy};
+use crate::ggml::ThreadPool;
+use crate::model::Model;
+use crate::{Error, Result};
+
+/// See inside a model: entropies of every layer's internal policies, the boundary layer, a report.
+///
+/// Completions are teacher-forced with exact activations; at every position that predicts one of their tokens,
+/// and in every layer, six hidden states (layer input, normed attention input, attention output, normed FFN
+/// input, FFN output, layer output) are put through the unembedding, and their entropies, cosines, norms and
+/// the divergence from the model's own (final) policy are taken. Entropies are in nats, at temperature 1.
+///
+/// Rows are those of `score`, text, messages or token ids: {"prompt": "..", "completion": ".."} or
+/// {"prompt_tokens": [..], "completions": [{"tokens": [..]}, ..]}; a row without a completion is answered by
+/// the model first.
+///
+/// --out gets entropy.jsonl and entropy.parquet (one record for each row, layer and position), summary.json
+/// (means, standard errors, boundary layer), report.html and its figures as SVG. Ctrl-C keeps what is done;
+/// --resume goes on.
+///
+/// Examples:
+///
+///   bupo-gguf entropy demo --data task.jsonl --out look
+///
+///   bupo-gguf entropy Qwen3-4B-Q8_0.gguf --data rows.jsonl --compare Qwen3-4B-Q4_K_M.gguf --every 4 --out q8-q4
+///
+///   bupo-gguf entropy Qwen3-4B-Q4_K_M.gguf --data rows.jsonl --compare-adapter runs/first/adapter.gguf --out ab
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+pub struct EntropyArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Rows with prompts and completions
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Folder of the results; must be empty or not exist
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Go on with the dump in --out
+    #[arg(long)]
+    resume: bool,
+    /// Adapter (GGUF)
+    #[arg(long, value_name = "FILE")]
+    adapter: Option<PathBuf>,
+    /// Compare with this model (GGUF) on the same tokens
+    #[arg(long, value_name = "MODEL2")]
+    compare: Option<PathBuf>,
+    /// Adapter of the compared model [of MODEL itself without --compare]
+    #[arg(long, value_name = "FILE")]
+    compare_adapter: Option<PathBuf>,
+
+    /// Measure at most N completions, the first of the file
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    samples: Option<u64>,
+    /// Cut completions to N tokens
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
+    /// Measure the first of every K tokens of a completion; time goes down with it
+    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    every: u32,
+    /// Dump N likeliest tokens of every tap, and rank and probability of the token that was taken
+    /// [default: 3, of the layer's and the final policy only]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    top_k: usize,
+    /// Apply the final norm before the unembedding at every tap (the paper's ablation)
+    #[arg(long)]
+    final_norm: bool,
+
+    /// Answers to rows without a completion end at this length
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    max_response: u32,
+    /// Temperature of these answers
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    temperature: f32,
+    /// Same seed, same answers
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// System message put before text prompts
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+
+    /// Stop at the first row that cannot be used, instead of leaving it out
+    #[arg(long)]
+    strict: bool,
+    /// Tokens computed at once; memory goes up with it
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    batch_tokens: u32,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// summary.json on stdout instead of the table
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: EntropyArgs) -> Result<()> {
+    let text = |path: &PathBuf| path.display().to_string();
+    let settings = Settings {
+        model: text(&args.model.model),
+        adapter: args.adapter.as_ref().map(text),
+        compare: args.compare.as_ref().map(text),
+        compare_adapter: args.compare_adapter.as_ref().map(text),
+        data: text(&args.data),
+        system: args.system.clone(),
+        pick: Pick {
+            every: args.every as usize,
+            max_tokens: args.max_tokens.unwrap_or(0) as usize,
+        },
+        look: Look { top_k: args.top_k, final_norm: args.final_norm },
+        max_response: args.max_response as usize,
+        temperature: args.temperature,
+        seed: args.seed,
+    };
+    let conduct = Conduct {
+        out: args.out.clone(),
+        resume: args.resume,
+        samples: args.samples,
+        strict: args.strict,
+        batch_tokens: args.batch_tokens as usize,
+    };
+    let model = args.model.open()?;
+    let other = args.compare.as_ref().map(|path| Model::open(path)).transpose()?;
+    let mut sides = vec![Side { model: &model, lora: open_adapter(&model, &args.adapter)? }];
+    if args.compare.is_some() || args.compare_adapter.is_some() {
+        let model = other.as_ref().unwrap_or(&model);
+        sides.push(Side { model, lora: open_adapter(model, &args.compare_adapter)? });
+    }
+    let pool = Arc::new(ThreadPool::with(args.threads)?);
+    let stop = Arc::<AtomicBool>::default();
+    stop_on_signal(stop.clone())?;
+    let mut watch = Watch::new();
+    let outcome = entropy(&mut sides, &settings, &conduct, &pool, &stop, &mut watch)?;
+    watch.bar.finish_and_clear();
+    if args.json {
+        print_json(&outcome)?;
+    } else {
+        print_line(&outcome.table())?;
+        print_line(&format!("results          {}", args.out.display()))?;
+    }
+    if outcome.interrupted {
+        eprintln!("stopped before the end of the data; go on with the same command and --resume");
+        return Err(Error::Interrupted);
+    }
+    Ok(())
+}
+
+/// Shows progress on stderr.
+struct Watch {
+    bar: ProgressBar,
+    start: Instant,
+    before: Option<u64>,
+}
+
+impl Watch {
+    fn new() -> Watch {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{spinner} {msg}  {elapsed}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_spinner()));
+        Watch { bar, start: Instant::now(), before: None }
+    }
+}
+
+impl Watcher for Watch {
+    fn resumed(&mut self, tokens: u64) {
+        self.before = Some(tokens);
+    }
+
+    fn measured(&mut self, samples: u64, tokens: u64) {
+        let new = tokens - self.before.unwrap_or(0);
+        let rate = new as f64 / self.start.elapsed().as_secs_f64();
+        let line = format!("{samples} completions, {tokens} tokens, {rate:.1} tokens/s");
+        if self.bar.is_hidden() {
+            eprintln!("{line}");
+        }
+        self.bar.set_message(line);
+        self.bar.tick();
+    }
+
+    fn answering(&mut self, p: crate::rollout::Progress) {
+        self.bar.set_message(format!("answering {}/{} rows, {} tokens", p.done, p.total, p.tokens));
+        self.bar.tick();
+    }
+
+    fn note(&mut self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+}

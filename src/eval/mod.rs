@@ -1,0 +1,184 @@
+//! Evaluation: K completions of every problem, judged; accuracies with their intervals.
+//!
+//! `bupo-gguf eval` and the evaluations of a training run are this code.
+
+mod config;
+pub mod metrics;
+mod report;
+mod store;
+
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::data::Problem;
+use crate::reward::{Fresh, Judge, JudgePool, Sampler};
+use crate::rollout::{Encoder, Progress, Request, Rollouts, Sampling};
+
+pub use config::EvalConfig;
+pub use report::{ByDifficulty, Intervals, Report};
+pub use store::{Settings, Store};
+
+/// How an evaluation samples.
+#[derive(Debug, Clone, Copy)]
+pub struct EvalOptions {
+    /// Completions per problem.
+    pub samples: usize,
+    /// Prompts lose their beginning beyond this, tokens.
+    pub max_prompt: usize,
+    /// Completions end at this length, tokens.
+    pub max_response: usize,
+    /// Sampling.
+    pub sampling: Sampling,
+    /// Same seed, same completions.
+    pub seed: u64,
+}
+
+/// Keeps the random numbers of evaluations apart from those of training.
+const EVAL_STREAM: u64 = 1 << 48;
+
+/// One judged completion; a line of `completions.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvalSample {
+    /// Position of its problem in the data, from 0.
+    pub problem: usize,
+    /// The problem's id.
+    pub id: String,
+    /// Which completion of the problem, from 0.
+    pub sample: usize,
+    /// Whether it counts as right.
+    pub right: bool,
+    /// Reward.
+    pub reward: f32,
+    /// Why.
+    pub reason: String,
+    /// The right answer.
+    pub answer: String,
+    /// The answer that was read in the completion.
+    pub extracted: Option<String>,
+    /// Length, tokens.
+    pub tokens: usize,
+    /// Whether it hit the length limit.
+    pub truncated: bool,
+    /// Text, control tokens left out.
+    pub completion: String,
+}
+
+/// A problem's samples, as far as figures need them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// The problem's difficulty, where the data says so.
+    pub difficulty: Option<String>,
+    /// Samples.
+    pub n: usize,
+    /// Right ones.
+    pub right: usize,
+    /// Share of the majority's vote that is right, see [`metrics::majority`].
+    pub majority: f64,
+    /// Tokens of all samples.
+    pub tokens: usize,
+    /// Samples that hit the length limit.
+    pub truncated: usize,
+}
+
+impl Outcome {
+    /// What a problem's samples come to.
+    pub fn new(problem: &Problem, samples: &[EvalSample], judge: &Judge) -> Outcome {
+        let votes: Vec<_> = samples.iter().map(|s| (s.extracted.as_deref(), s.right)).collect();
+        let count = |f: fn(&EvalSample) -> bool| samples.iter().filter(|s| f(s)).count();
+        Outcome {
+            difficulty: problem.difficulty.clone(),
+            n: samples.len(),
+            right: count(|s| s.right),
+            majority: metrics::majority(&votes, |a, b| judge.same(a, b)),
+            tokens: samples.iter().map(|s| s.tokens).sum(),
+            truncated: count(|s| s.truncated),
+        }
+    }
+}
+
+/// What an evaluation works with.
+pub struct Evaluator<'e, 'm> {
+    /// Samples, with the adapter that is judged.
+    pub rollouts: &'e mut Rollouts,
+    /// Prompts to tokens and back.
+    pub encoder: &'e Encoder<'m>,
+    /// Judges.
+    pub pool: &'e mut JudgePool,
+    /// Ends it when it becomes true.
+    pub stop: &'e AtomicBool,
+}
+
+impl Evaluator<'_, '_> {
+    /// Samples and judges every problem. With a store, problems that it holds already are taken from it,
+    /// and each one that is done goes there at once.
+    ///
+    /// # Errors
+    /// A prompt that the model cannot take, a reward that cannot judge, a file that cannot be written;
+    /// [`crate::Error::Interrupted`].
+    pub fn run(
+        &mut self,
+        problems: &[Problem],
+        options: &EvalOptions,
+        mut store: Option<&mut Store>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Vec<Outcome>> {
+        let judge = self.pool.judge().clone();
+        let mut outcomes: Vec<Option<Outcome>> = vec![None; problems.len()];
+        if let Some(store) = store.as_deref_mut() {
+            for (problem, samples) in store.take_done() {
+                outcomes[problem] = Some(Outcome::new(&problems[problem], &samples, &judge));
+            }
+        }
+        let missing: Vec<usize> = (0..problems.len()).filter(|&p| outcomes[p].is_none()).collect();
+        let mut asked = Vec::with_capacity(missing.len());
+        let mut requests = Vec::with_capacity(missing.len());
+        for &p in &missing {
+            requests.push(Request {
+                prompt_tokens: self.encoder.prompt(&problems[p].prompt, options.max_prompt)?,
+                n: options.samples,
+                // By position in the data: a resumed evaluation samples what the first would have.
+                seed_stream: EVAL_STREAM + p as u64,
+                max_tokens: options.max_response,
+            });
+            asked.push(problems[p].clone());
+        }
+        let mut sampler = Sampler {
+            rollouts: self.rollouts,
+            encoder: self.encoder,
+            sampling: options.sampling,
+            seed: options.seed,
+            stop: self.stop,
+        };
+        let mut open: Vec<Vec<Option<EvalSample>>> =
+            missing.iter().map(|_| vec![None; options.samples]).collect();
+        let mut each = |fresh: &Fresh<'_>| -> Result<()> {
+            let p = missing[fresh.request];
+            let samples = &mut open[fresh.request];
+            samples[fresh.index] = Some(EvalSample {
+                problem: p,
+                id: problems[p].id.clone(),
+                sample: fresh.index,
+                right: fresh.judgement.right,
+                reward: fresh.judgement.reward,
+                reason: fresh.judgement.reason.clone(),
+                answer: problems[p].answer.clone(),
+                extracted: judge.answer(fresh.text),
+                tokens: fresh.tokens,
+                truncated: fresh.truncated,
+                completion: fresh.text.into(),
+            });
+            if samples.iter().all(Option::is_some) {
+                let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();
+                outcomes[p] = Some(Outcome::new(&problems[p], &samples, &judge));
+                if let Some(store) = store.as_deref_mut() {
+                    store.append(&samples)?;
+                }
+            }
+            Ok(())
+        };
+        self.pool.sample(&mut sampler, &asked, &requests, progress, &mut each)?;
+        Ok(outcomes.into_iter().flatten().collect())
+    }
+}

@@ -1,0 +1,239 @@
+//! Worker threads that judge completions while others are still sampled.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::{Attempt, Judge, Judgement};
+use crate::data::Problem;
+use crate::rollout::{Completion, Encoder, Finish, Progress, Request, Rollouts, Sampling, Watcher};
+use crate::{Error, Result};
+
+/// Threads with a judge (and its program) each.
+pub struct JudgePool {
+    judge: Judge,
+    jobs: Option<Sender<Job>>,
+    results: Receiver<(Job, Result<Judgement>)>,
+    threads: Vec<JoinHandle<()>>,
+    calls: u64,
+}
+
+/// A completion with its judgement.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Judged {
+    /// Tokens and log-probs.
+    pub completion: Completion,
+    /// Its text, control tokens left out.
+    pub text: String,
+    /// What the judge says.
+    pub judgement: Judgement,
+}
+
+impl Judged {
+    /// Whether it was cut at the length limit.
+    pub fn truncated(&self) -> bool {
+        self.completion.finish == Finish::Length
+    }
+}
+
+/// What is to be sampled and judged.
+pub struct Sampler<'s, 'm> {
+    /// Samples.
+    pub rollouts: &'s mut Rollouts,
+    /// Turns tokens into text.
+    pub encoder: &'s Encoder<'m>,
+    /// How.
+    pub sampling: Sampling,
+    /// Key of the random numbers, with a request's stream.
+    pub seed: u64,
+    /// Ends the work when it becomes true.
+    pub stop: &'s AtomicBool,
+}
+
+/// A completion that was just judged, while others are still sampled.
+#[derive(Debug, Clone, Copy)]
+pub struct Fresh<'a> {
+    /// Which request.
+    pub request: usize,
+    /// Which of its completions.
+    pub index: usize,
+    /// Text, control tokens left out.
+    pub text: &'a str,
+    /// Length, tokens.
+    pub tokens: usize,
+    /// Whether it was cut at the length limit.
+    pub truncated: bool,
+    /// What the judge says.
+    pub judgement: &'a Judgement,
+}
+
+struct Job {
+    call: u64,
+    request: usize,
+    index: usize,
+    problem: Arc<Problem>,
+    text: String,
+    tokens: usize,
+    truncated: bool,
+}
+
+impl JudgePool {
+    /// `workers` threads, at least one. Programs are started now.
+    ///
+    /// # Errors
+    /// A program cannot be started.
+    pub fn new(judge: Judge, workers: usize) -> Result<JudgePool> {
+        let (jobs, todo) = unbounded::<Job>();
+        let (done, results) = unbounded();
+        let mut threads = Vec::with_capacity(workers);
+        for _ in 0..workers.max(1) {
+            let (mut judge, todo, done) = (judge.clone(), todo.clone(), done.clone());
+            judge.start()?;
+            threads.push(std::thread::spawn(move || {
+                for job in todo {
+                    let outcome = judge_one(&mut judge, &job);
+                    if done.send((job, outcome)).is_err() {
+                        return;
+                    }
+                }
+            }));
+        }
+        Ok(JudgePool { judge, jobs: Some(jobs), results, threads, calls: 0 })
+    }
+
+    /// What the threads judge by.
+    pub fn judge(&self) -> &Judge {
+        &self.judge
+    }
+
+    /// Samples all requests and judges each completion as it ends, on the workers. `each` sees them in the
+    /// order in which they were judged.
+    ///
+    /// # Errors
+    /// Those of sampling, of a reward that cannot judge, and of `each`.
+    pub fn sample(
+        &mut self,
+        sampler: &mut Sampler<'_, '_>,
+        problems: &[Problem],
+        requests: &[Request],
+        progress: &mut dyn FnMut(Progress),
+        each: &mut dyn FnMut(&Fresh<'_>) -> Result<()>,
+    ) -> Result<Vec<Vec<Judged>>> {
+        self.calls += 1;
+        let mut judging = Judging {
+            pool: self,
+            encoder: sampler.encoder,
+            problems: problems.iter().cloned().map(Arc::new).collect(),
+            verdicts: requests.iter().map(|r| vec![None; r.n]).collect(),
+            open: 0,
+            progress,
+            each,
+        };
+        let completions = sampler.rollouts.generate_watched(
+            requests,
+            &sampler.sampling,
+            sampler.seed,
+            sampler.stop,
+            &mut judging,
+        )?;
+        while judging.open > 0 {
+            let done = judging.pool.results.recv().map_err(|_| lost())?;
+            judging.take(done)?;
+        }
+        let judged = |(completion, verdict): (Completion, Option<(String, Judgement)>)| {
+            let (text, judgement) = verdict.ok_or_else(lost)?;
+            Ok(Judged { completion, text, judgement })
+        };
+        let groups = completions.into_iter().zip(judging.verdicts);
+        groups
+            .map(|(group, verdicts)| group.into_iter().zip(verdicts).map(judged).collect())
+            .collect()
+    }
+}
+
+impl Drop for JudgePool {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn judge_one(judge: &mut Judge, job: &Job) -> Result<Judgement> {
+    let attempt = Attempt {
+        problem: &job.problem,
+        text: &job.text,
+        tokens: job.tokens,
+        truncated: job.truncated,
+    };
+    // A rule that panics must not leave the run waiting for its verdict.
+    catch_unwind(AssertUnwindSafe(|| judge.score(&attempt))).unwrap_or_else(|_| {
+        let reason = format!("it panicked on a completion of {}", job.problem.id);
+        Err(Error::engine("the reward", reason, "report it"))
+    })
+}
+
+fn lost() -> Error {
+    Error::engine("judging completions", "a worker has ended early", "report it")
+}
+
+/// Sends what ends to the workers and collects what they say.
+struct Judging<'j, 'm> {
+    pool: &'j JudgePool,
+    encoder: &'j Encoder<'m>,
+    problems: Vec<Arc<Problem>>,
+    verdicts: Vec<Vec<Option<(String, Judgement)>>>,
+    open: usize,
+    progress: &'j mut dyn FnMut(Progress),
+    each: &'j mut dyn FnMut(&Fresh<'_>) -> Result<()>,
+}
+
+impl Judging<'_, '_> {
+    fn take(&mut self, (job, outcome): (Job, Result<Judgement>)) -> Result<()> {
+        // Left over from a call that ended with an error.
+        if job.call != self.pool.calls {
+            return Ok(());
+        }
+        self.open -= 1;
+        let judgement = outcome?;
+        (self.each)(&Fresh {
+            request: job.request,
+            index: job.index,
+            text: &job.text,
+            tokens: job.tokens,
+            truncated: job.truncated,
+            judgement: &judgement,
+        })?;
+        self.verdicts[job.request][job.index] = Some((job.text, judgement));
+        Ok(())
+    }
+}
+
+impl Watcher for Judging<'_, '_> {
+    fn progress(&mut self, progress: Progress) -> Result<()> {
+        (self.progress)(progress);
+        while let Ok(done) = self.pool.results.try_recv() {
+            self.take(done)?;
+        }
+        Ok(())
+    }
+
+    fn finished(&mut self, request: usize, index: usize, completion: &Completion) -> Result<()> {
+        let job = Job {
+            call: self.pool.calls,
+            request,
+            index,
+            problem: self.problems[request].clone(),
+            text: self.encoder.text(&completion.tokens),
+            tokens: completion.tokens.len(),
+            truncated: completion.finish == Finish::Length,
+        };
+        self.open += 1;
+        let jobs = self.pool.jobs.as_ref().expect("open until it is dropped");
+        jobs.send(job).map_err(|_| lost())
+    }
+}
