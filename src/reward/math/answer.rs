@@ -56,14 +56,14 @@ pub(super) type Read<T = Answer> = Result<T, String>;
 /// Reads the whole of `text`; the error says why it has no form known here.
 pub(super) fn read(text: &str, reading: Reading) -> Read {
     let tokens = tokens(text, reading)?;
-    if let Some(choice) = choice(text, &tokens, reading) {
+    if let Some(choice) = choice(text, &tokens) {
         return Ok(choice);
     }
     list(&tokens, 0)
 }
 
 /// `(B)`, `\text{B}`, `B)`, `\textbf{(B)}\ 12`.
-fn choice(text: &str, tokens: &[Token], reading: Reading) -> Option<Answer> {
+fn choice(text: &str, tokens: &[Token]) -> Option<Answer> {
     let bracketed = |at: usize| match (tokens.get(at), tokens.get(at + 1), tokens.get(at + 2)) {
         (Some(open), Some(letter), Some(close))
             if open.kind == Tok::Op('(') && close.kind == Tok::Op(')') =>
@@ -96,7 +96,6 @@ fn choice(text: &str, tokens: &[Token], reading: Reading) -> Option<Answer> {
         [end] => matches!(end.kind, Tok::Op(')' | '.' | ':')),
         _ => false,
     };
-    let _ = reading;
     ends.then_some(Answer::Choice { letter, rest: None })
 }
 
@@ -121,10 +120,7 @@ fn nesting(kind: &Tok) -> i32 {
 }
 
 /// The parts between separators outside of brackets, and the separators.
-fn split<'a>(
-    tokens: &'a [Token],
-    separates: impl Fn(&Tok) -> bool,
-) -> Read<(Vec<&'a [Token]>, Vec<&'a Tok>)> {
+fn split(tokens: &[Token], separates: impl Fn(&Tok) -> bool) -> Read<(Vec<&[Token]>, Vec<&Tok>)> {
     let (mut parts, mut by) = (Vec::new(), Vec::new());
     let (mut depth, mut start) = (0, 0);
     for (at, token) in tokens.iter().enumerate() {
