@@ -191,7 +191,7 @@ impl<'m> Trainer<'m> {
         Ok(Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
-            engine: Engine::new(pool)?,
+            engine: Engine::on(model.device(), pool)?,
             stop: Arc::default(),
             model,
             config,
