@@ -267,6 +267,8 @@ fn published_sets_train_and_evaluate_on_small_models() {
             let eval = ["--samples", "2", "--problems", "4", "--max-response", "16", "--json"];
             let report = json(&succeed(&[&["eval", *model][..], &common, &eval].concat()));
             assert_eq!(report["problems"].as_u64(), Some(4), "{model} {name}: {report}");
+            let config = ["--reward", "hendrycks", "--json"];
+            succeed(&[&["eval", *model][..], &common, &eval[..6], &config].concat());
             // Judged by format too, so that there is a signal where nothing is solved.
             let train = [
                 "--steps",
@@ -286,7 +288,7 @@ fn published_sets_train_and_evaluate_on_small_models() {
                 "--rank",
                 "2",
                 "--reward",
-                "boxed + 0.1*regex:the + 0.1*overlong:16",
+                "math + 0.1*regex:the + 0.1*overlong:16",
                 "--eval-data",
                 text(&data),
                 "--eval-problems",

@@ -12,7 +12,7 @@ use super::{EvalOptions, Evaluator, Report, Settings, Store};
 use crate::data::{Columns, ProblemSource, SourceOptions, Template};
 use crate::ggml::ThreadPool;
 use crate::model::{Lora, Model};
-use crate::reward::{Judge, JudgeOptions, JudgePool};
+use crate::reward::{Judge, JudgeOptions, JudgePool, default_reward};
 use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts, Sampling};
 use crate::{Error, Result};
 
@@ -25,9 +25,10 @@ pub struct EvalConfig {
     /// Evaluate a seeded sample of N problems [default: all; of a task 400]
     #[arg(long, value_name = "N", help_heading = "Data and reward")]
     pub problems: Option<usize>,
-    /// How answers are judged, as in `train`; the first part decides what is right
-    #[arg(long, default_value = "boxed", value_name = "SPEC", help_heading = "Data and reward")]
-    pub reward: String,
+    /// How answers are judged, as in `train`; the first part decides what is right [default: math; boxed where
+    /// tasks alone are asked]
+    #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]
+    pub reward: Option<String>,
     /// Threads that judge while others sample; each has its own reward program
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
     pub reward_workers: usize,
@@ -160,6 +161,10 @@ impl EvalConfig {
         Ok((max_prompt, max_response))
     }
 
+    fn reward(&self) -> String {
+        self.reward.clone().unwrap_or_else(|| default_reward(&self.data).into())
+    }
+
     fn columns(&self) -> Columns {
         Columns {
             prompt: self.prompt_column.clone(),
@@ -188,7 +193,7 @@ impl EvalConfig {
         let problems = source.eval_problems(self.problems.unwrap_or(all));
         let judging =
             JudgeOptions { max_response, timeout: Duration::from_secs_f32(self.reward_timeout) };
-        let judge = Judge::parse(&self.reward, judging)?;
+        let judge = Judge::parse(&self.reward(), judging)?;
         let encoder = Encoder::new(model, self.tokenizer.as_deref(), self.system.clone())?
             .with_template(&Template::parse(&self.template)?)?;
         let mut lora = self.adapter.as_ref().map(|path| Lora::load(model, path)).transpose()?;
@@ -249,7 +254,7 @@ impl EvalConfig {
             "columns": [self.prompt_column, self.answer_column, self.difficulty_column],
             "template": self.template,
             "system": self.system,
-            "reward": self.reward,
+            "reward": self.reward(),
             "samples": self.samples,
             "max_prompt_tokens": max_prompt,
             "max_response_tokens": max_response,

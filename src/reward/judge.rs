@@ -2,7 +2,7 @@
 //!
 //! | part | value |
 //! |---|---|
-//! | `boxed`, `exact`, .. | 1 where the answer is right by that rule, else 0 ([`Reward`]) |
+//! | `math`, `hendrycks`, `boxed`, `exact` | 1 where the answer is right by that rule, else 0 ([`Reward`]) |
 //! | `regex:PATTERN` | 1 where the pattern is found in the completion, else 0 |
 //! | `format`, `format:boxed`, `format:think` | 1 where the completion is written as asked, else 0 |
 //! | `overlong:N` | DAPO's penalty: 0, then falling to -1 over the last N tokens of the limit |

@@ -14,7 +14,7 @@ use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
 use crate::model::Targets;
-use crate::reward::JudgeOptions;
+use crate::reward::{JudgeOptions, default_reward};
 use crate::rollout::Sampling;
 use crate::{Error, Result};
 
@@ -60,12 +60,13 @@ pub struct TrainConfig {
     /// Evaluate every N steps, besides before and after (0 = only then)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub eval_every: u64,
-    /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
-    /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
-    /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as text; regex:PATTERN; format:boxed, format:think;
-    /// overlong:N: DAPO's penalty over the last N tokens; cmd:PROG: a program, JSON lines in and out
-    #[arg(long, default_value = "boxed", value_name = "SPEC", help_heading = "Data and reward")]
-    pub reward: String,
+    /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by meaning;
+    /// hendrycks: the last \boxed{} as the MATH data set's code compares it (the paper's); boxed: the last
+    /// \boxed{} as number or text; exact: the whole completion as text; regex:PATTERN; format:boxed,
+    /// format:think; overlong:N: DAPO's penalty over the last N tokens; cmd:PROG: a program, JSON lines in
+    /// and out [default: math; boxed where tasks alone are asked]
+    #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]
+    pub reward: Option<String>,
     /// Threads that judge while others sample; each has its own reward program
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
     pub reward_workers: usize,
@@ -263,6 +264,11 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
+    /// How completions are judged: by meaning, but for tasks alone, which ask for a box.
+    pub fn reward(&self) -> String {
+        self.reward.clone().unwrap_or_else(|| default_reward(&self.data).into())
+    }
+
     /// What the objective's name stands for.
     pub fn defaults(&self) -> Defaults {
         self.objective.unwrap_or(self.algo).defaults()
@@ -408,6 +414,7 @@ impl TrainConfig {
         self.internal_layer = Some(self.internal_layer(n_layer));
         self.mini_batch = Some(self.mini_batch());
         self.alpha = Some(self.alpha());
+        self.reward = Some(self.reward());
         let loss = self.loss();
         self.ratio = Some(loss.ratio);
         self.surrogate = Some(loss.surrogate);

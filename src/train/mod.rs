@@ -163,7 +163,7 @@ impl<'m> Trainer<'m> {
         }
         let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let judge = Judge::parse(&config.reward, config.judging())?;
+        let judge = Judge::parse(&config.reward(), config.judging())?;
         let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
             .with_template(&Template::parse(&config.template)?)?;
         if config.drop_long_prompts {

@@ -59,6 +59,7 @@ fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
         format!("lr: the paper's {FULL_LR:e} is for full fine-tuning; {LORA_LR:e} for the adapter"),
         "weight-decay: the paper's 0.01 is for full fine-tuning; it acts on the adapter's A and B here".into(),
         "rank, alpha, targets: the paper trains all weights; the adapter's settings stay this program's".into(),
+        "reward: hendrycks is the paper's comparison of strings; --reward math compares by meaning".into(),
         "data: the paper trains on deepmath-5k; give it with --data, and test sets with --eval-data".into(),
     ];
     let layer = match (model.arch, model.n_layer) {
@@ -98,6 +99,7 @@ fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
         ("clip-high", 0.2.into()),
         ("clip-c", 10.0.into()),
         ("kl-coef", 0.0.into()),
+        ("reward", "hendrycks".into()),
         ("lr", LORA_LR.into()),
         ("schedule", "constant".into()),
         ("beta1", 0.9.into()),
