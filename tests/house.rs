@@ -92,6 +92,25 @@ fn unsafe_stays_in_ggml_ops_and_llama_and_is_argued() {
 }
 
 #[test]
+fn whoever_lists_state_names_every_field() {
+    let mut lists = 0;
+    for (_, path, text) in files() {
+        for part in text.split("fn state").skip(1).filter(|part| part.contains("State<")) {
+            let body = part.split("\n    }\n").next().unwrap();
+            let fields = body.split("} = self").next().unwrap();
+            assert!(
+                body.contains("} = self"),
+                "{}: state without taking self apart",
+                path.display()
+            );
+            assert!(!fields.contains(".."), "{}: a field may be forgotten", path.display());
+            lists += 1;
+        }
+    }
+    assert!(lists >= 2, "only {lists} lists of state were seen");
+}
+
+#[test]
 fn files_can_be_read_in_one_sitting() {
     for (_, path, text) in files() {
         let lines = text.lines().count();

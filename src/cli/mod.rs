@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::model::{Lora, Model};
 use crate::{Error, Result};
@@ -63,8 +63,11 @@ pub fn run() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("BUPO_LOG"))
         .with_writer(std::io::stderr)
         .init();
-    let outcome = match Cli::parse().command {
-        Command::Train(args) => train::run(*args),
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let given = matches.subcommand().map_or(&matches, |(_, given)| given);
+    let outcome = match cli.command {
+        Command::Train(args) => train::run(*args, given),
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
@@ -96,7 +99,7 @@ fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("\nstopping after the current write (once more to stop at once)");
+        eprintln!("\nstopping before the next step (once more to stop at once)");
     })
     .map_err(|e| Error::engine("catching Ctrl-C", e.to_string(), "report it"))
 }

@@ -1,12 +1,13 @@
 //! `bupo-gguf train`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgMatches, Args};
 
-use super::{ModelArgs, print_json, print_line, stop_on_signal, watch::Watch};
+use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
-use crate::train::{Algorithm, Summary, TrainConfig, Trainer};
+use crate::model::Model;
+use crate::train::{Algorithm, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO or GRPO.
@@ -16,19 +17,33 @@ use crate::{Error, Result};
 /// inner layer improves (BuPO), then the model's own policy. The run folder gets config.toml,
 /// metrics.jsonl, completions.jsonl and adapter.gguf, which stock llama.cpp loads with --lora.
 ///
+/// Every --checkpoint-every steps, at the end and at Ctrl-C the folder gets a checkpoint, from which
+/// --resume goes on to the very adapter that the uninterrupted run would have given, also after a kill.
+/// Settings given beside --resume replace the run's own; those that would break this need --allow-change.
+///
 /// Examples:
 ///
 ///   bupo-gguf train demo
 ///
 ///   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl --eval-data held-out.jsonl
 ///       --max-prompt 512 --max-response 1024 --micro-batch-tokens 4096 --lr 1e-5
+///
+///   bupo-gguf train --resume runs/demo-bupo-1
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct TrainArgs {
-    #[command(flatten)]
-    model: ModelArgs,
+    /// GGUF file, or `demo`; with --resume: where the model lies now, if not at its old place
+    #[arg(value_name = "MODEL", required_unless_present = "resume")]
+    model: Option<PathBuf>,
     #[command(flatten)]
     config: TrainConfig,
+    /// Go on with the run of this folder from its newest checkpoint; nothing else is needed
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "rollouts"], help_heading = "Run")]
+    resume: Option<PathBuf>,
+    /// With --resume: go on with changed settings, model or data, although the adapter will not be the one
+    /// of an uninterrupted run
+    #[arg(long, requires = "resume", help_heading = "Run")]
+    allow_change: bool,
     /// Take these rows (JSON lines with prompt, completions and rewards) as the one step's rollouts
     /// instead of sampling
     #[arg(long, value_name = "FILE", help_heading = "Run")]
@@ -41,9 +56,18 @@ pub struct TrainArgs {
     json: bool,
 }
 
-pub fn run(args: TrainArgs) -> Result<()> {
+pub fn run(args: TrainArgs, given: &ArgMatches) -> Result<()> {
+    if let Some(folder) = &args.resume {
+        let mut resume = Resume::open(folder)?;
+        let settings = args.config.given(given)?;
+        resume.change(args.model.clone(), &settings, args.allow_change)?;
+        let model = Model::open(&resume.config().model)?;
+        let mut trainer = resume.trainer(&model)?;
+        return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
+    }
     args.config.check()?;
-    let model = args.model.open()?;
+    let path = args.model.as_deref().expect("clap wants it where there is no --resume");
+    let model = Model::open(path)?;
     if let Some(path) = &args.rollouts {
         let rows = read_rollouts(path)?;
         let mut trainer = Trainer::new(&model, args.config.clone())?;
@@ -53,13 +77,22 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         return print_json(&replay);
     }
-    let out = args.config.out.clone().unwrap_or_else(|| default_out(&args));
+    let out = args.config.out.clone().unwrap_or_else(|| default_out(path, &args.config));
     let mut trainer = Trainer::new(&model, args.config)?;
+    watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
+}
+
+/// Runs with a person watching, who may stop it, and prints the summary.
+fn watched<'m>(
+    trainer: &mut Trainer<'m>,
+    json: bool,
+    run: impl FnOnce(&mut Trainer<'m>, &mut Watch) -> Result<Summary>,
+) -> Result<()> {
     stop_on_signal(trainer.stop_flag())?;
-    let mut watch = Watch::new(&trainer);
-    let summary = trainer.run(&out, &mut watch)?;
+    let mut watch = Watch::new(trainer);
+    let summary = run(trainer, &mut watch)?;
     watch.finish();
-    if args.json {
+    if json {
         print_json(&summary)?
     } else {
         print_line(&describe(&summary))?
@@ -68,10 +101,10 @@ pub fn run(args: TrainArgs) -> Result<()> {
 }
 
 /// `runs/<model>-<algo>-<seed>`
-fn default_out(args: &TrainArgs) -> PathBuf {
-    let model = args.model.model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
-    let algo = if args.config.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
-    PathBuf::from("runs").join(format!("{model}-{algo}-{}", args.config.seed))
+fn default_out(model: &Path, config: &TrainConfig) -> PathBuf {
+    let model = model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
+    let algo = if config.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
+    PathBuf::from("runs").join(format!("{model}-{algo}-{}", config.seed))
 }
 
 fn describe(summary: &Summary) -> String {
@@ -82,9 +115,10 @@ fn describe(summary: &Summary) -> String {
         _ => String::new(),
     };
     format!(
-        "steps            {}\ntime             {:.0} s\naccuracy before  {}\naccuracy after   {}{lift}\nadapter          {}",
+        "steps            {}\ntime             {:.0} s\npeak memory      {} MiB\naccuracy before  {}\naccuracy after   {}{lift}\nadapter          {}",
         summary.steps,
         summary.seconds,
+        summary.peak_bytes >> 20,
         percent(summary.accuracy_before),
         percent(summary.accuracy_after),
         summary.adapter.display(),

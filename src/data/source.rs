@@ -7,7 +7,7 @@
 //! share, `argmax_i (w_i / sum w) (n + 1) - taken_i`.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
@@ -236,6 +236,32 @@ impl Rows {
         let order = permutation(self.rows.len(), seed, 0);
         order[..n].iter().map(|&row| self.rows[row].clone()).collect()
     }
+}
+
+/// The files of a specification, in its order.
+///
+/// # Errors
+/// [`Error::Invalid`] for a list that cannot be read.
+pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
+    let items = split(spec)?.into_iter().filter(|(name, _)| !name.starts_with("task:"));
+    Ok(items.map(|(name, _)| name.into()).collect())
+}
+
+/// The specification with absolute paths, so that it means the same in every folder.
+///
+/// # Errors
+/// [`Error::Invalid`] for a list that cannot be read, [`Error::Io`] when there is no current folder.
+pub fn absolute(spec: &str) -> Result<String> {
+    let item = |(name, weight): (String, Option<f64>)| -> Result<String> {
+        let mut text = name;
+        if !text.starts_with("task:") {
+            let path = std::path::absolute(&text).map_err(Error::io("find", &text))?;
+            text = path.to_string_lossy().into_owned();
+        }
+        Ok(text + &weight.map_or(String::new(), |w| format!(":{w}")))
+    };
+    let items: Vec<String> = split(spec)?.into_iter().map(item).collect::<Result<_>>()?;
+    Ok(items.join(","))
 }
 
 /// The items of a specification with the weights that are written. What exists under its whole name is

@@ -7,10 +7,11 @@ mod engine;
 mod layer;
 mod lora;
 mod policy;
+mod precheck;
 mod taps;
 mod weights;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use batch::{Batch, Scored};
@@ -34,6 +35,7 @@ pub struct Model {
     engine: Arc<llama::Model>,
     config: Config,
     name: String,
+    files: Vec<PathBuf>,
     // The demo model's file; removed when the model is dropped.
     _demo: Option<tempfile::TempPath>,
 }
@@ -55,16 +57,17 @@ impl Model {
     }
 
     fn open_file(path: &Path, name: &str) -> Result<Model> {
-        // Everything that llama.cpp would abort on is checked by our own reader first.
+        // Everything that llama.cpp would abort on is checked first.
         let file = GgufFile::open(path)?;
         let arch = Arch::parse(file.architecture()?)?;
-        for part in crate::gguf::split_paths(path)? {
-            GgufFile::open(&part)?;
+        let files = crate::gguf::split_paths(path)?;
+        for part in &files {
+            GgufFile::open(part)?;
         }
-        check_rope(&file)?;
+        precheck::check(&file, arch)?;
         let engine = Arc::new(llama::Model::load(path)?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
-        let model = Model { engine, config, name: name.into(), _demo: None };
+        let model = Model { engine, config, name: name.into(), files, _demo: None };
         Weights::collect(&model.engine, &model.config, &model.name)?;
         Ok(model)
     }
@@ -84,24 +87,15 @@ impl Model {
         &self.name
     }
 
+    /// The files it was read from: one, or the parts of a split set in their order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
         Weights::collect(&self.engine, &self.config, &self.name)
             .expect("checked when it was opened")
-    }
-}
-
-/// llama.cpp aborts on a rope scaling type that it does not know.
-fn check_rope(file: &GgufFile) -> Result<()> {
-    const KNOWN: [&str; 3] = ["none", "linear", "yarn"];
-    let key = format!("{}.rope.scaling.type", file.architecture()?);
-    match file.find::<&str>(&key)? {
-        Some(got) if !KNOWN.contains(&got) => Err(Error::Unsupported {
-            what: "rope scaling type",
-            got: got.into(),
-            supported: format!("{}, and llama3 by rope_freqs", KNOWN.join(", ")),
-        }),
-        _ => Ok(()),
     }
 }
 

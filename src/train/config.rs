@@ -174,9 +174,12 @@ pub struct TrainConfig {
     /// Run folder; must be empty or not exist [default: runs/<model>-<algo>-<seed>]
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     pub out: Option<PathBuf>,
-    /// Write the adapter to the run folder every N steps (0 = only at the end)
+    /// Write a checkpoint, from which --resume goes on, every N steps and at the end (0 = never)
     #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Run")]
     pub checkpoint_every: u64,
+    /// Checkpoints to keep, the newest ones (0 = all)
+    #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run")]
+    pub keep_checkpoints: usize,
     /// Same seed, same run
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,
@@ -247,9 +250,41 @@ impl TrainConfig {
         self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))
     }
 
-    /// Fills in every default that depends on another setting or on the model, so that `config.toml`
-    /// says what was done.
+    /// The settings that stood on the command line, as `config.toml` names them, for those of a run to be
+    /// changed by; `matches` is what clap made this struct from.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when a value has no form in toml.
+    pub fn given(&self, matches: &clap::ArgMatches) -> Result<toml::Table> {
+        let mut table = toml::Table::try_from(self)
+            .map_err(|e| Error::engine("reading settings", e.to_string(), "report it"))?;
+        let given = Some(clap::parser::ValueSource::CommandLine);
+        table.retain(|name, _| matches.value_source(&name.replace('-', "_")) == given);
+        Ok(table)
+    }
+
+    /// Makes paths absolute, so that the run goes on from whichever folder it is resumed in.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when there is no current folder.
+    pub fn absolute(mut self) -> Result<TrainConfig> {
+        let absolute = |path: &mut PathBuf| -> Result<()> {
+            *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
+            Ok(())
+        };
+        [&mut self.eval_data, &mut self.tokenizer, &mut self.adapter, &mut self.out]
+            .into_iter()
+            .flatten()
+            .try_for_each(absolute)?;
+        self.data = crate::data::source::absolute(&self.data)?;
+        Ok(self)
+    }
+
+    /// Fills in every default that depends on another setting, on the model or on the machine, so that
+    /// `config.toml` says what was done.
     pub fn resolved(mut self, n_layer: usize) -> TrainConfig {
+        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.threads = Some(self.threads.unwrap_or_else(cores));
         self.internal_layer = Some(self.internal_layer(n_layer));
         self.mini_batch = Some(self.mini_batch());
         self.alpha = Some(self.alpha());

@@ -18,44 +18,48 @@
 //! advantage are not computed, since their gradient is zero.
 
 mod advantage;
+mod checkpoint;
 mod config;
 mod evaluate;
 mod loss;
 mod micro_batch;
 mod optimizer;
+pub mod plan;
 mod probe;
 mod record;
 mod replay;
+mod resume;
+mod run;
+mod run_dir;
 mod schedule;
+mod state;
 mod update;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use advantage::{Baseline, advantages};
+pub use checkpoint::{Checkpoint, Damaged};
 pub use config::{Algorithm, TrainConfig};
 pub use loss::{Aggregation, LossConfig, TokenContext, TokenLoss, token_loss};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
+pub use resume::{Change, Effect, Resume};
+pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
+pub use state::State;
 
 use crate::data::{Problem, ProblemSource};
 use crate::ggml::{TensorSet, ThreadPool};
-use crate::gguf::Value;
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::reward::Reward;
 use crate::rollout::{Encoder, Finish, Progress, Request, RolloutOptions, Rollouts};
 use crate::{Error, Result};
-use record::RunDir;
 use update::{Learner, Response, ResponseGroup, Tally, UpdateConfig};
-
-/// Updates in a row whose gradient is not finite before a run gives up.
-const SKIPS_MAX: u64 = 10;
-/// Steps in a row without a group whose rewards differ before a run gives up.
-const SILENT_STEPS_MAX: u64 = 20;
 
 /// Whoever watches a run. All methods may do nothing.
 pub trait Observer {
@@ -88,10 +92,19 @@ pub struct Trainer<'m> {
     held_out: Vec<Problem>,
     reward: Reward,
     stop: Arc<AtomicBool>,
+    /// SHA-256 of the model and of the data; empty until a run begins.
+    inputs: BTreeMap<String, String>,
+    /// Whether a step has begun to change the adapter and is not complete.
+    mid_step: bool,
+    steps_done: u64,
     updates: u64,
     skipped: u64,
     skipped_in_row: u64,
     silent_steps: u64,
+    /// NaN before it is measured.
+    accuracy_before: f64,
+    /// Of all processes that had a part in the run.
+    seconds: f64,
 }
 
 impl<'m> Trainer<'m> {
@@ -100,6 +113,16 @@ impl<'m> Trainer<'m> {
     /// # Errors
     /// A setting, the data or the adapter does not fit, or memory is short.
     pub fn new(model: &'m Model, config: TrainConfig) -> Result<Trainer<'m>> {
+        let adapter = config.adapter.clone();
+        Trainer::with_adapter(model, config, adapter.as_deref())
+    }
+
+    /// [`Trainer::new`] with another adapter to begin from than the one in the settings.
+    fn with_adapter(
+        model: &'m Model,
+        config: TrainConfig,
+        adapter: Option<&Path>,
+    ) -> Result<Trainer<'m>> {
         config.check()?;
         let n_layer = model.config().n_layer;
         let mut config = config.resolved(n_layer);
@@ -117,7 +140,7 @@ impl<'m> Trainer<'m> {
         let held_out = evaluate::held_out(&config, &problems)?;
         let reward = Reward::parse(&config.reward)?;
         let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
-        let mut lora = match &config.adapter {
+        let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
                 (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
@@ -143,11 +166,58 @@ impl<'m> Trainer<'m> {
             problems,
             held_out,
             reward,
+            inputs: BTreeMap::new(),
+            mid_step: false,
+            steps_done: 0,
             updates: 0,
             skipped: 0,
             skipped_in_row: 0,
             silent_steps: 0,
+            accuracy_before: f64::NAN,
+            seconds: 0.0,
         })
+    }
+
+    /// What the trainer carries from one step to the next. Every field is named here, state or not: a new
+    /// one does not compile before that is decided.
+    pub fn state(&mut self) -> State<'_> {
+        let Trainer {
+            lora,
+            optimizer,
+            steps_done,
+            updates,
+            skipped,
+            skipped_in_row,
+            silent_steps,
+            accuracy_before,
+            seconds,
+            // Given at the start.
+            model: _,
+            config: _,
+            encoder: _,
+            problems: _,
+            held_out: _,
+            reward: _,
+            stop: _,
+            inputs: _,
+            // Cleared or filled anew by every update, rollout or forward.
+            gradients: _,
+            engine: _,
+            rollouts: _,
+            // False whenever a checkpoint is written.
+            mid_step: _,
+        } = self;
+        let mut state = State::default();
+        state.tensors("adapter", lora.tensors_mut());
+        optimizer.state(&mut state);
+        state.counter("steps_done", steps_done);
+        state.counter("updates", updates);
+        state.counter("skipped", skipped);
+        state.counter("skipped_in_row", skipped_in_row);
+        state.counter("silent_steps", silent_steps);
+        state.number("accuracy_before", accuracy_before);
+        state.number("seconds", seconds);
+        state
     }
 
     /// Settings with every default filled in.
@@ -168,69 +238,6 @@ impl<'m> Trainer<'m> {
     /// Set it to true and the run ends after what it is writing.
     pub fn stop_flag(&self) -> Arc<AtomicBool> {
         self.stop.clone()
-    }
-
-    /// The whole run: evaluation, steps, evaluation; everything is written to `dir`.
-    ///
-    /// # Errors
-    /// The folder is not empty, a file cannot be written, or training cannot learn.
-    pub fn run(&mut self, dir: &Path, observer: &mut dyn Observer) -> Result<Summary> {
-        let start = Instant::now();
-        RunDir::check(dir)?;
-        self.check_gradients()?;
-        let mut dir = RunDir::create(dir, self.model.name(), &self.config)?;
-        let mut summary = Summary {
-            accuracy_before: None,
-            accuracy_after: None,
-            steps: 0,
-            seconds: 0.0,
-            interrupted: false,
-            adapter: dir.adapter(),
-        };
-        let outcome = self.run_steps(&mut dir, &mut summary, observer);
-        // Whatever ended the run, the newest adapter is kept.
-        self.save(&dir.adapter(), summary.steps)?;
-        dir.flush()?;
-        match outcome {
-            Err(Error::Interrupted) => summary.interrupted = true,
-            other => other?,
-        }
-        summary.seconds = start.elapsed().as_secs_f64();
-        Ok(summary)
-    }
-
-    fn run_steps(
-        &mut self,
-        dir: &mut RunDir,
-        summary: &mut Summary,
-        observer: &mut dyn Observer,
-    ) -> Result<()> {
-        summary.accuracy_before = self.evaluate("before", observer)?;
-        observer.note(&match summary.accuracy_before {
-            Some(a) => {
-                format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len())
-            }
-            None => "no held-out problems: give some with --eval-data to see the accuracy".into(),
-        });
-        for step in 1..=self.config.steps {
-            let (mut record, samples) = self.step(step, observer)?;
-            if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
-                record.accuracy = self.evaluate("held-out", observer)?;
-            }
-            dir.metrics(&record)?;
-            for sample in &samples {
-                dir.completion(sample)?;
-            }
-            dir.flush()?;
-            summary.steps = step;
-            if self.config.checkpoint_every > 0 && step % self.config.checkpoint_every == 0 {
-                self.save(&dir.adapter(), step)?;
-            }
-            observer.step(&record);
-            self.give_up_if_hopeless(&record)?;
-        }
-        summary.accuracy_after = self.evaluate("after", observer)?;
-        Ok(())
     }
 
     /// One step of the algorithm.
@@ -403,10 +410,12 @@ impl<'m> Trainer<'m> {
         }
         let mut tally = Tally::default();
         let total = groups.len().div_ceil(mini_batch);
+        // From here on the step is completed: a run only stops between steps, where it can go on.
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        self.mid_step = true;
         for (i, mini) in groups.chunks(mini_batch).enumerate() {
-            if self.stop.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
             let applied = learner.update(mini, &config, learning_rate, &mut tally)?;
             self.updates += applied as u64;
             self.skipped += !applied as u64;
@@ -428,51 +437,6 @@ impl<'m> Trainer<'m> {
             probe::probe(&mut self.engine, self.model, &mut self.lora, policy, &tokens)?;
         }
         Ok(())
-    }
-
-    fn give_up_if_hopeless(&mut self, record: &StepRecord) -> Result<()> {
-        self.silent_steps = if record.groups_with_signal > 0.0 { 0 } else { self.silent_steps + 1 };
-        if self.skipped_in_row >= SKIPS_MAX {
-            return Err(Error::engine(
-                format!("training at step {}", record.step),
-                format!("{SKIPS_MAX} updates in a row had a gradient that is not finite"),
-                "lower --lr, or check the model file",
-            ));
-        }
-        if self.silent_steps >= SILENT_STEPS_MAX && record.reward < 1.0 {
-            return Err(Error::engine(
-                format!("training at step {}", record.step),
-                format!(
-                    "in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})",
-                    record.reward
-                ),
-                "nothing can be learnt from that: use easier problems, a larger --group, or look at completions.jsonl",
-            ));
-        }
-        Ok(())
-    }
-
-    /// Writes `adapter.gguf` into a new folder.
-    pub fn save_to(&self, folder: &Path) -> Result<()> {
-        RunDir::check(folder)?;
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        self.save(&folder.join("adapter.gguf"), 1)
-    }
-
-    /// Writes the adapter with what made it in its metadata.
-    fn save(&self, path: &Path, step: u64) -> Result<()> {
-        let c = &self.config;
-        let text = |s: &str| Value::String(s.into());
-        let algo = if c.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
-        let extra = vec![
-            ("bupo.algorithm".into(), text(algo)),
-            ("bupo.base".into(), text(self.model.name())),
-            ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
-            ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
-            ("bupo.steps".into(), Value::U64(step)),
-            ("bupo.seed".into(), Value::U64(c.seed)),
-        ];
-        self.lora.save(self.model, path, extra)
     }
 }
 

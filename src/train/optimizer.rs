@@ -8,6 +8,7 @@
 
 use rayon::prelude::*;
 
+use super::state::State;
 use crate::Result;
 use crate::ggml::TensorSet;
 use crate::model::Lora;
@@ -89,24 +90,12 @@ impl AdamW {
         Stepped { gradient_norm, applied: true }
     }
 
-    /// First and second moments.
-    pub fn moments(&self) -> (&TensorSet, &TensorSet) {
-        (&self.m, &self.v)
-    }
-
-    /// First and second moments, to restore.
-    pub fn moments_mut(&mut self) -> (&mut TensorSet, &mut TensorSet) {
-        (&mut self.m, &mut self.v)
-    }
-
-    /// Steps taken by each layer.
-    pub fn steps(&self) -> &[u64] {
-        &self.steps
-    }
-
-    /// Steps taken by each layer, to restore.
-    pub fn steps_mut(&mut self) -> &mut [u64] {
-        &mut self.steps
+    /// Moments and step counts, all of the optimiser's state.
+    pub fn state<'s>(&'s mut self, state: &mut State<'s>) {
+        let AdamW { config: _, m, v, steps } = self;
+        state.tensors("adamw.m", m);
+        state.tensors("adamw.v", v);
+        state.counters("adamw.steps", steps);
     }
 }
 

@@ -1,13 +1,8 @@
-//! What a run writes: one record a step, the sampled completions, the adapter.
+//! What a run says of itself: one record a step, and a summary.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Serialize;
-
-use super::TrainConfig;
-use crate::{Error, Result};
 
 /// Which policy a step optimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -74,91 +69,12 @@ pub struct Summary {
     pub accuracy_after: Option<f32>,
     /// Steps done.
     pub steps: u64,
-    /// Seconds of the run, both evaluations included.
+    /// Seconds of the run, both evaluations and the time before a resume included.
     pub seconds: f64,
+    /// Largest memory of this process so far, bytes, mapped weights included; 0 where the system does not say.
+    pub peak_bytes: u64,
     /// Whether the user stopped it.
     pub interrupted: bool,
     /// Where the adapter lies.
     pub adapter: PathBuf,
-}
-
-/// A run folder that this run owns.
-pub struct RunDir {
-    path: PathBuf,
-    metrics: BufWriter<File>,
-    completions: BufWriter<File>,
-}
-
-impl RunDir {
-    /// Makes the folder and writes `config.toml`.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] when there is something in it already: nothing is written over.
-    pub fn create(path: &Path, model: &str, config: &TrainConfig) -> Result<RunDir> {
-        RunDir::check(path)?;
-        fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let text = toml::to_string(config)
-            .map_err(|e| Error::engine("writing config.toml", e.to_string(), "report it"))?;
-        let text = format!(
-            "# bupo-gguf train {model}\nmodel = {}\n\n[train]\n{text}",
-            toml::Value::from(model)
-        );
-        crate::gguf::write_atomically(&path.join("config.toml"), |w| {
-            w.write_all(text.as_bytes()).map_err(Error::io("write", path.join("config.toml")))
-        })?;
-        let open = |name: &str| {
-            let path = path.join(name);
-            let file = OpenOptions::new().create_new(true).append(true).open(&path);
-            file.map(BufWriter::new).map_err(Error::io("create", path))
-        };
-        Ok(RunDir {
-            path: path.into(),
-            metrics: open("metrics.jsonl")?,
-            completions: open("completions.jsonl")?,
-        })
-    }
-
-    /// Refuses a folder that is not empty, before long work begins.
-    pub fn check(path: &Path) -> Result<()> {
-        match fs::read_dir(path).map(|mut entries| entries.next().is_some()) {
-            Ok(true) => Err(Error::invalid(
-                format!("--out {}", path.display()),
-                "an empty or new folder",
-                "one with files",
-                "choose another, or remove it",
-            )),
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                Err(Error::Io { action: "read folder", path: path.into(), source: e })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Where the adapter lies.
-    pub fn adapter(&self) -> PathBuf {
-        self.path.join("adapter.gguf")
-    }
-
-    /// Appends to `metrics.jsonl`.
-    pub fn metrics(&mut self, record: &StepRecord) -> Result<()> {
-        line(&mut self.metrics, &self.path.join("metrics.jsonl"), record)
-    }
-
-    /// Appends to `completions.jsonl`.
-    pub fn completion(&mut self, record: &impl Serialize) -> Result<()> {
-        line(&mut self.completions, &self.path.join("completions.jsonl"), record)
-    }
-
-    /// Hands everything to the system.
-    pub fn flush(&mut self) -> Result<()> {
-        self.metrics.flush().map_err(Error::io("write", self.path.join("metrics.jsonl")))?;
-        self.completions.flush().map_err(Error::io("write", self.path.join("completions.jsonl")))
-    }
-}
-
-fn line(out: &mut impl Write, path: &Path, record: &impl Serialize) -> Result<()> {
-    serde_json::to_writer(&mut *out, record)
-        .map_err(std::io::Error::from)
-        .and_then(|()| out.write_all(b"\n"))
-        .map_err(Error::io("write", path))
 }

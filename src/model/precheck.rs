@@ -1,0 +1,194 @@
+//! What llama.cpp asserts, divides by or trusts while it loads a model, checked before it does: an
+//! assertion of its ends the process, and no caller can catch that.
+//!
+//! `GgufFile` has vouched for the file's structure; here it is the values. The list follows llama.cpp's
+//! `llama_model_base::load_hparams`, `llama_vocab::impl::load` and the graphs of the architectures in
+//! [`Arch`]. What it throws on (shapes, missing tensors) it also catches and reports itself.
+
+use std::collections::HashSet;
+
+use super::Arch;
+use crate::gguf::{FromValue, GgufFile, Value};
+use crate::{Error, Result};
+
+/// llama.cpp's `LLAMA_MAX_LAYERS`.
+const MAX_LAYERS: usize = 512;
+/// More than any model has; products of two such sizes fit into 64 bits with room.
+const MAX_WIDTH: usize = 1 << 24;
+/// Head sizes that our attention computes, in steps of 8.
+const MAX_HEAD: usize = 256;
+/// llama.cpp counts positions in 32 bits.
+const MAX_CONTEXT: usize = i32::MAX as usize;
+/// Rope scalings that llama.cpp knows and we compute; others make it abort.
+const ROPE_SCALINGS: [&str; 3] = ["none", "linear", "yarn"];
+/// Tokenizers of the architectures here: SentencePiece and byte-pair encoding.
+const TOKENIZERS: [&str; 2] = ["llama", "gpt2"];
+const ADVICE: &str = "the file is damaged or no model of this kind; fetch it again";
+
+/// Checks the values of a model's (first) file.
+///
+/// # Errors
+/// [`Error::Invalid`] or [`Error::Unsupported`] naming the key.
+pub fn check(file: &GgufFile, arch: Arch) -> Result<()> {
+    let keys = Keys { file, arch: arch.name() };
+    let n_layer = keys.size("block_count", MAX_LAYERS)?;
+    let d = keys.size("embedding_length", MAX_WIDTH)?;
+    keys.size("context_length", MAX_CONTEXT)?;
+    keys.per_layer("feed_forward_length", n_layer, MAX_WIDTH)?;
+    let heads = keys.per_layer("attention.head_count", n_layer, MAX_WIDTH)?;
+    if keys.get("attention.head_count_kv").is_some() {
+        keys.per_layer("attention.head_count_kv", n_layer, heads)?;
+    }
+    let derived = d / heads;
+    for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
+        let size = if keys.get(key).is_some() { keys.size(key, MAX_HEAD)? } else { derived };
+        if size == 0 || size > MAX_HEAD {
+            return Err(keys.wrong(key, format!("1 to {MAX_HEAD}"), size.to_string()));
+        }
+    }
+    for key in ["expert_count", "expert_used_count", "expert_group_count", "nextn_predict_layers"] {
+        if let Some(value) = keys.get(key).filter(|v| v.integer() != Some(0)) {
+            return Err(keys.wrong(key, "0 or no such key".into(), value.describe()));
+        }
+    }
+    if keys.find::<bool>("attention.causal")? == Some(false) {
+        return Err(keys.wrong("attention.causal", "true".into(), "false".into()));
+    }
+    check_numbers(&keys)?;
+    check_tokenizer(file)
+}
+
+/// Numbers that a computation divides by or takes the logarithm of.
+fn check_numbers(keys: &Keys<'_>) -> Result<()> {
+    let epsilon = "attention.layer_norm_rms_epsilon";
+    if keys.get(epsilon).is_none() {
+        return Err(keys.wrong(epsilon, "a number".into(), "no such key".into()));
+    }
+    keys.number(epsilon, |x| (0.0..1.0).contains(&x), "0 to below 1")?;
+    keys.number("rope.freq_base", |x| x > 0.0, "above 0")?;
+    keys.number("rope.scaling.factor", |x| x >= 0.0, "at least 0")?;
+    keys.number("rope.scale_linear", |x| x >= 0.0, "at least 0")?;
+    keys.number("rope.scaling.attn_factor", |x| x > 0.0, "above 0")?;
+    keys.number("attention.scale", |x| x >= 0.0, "at least 0")?;
+    for name in ["ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier"] {
+        keys.number(&format!("rope.scaling.yarn_{name}"), |_| true, "a finite number")?;
+    }
+    if keys.get("rope.scaling.original_context_length").is_some() {
+        keys.size("rope.scaling.original_context_length", MAX_CONTEXT)?;
+    }
+    match keys.find::<&str>("rope.scaling.type")? {
+        Some(got) if !ROPE_SCALINGS.contains(&got) => Err(Error::Unsupported {
+            what: "rope scaling type",
+            got: got.into(),
+            supported: format!("{}, and llama3 by rope_freqs", ROPE_SCALINGS.join(", ")),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// llama.cpp asserts that no token occurs twice, and indexes scores and types by token.
+fn check_tokenizer(file: &GgufFile) -> Result<()> {
+    let model = file.str("tokenizer.ggml.model")?;
+    if !TOKENIZERS.contains(&model) {
+        let (got, supported) = (model.into(), TOKENIZERS.join(", "));
+        return Err(Error::Unsupported { what: "tokenizer model", got, supported });
+    }
+    let place = |key: &str| format!("{}: key 'tokenizer.ggml.{key}'", file.name());
+    let refuse = |key: &str, expected: String, got: String| {
+        Err(Error::invalid(place(key), expected, got, ADVICE))
+    };
+    let tokens = file.strings("tokenizer.ggml.tokens")?;
+    if tokens.is_empty() || tokens.len() > MAX_WIDTH {
+        return refuse("tokens", format!("1 to {MAX_WIDTH} tokens"), tokens.len().to_string());
+    }
+    let mut seen = HashSet::with_capacity(tokens.len());
+    for (i, token) in tokens.iter().enumerate() {
+        // llama.cpp gives an empty token this name.
+        let name = if token.is_empty() { format!("[EMPTY_{i}]") } else { token.to_string() };
+        if token.contains('\0') {
+            return refuse("tokens", "tokens without NUL".into(), format!("one at {i}"));
+        }
+        if let Some(name) = seen.replace(name) {
+            let shown: String = name.chars().take(40).collect();
+            return refuse("tokens", "each token once".into(), format!("'{shown}' again at {i}"));
+        }
+    }
+    if let Some(types) = file.find::<Vec<i32>>("tokenizer.ggml.token_type")?
+        && types.len() < tokens.len()
+    {
+        return refuse("token_type", format!("{} types", tokens.len()), types.len().to_string());
+    }
+    if let Some(Value::Array(scores)) = file.get("tokenizer.ggml.scores") {
+        let sound = scores.iter().all(|score| match score {
+            Value::F32(x) => x.is_finite(),
+            other => other.integer().is_some(),
+        });
+        if !sound || scores.len() < tokens.len() {
+            let got = format!("{} scores, or one that is not finite", scores.len());
+            return refuse("scores", format!("{} finite scores", tokens.len()), got);
+        }
+    }
+    Ok(())
+}
+
+/// An architecture's keys.
+struct Keys<'f> {
+    file: &'f GgufFile,
+    arch: &'static str,
+}
+
+impl<'f> Keys<'f> {
+    fn full(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
+    }
+
+    fn get(&self, key: &str) -> Option<&'f Value> {
+        self.file.get(&self.full(key))
+    }
+
+    fn find<T: FromValue<'f>>(&self, key: &str) -> Result<Option<T>> {
+        self.file.find(&self.full(key))
+    }
+
+    fn wrong(&self, key: &str, expected: String, got: String) -> Error {
+        let place = format!("{}: key '{}'", self.file.name(), self.full(key));
+        Error::invalid(place, expected, got, ADVICE)
+    }
+
+    /// An integer of 1 to `most`, of the type that llama.cpp reads.
+    fn size(&self, key: &str, most: usize) -> Result<usize> {
+        let n: usize = self.file.require(&self.full(key))?;
+        if (1..=most).contains(&n) {
+            return Ok(n);
+        }
+        Err(self.wrong(key, format!("1 to {most}"), n.to_string()))
+    }
+
+    /// A size that may be given as an array of one for each layer, all equal.
+    fn per_layer(&self, key: &str, n_layer: usize, most: usize) -> Result<usize> {
+        let Some(Value::Array(_)) = self.get(key) else { return self.size(key, most) };
+        let sizes: Vec<u32> = self.file.require(&self.full(key))?;
+        match sizes.first() {
+            Some(&first) if sizes.len() == n_layer && sizes.iter().all(|&n| n == first) => {
+                let first = first as usize;
+                let fits = (1..=most).contains(&first);
+                fits.then_some(first)
+                    .ok_or_else(|| self.wrong(key, format!("1 to {most}"), first.to_string()))
+            }
+            _ => {
+                let got = format!("{} values, not all equal", sizes.len());
+                Err(self.wrong(key, format!("{n_layer} equal sizes"), got))
+            }
+        }
+    }
+
+    /// A finite number that `holds`, where the key is there.
+    fn number(&self, key: &str, holds: impl Fn(f32) -> bool, expected: &str) -> Result<()> {
+        match self.find::<f32>(key)? {
+            Some(x) if !(x.is_finite() && holds(x)) => {
+                Err(self.wrong(key, expected.into(), x.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+}

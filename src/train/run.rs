@@ -1,0 +1,263 @@
+//! A run from its first step to its last, or from a checkpoint on, and what stays of it whatever ends it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::time::Instant;
+
+use super::checkpoint::{self, Parts};
+use super::resume::{Resume, model_path};
+use super::run_dir::{RunConfig, RunDir};
+use super::{Algorithm, Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
+use crate::gguf::Value;
+use crate::{Error, Result};
+
+/// Updates in a row whose gradient is not finite before a run gives up.
+const SKIPS_MAX: u64 = 10;
+/// Steps in a row without a group whose rewards differ before a run gives up.
+const SILENT_STEPS_MAX: u64 = 20;
+
+/// Where a run is kept.
+struct Keeper {
+    dir: RunDir,
+    /// The text of `config.toml`.
+    config: String,
+    /// Step of the newest checkpoint.
+    kept: Option<u64>,
+}
+
+impl Trainer<'_> {
+    /// The whole run: evaluation, steps, evaluation; everything is written to `dir`.
+    ///
+    /// # Errors
+    /// The folder is not empty, a file cannot be written, or training cannot learn.
+    pub fn run(&mut self, dir: &Path, observer: &mut dyn Observer) -> Result<Summary> {
+        RunDir::check(dir)?;
+        self.check_gradients()?;
+        self.read_inputs()?;
+        let model = model_path(Path::new(self.model.name()))?;
+        let train = TrainConfig { out: Some(dir.into()), ..self.config.clone() }.absolute()?;
+        let config = RunConfig { model, train }.text()?;
+        let keeper = Keeper { dir: RunDir::create(dir, &config)?, config, kept: None };
+        self.run_kept(keeper, observer)
+    }
+
+    /// The rest of a run, by the trainer that [`Resume::trainer`] made.
+    ///
+    /// # Errors
+    /// As [`Trainer::run`].
+    pub fn run_on(&mut self, resume: Resume, observer: &mut dyn Observer) -> Result<Summary> {
+        self.check_gradients()?;
+        self.read_inputs()?;
+        resume.notes(self).iter().for_each(|note| observer.note(note));
+        let Resume { mut dir, config, checkpoint, damaged, changes, .. } = resume;
+        checkpoint::tidy(&dir.checkpoints(), &damaged)?;
+        let logs = checkpoint.as_ref().map(|c| c.meta.logs.clone()).unwrap_or_default();
+        dir.cut(&logs)?.iter().for_each(|odd| observer.note(odd));
+        let config = RunConfig { train: self.config.clone(), ..config }.text()?;
+        if !changes.is_empty() {
+            dir.write_config(&config)?;
+        }
+        let kept = checkpoint.map(|c| c.meta.step);
+        self.run_kept(Keeper { dir, config, kept }, observer)
+    }
+
+    fn run_kept(&mut self, mut keeper: Keeper, observer: &mut dyn Observer) -> Result<Summary> {
+        let (start, before) = (Instant::now(), self.seconds);
+        let mut outcome = self.run_steps(&mut keeper, start, observer);
+        self.seconds = before + start.elapsed().as_secs_f64();
+        // Whatever ended the run: between two steps its state is whole, and is kept.
+        if !self.mid_step
+            && let Err(error) = self.keep(&mut keeper)
+        {
+            let word = format!("the adapter after step {} was not kept: {error}", self.steps_done);
+            observer.note(&word);
+            if outcome.is_ok() || matches!(outcome, Err(Error::Interrupted)) {
+                outcome = Err(error);
+            }
+        }
+        let (accuracy_after, interrupted) = match outcome {
+            Ok(accuracy) => (accuracy, false),
+            Err(Error::Interrupted) => (None, true),
+            Err(error) => return Err(self.with_way_on(error, &keeper)),
+        };
+        Ok(Summary {
+            accuracy_before: (!self.accuracy_before.is_nan())
+                .then_some(self.accuracy_before as f32),
+            accuracy_after,
+            steps: self.steps_done,
+            seconds: self.seconds,
+            peak_bytes: super::plan::peak_bytes(),
+            interrupted,
+            adapter: keeper.dir.adapter(),
+        })
+    }
+
+    /// Says in an error how the run goes on.
+    fn with_way_on(&self, error: Error, keeper: &Keeper) -> Error {
+        let Some(step) = keeper.kept else { return error };
+        let place = format!("training after step {}", self.steps_done);
+        let way = format!(
+            "the checkpoint of step {step} is sound: bupo-gguf train --resume {}",
+            keeper.dir.path().display()
+        );
+        Error::engine(place, error.to_string(), way)
+    }
+
+    fn run_steps(
+        &mut self,
+        keeper: &mut Keeper,
+        start: Instant,
+        observer: &mut dyn Observer,
+    ) -> Result<Option<f32>> {
+        let before = self.seconds;
+        if self.steps_done == 0 && self.accuracy_before.is_nan() {
+            let accuracy = self.evaluate("before", observer)?;
+            self.accuracy_before = accuracy.map_or(f64::NAN, f64::from);
+        }
+        observer.note(&match self.accuracy_before {
+            a if a.is_nan() => {
+                "no held-out problems: give some with --eval-data to see the accuracy".into()
+            }
+            a => format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len()),
+        });
+        for step in self.steps_done + 1..=self.config.steps {
+            let (mut record, samples) = self.guarded_step(step, observer)?;
+            let silent = record.groups_with_signal == 0.0;
+            self.silent_steps = if silent { self.silent_steps + 1 } else { 0 };
+            let mut interrupted = false;
+            if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
+                match self.evaluate("held-out", observer) {
+                    Ok(accuracy) => record.accuracy = accuracy,
+                    Err(Error::Interrupted) => interrupted = true,
+                    Err(error) => return Err(error),
+                }
+            }
+            (self.steps_done, self.mid_step) = (step, false);
+            self.seconds = before + start.elapsed().as_secs_f64();
+            keeper.dir.metrics(&record)?;
+            for sample in &samples {
+                keeper.dir.completion(sample)?;
+            }
+            keeper.dir.flush()?;
+            let due = self.config.checkpoint_every;
+            if due > 0
+                && step % due == 0
+                && let Err(error) = self.keep(keeper)
+            {
+                let kept = keeper.kept.map_or("none".into(), |step| format!("step {step}"));
+                observer.note(&format!(
+                    "no checkpoint of step {step}: {error}; the run goes on, newest checkpoint: {kept}"
+                ));
+            }
+            observer.step(&record);
+            self.give_up_if_hopeless(&record)?;
+            if interrupted {
+                return Err(Error::Interrupted);
+            }
+        }
+        self.evaluate("after", observer)
+    }
+
+    /// A step whose panic, in whichever thread, is an error: the run ends as with any other.
+    fn guarded_step(
+        &mut self,
+        step: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<(StepRecord, Vec<Sample>)> {
+        catch_unwind(AssertUnwindSafe(|| self.step(step, observer))).unwrap_or_else(|panic| {
+            // Nobody knows how far it came.
+            self.mid_step = true;
+            let words = panic.downcast_ref::<String>().map(String::as_str);
+            let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
+            let reason = words.unwrap_or("a panic without words");
+            Err(Error::engine(format!("step {step}"), reason, "report it"))
+        })
+    }
+
+    /// Writes `adapter.gguf` and, where checkpoints are wanted, the one of this step.
+    fn keep(&mut self, keeper: &mut Keeper) -> Result<()> {
+        if keeper.dir.is_lost() {
+            keeper.dir.restore(&keeper.config)?;
+            keeper.kept = None;
+        }
+        let adapter = keeper.dir.adapter();
+        self.save(&adapter)?;
+        let step = self.steps_done;
+        if self.config.checkpoint_every == 0 || keeper.kept == Some(step) {
+            return keeper.dir.flush();
+        }
+        let (folder, logs, inputs) =
+            (keeper.dir.checkpoints(), keeper.dir.sync()?, self.inputs.clone());
+        let parts = Parts { step, inputs: &inputs, logs, config: &keeper.config };
+        checkpoint::write(&folder, parts, &self.state(), &adapter)?;
+        keeper.kept = Some(step);
+        checkpoint::prune(&folder, self.config.keep_checkpoints)
+    }
+
+    /// SHA-256 of all that the run reads and that makes its steps what they are.
+    pub(super) fn read_inputs(&mut self) -> Result<()> {
+        if !self.inputs.is_empty() {
+            return Ok(());
+        }
+        let sums = self.model.files().iter().map(|p| checkpoint::sha256(p));
+        let sums = sums.collect::<Result<Vec<_>>>()?.join(" ");
+        self.inputs.insert("model".into(), sums);
+        let c = &self.config;
+        let data = crate::data::source::files(&c.data)?;
+        for (name, files) in [("data", data), ("tokenizer", c.tokenizer.iter().cloned().collect())]
+        {
+            let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;
+            if !sums.is_empty() {
+                self.inputs.insert(name.into(), sums.join(" "));
+            }
+        }
+        Ok(())
+    }
+
+    fn give_up_if_hopeless(&self, record: &StepRecord) -> Result<()> {
+        if self.skipped_in_row >= SKIPS_MAX {
+            return Err(Error::engine(
+                format!("training at step {}", record.step),
+                format!("{SKIPS_MAX} updates in a row had a gradient that is not finite"),
+                "lower --lr, or check the model file",
+            ));
+        }
+        if self.silent_steps >= SILENT_STEPS_MAX && record.reward < 1.0 {
+            return Err(Error::engine(
+                format!("training at step {}", record.step),
+                format!(
+                    "in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})",
+                    record.reward
+                ),
+                "nothing can be learnt from that: use easier problems, a larger --group, or look at completions.jsonl",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Writes `adapter.gguf` into a new folder.
+    pub fn save_to(&mut self, folder: &Path) -> Result<()> {
+        RunDir::check(folder)?;
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        self.steps_done = 1;
+        self.save(&folder.join("adapter.gguf"))
+    }
+
+    /// Writes the adapter with what made it in its metadata: nothing of when and where, so that equal runs
+    /// give equal bytes.
+    fn save(&self, path: &Path) -> Result<()> {
+        let c = &self.config;
+        let text = |s: &str| Value::String(s.into());
+        let algo = if c.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
+        let base = Path::new(self.model.name()).file_name().unwrap_or_default();
+        let extra = vec![
+            ("bupo.algorithm".into(), text(algo)),
+            ("bupo.base".into(), text(&base.to_string_lossy())),
+            ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
+            ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
+            ("bupo.steps".into(), Value::U64(self.steps_done)),
+            ("bupo.seed".into(), Value::U64(c.seed)),
+        ];
+        self.lora.save(self.model, path, extra)
+    }
+}

@@ -1,0 +1,480 @@
+//! A run goes on to the very bytes that the undisturbed one gives, whatever ended it.
+#![cfg(unix)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bupo_gguf::rollout::Progress;
+use bupo_gguf::train::{Algorithm, Observer, Resume, StepRecord, Summary};
+use bupo_gguf::{Model, Result, TrainConfig, Trainer};
+use clap::ValueEnum;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+
+const STEPS: u64 = 4;
+
+/// Two internal steps of four, so that both phases are cut. One thread, for two wait for each other on a
+/// busy machine.
+fn small() -> TrainConfig {
+    TrainConfig {
+        steps: STEPS,
+        internal_steps: 2,
+        prompts_per_step: 2,
+        group: 4,
+        eval_problems: 2,
+        rank: 2,
+        kv_mib: 16,
+        threads: Some(1),
+        checkpoint_every: 1,
+        ..TrainConfig::default()
+    }
+}
+
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo.gguf")
+}
+
+/// The arguments of a new run as [`small`] has it.
+fn fresh(out: &Path) -> Vec<String> {
+    let flags = "--steps 4 --internal-steps 2 --prompts-per-step 2 --group 4 --eval-problems 2 --rank 2 \
+                 --kv-mib 16 --threads 1 --checkpoint-every 1";
+    let mut args = vec!["train".to_string(), demo().to_str().unwrap().into()];
+    args.extend(flags.split_whitespace().map(String::from));
+    args.extend(["--out".into(), out.to_str().unwrap().into()]);
+    args
+}
+
+fn resume(out: &Path, more: &[&str]) -> Vec<String> {
+    let args = ["train", "--resume", out.to_str().unwrap()];
+    args.iter().chain(more).map(|s| s.to_string()).collect()
+}
+
+fn run(args: &[String]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
+}
+
+fn start(args: &[String]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn stderr(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// What a run leaves, apart from what a clock says.
+#[derive(PartialEq)]
+struct Left {
+    adapter: Vec<u8>,
+    tensors: Vec<u8>,
+    completions: String,
+    metrics: Vec<Value>,
+}
+
+impl Left {
+    fn by(out: &Path, step: u64) -> Left {
+        let read = |name: &str| fs::read_to_string(out.join(name)).unwrap();
+        let bytes = |name: &str| fs::read(out.join(name)).unwrap();
+        let text = read("metrics.jsonl");
+        let metrics = text.lines().map(|line| {
+            let mut record: Value = serde_json::from_str(line).unwrap();
+            let fields = record.as_object_mut().unwrap();
+            fields.retain(|key, _| key != "seconds" && !key.ends_with("_per_s"));
+            record
+        });
+        Left {
+            metrics: metrics.collect(),
+            adapter: bytes("adapter.gguf"),
+            tensors: bytes(&format!("checkpoints/step-{step}/state.safetensors")),
+            completions: read("completions.jsonl"),
+        }
+    }
+
+    fn is(&self, other: &Left, what: &str) {
+        assert_eq!(self.metrics, other.metrics, "{what}: metrics");
+        assert!(self.completions == other.completions, "{what}: completions differ");
+        assert!(self.tensors == other.tensors, "{what}: state tensors differ");
+        assert!(self.adapter == other.adapter, "{what}: adapters differ");
+    }
+}
+
+/// The undisturbed run.
+fn undisturbed() -> &'static Left {
+    static LEFT: OnceLock<Left> = OnceLock::new();
+    LEFT.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        let output = run(&fresh(&out));
+        assert!(output.status.success(), "{}", stderr(&output));
+        Left::by(&out, STEPS)
+    })
+}
+
+fn lines(out: &Path) -> usize {
+    let bytes = fs::read(out.join("metrics.jsonl")).unwrap_or_default();
+    bytes.iter().filter(|&&b| b == b'\n').count()
+}
+
+#[test]
+fn killed_at_random_moments_it_gives_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut args = fresh(&out);
+    // Kills before anything is there, then some time after each step.
+    let mut kills = 0;
+    for wanted in [0, 0, 1, 2, 2, 3, 4] {
+        let mut child = start(&args);
+        let begun = Instant::now();
+        while lines(&out) < wanted && child.try_wait().unwrap().is_none() {
+            assert!(begun.elapsed().as_secs() < 300, "no step {wanted} within five minutes");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        std::thread::sleep(Duration::from_millis(rng.random_range(0..150)));
+        kills += child.try_wait().unwrap().is_none() as u32;
+        child.kill().unwrap();
+        child.wait().unwrap();
+        if out.join("config.toml").exists() {
+            args = resume(&out, &[]);
+        }
+    }
+    assert!(kills >= 5, "only {kills} kills met a running process");
+    let output = run(&resume(&out, &[]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    Left::by(&out, STEPS).is(undisturbed(), "killed");
+    let names: Vec<_> = fs::read_dir(out.join("checkpoints"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert_eq!(names.len(), 2, "the last two are kept, nothing else is left: {names:?}");
+}
+
+/// Does something at chosen moments; remembers notes.
+#[derive(Default)]
+struct At<'a> {
+    rollout: Option<Box<dyn FnMut(u64) + 'a>>,
+    update: Option<Box<dyn FnMut(u64) + 'a>>,
+    step: Option<Box<dyn FnMut(u64) + 'a>>,
+    done: u64,
+    notes: Vec<String>,
+}
+
+impl Observer for At<'_> {
+    fn rollout(&mut self, what: &str, progress: Progress) {
+        if what == "rollout" && progress.done * 2 > progress.total {
+            self.rollout.iter_mut().for_each(|f| f(self.done + 1));
+        }
+    }
+
+    fn update(&mut self, _done: usize, _total: usize) {
+        self.update.iter_mut().for_each(|f| f(self.done + 1));
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        self.done = record.step;
+        self.step.iter_mut().for_each(|f| f(record.step));
+    }
+
+    fn note(&mut self, text: &str) {
+        self.notes.push(text.into());
+    }
+}
+
+fn go_on(out: &Path, watch: &mut At<'_>) -> Result<Summary> {
+    let resume = Resume::open(out)?;
+    let model = Model::open(&resume.config().model)?;
+    let mut trainer = resume.trainer(&model)?;
+    trainer.run_on(resume, watch)
+}
+
+#[test]
+fn asked_to_stop_it_stops_between_steps_and_goes_on_exactly() {
+    for moment in ["rollout", "update", "step"] {
+        for at in [1, 3] {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("run");
+            let model = Model::open(&demo()).unwrap();
+            let config = TrainConfig { checkpoint_every: 100, ..small() };
+            let mut trainer = Trainer::new(&model, config).unwrap();
+            let flag = trainer.stop_flag();
+            let stop = |step: u64| flag.store(step == at, Ordering::Relaxed);
+            let mut watch = At::default();
+            match moment {
+                "rollout" => watch.rollout = Some(Box::new(stop)),
+                "update" => watch.update = Some(Box::new(stop)),
+                _ => watch.step = Some(Box::new(stop)),
+            }
+            let summary = trainer.run(&out, &mut watch).unwrap();
+            assert!(summary.interrupted, "{moment} {at}");
+            assert_eq!(summary.steps, if moment == "rollout" { at - 1 } else { at });
+            drop((watch, trainer));
+            let summary = go_on(&out, &mut At::default()).unwrap();
+            assert_eq!((summary.steps, summary.interrupted), (STEPS, false));
+            Left::by(&out, STEPS).is(undisturbed(), &format!("stopped at {moment} {at}"));
+        }
+    }
+}
+
+#[test]
+fn every_algorithm_goes_on_exactly() {
+    for algo in Algorithm::value_variants() {
+        // Two threads once: their number is part of what makes a run the same.
+        let threads = Some(if *algo == Algorithm::Bupo { 2 } else { 1 });
+        let config = || TrainConfig {
+            algo: *algo,
+            kl_coef: 0.01,
+            steps: 3,
+            internal_steps: 1,
+            threads,
+            ..small()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let (whole, cut) = (dir.path().join("whole"), dir.path().join("cut"));
+        let model = Model::open(&demo()).unwrap();
+        Trainer::new(&model, config()).unwrap().run(&whole, &mut At::default()).unwrap();
+        let mut trainer = Trainer::new(&model, config()).unwrap();
+        let flag = trainer.stop_flag();
+        let stop = |step: u64| flag.store(step == 2, Ordering::Relaxed);
+        let mut watch = At { step: Some(Box::new(stop)), ..At::default() };
+        trainer.run(&cut, &mut watch).unwrap();
+        drop((watch, trainer));
+        go_on(&cut, &mut At::default()).unwrap();
+        Left::by(&cut, 3).is(&Left::by(&whole, 3), &format!("{algo:?}"));
+    }
+}
+
+/// A folder with checkpoints of steps 2 and 3 of the run.
+fn three_steps() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut args = fresh(&out);
+    args[3] = "3".into();
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    (dir, out)
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &to.join(entry.file_name())),
+            false => drop(fs::copy(entry.path(), to.join(entry.file_name())).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_reported_and_the_one_before_it_used() {
+    let (dir, out) = three_steps();
+    let newest = "checkpoints/step-3";
+    for (i, file) in
+        ["state.safetensors", "adapter.gguf", "state.json", "config.toml", "SHA256SUMS"]
+            .iter()
+            .enumerate()
+    {
+        let again = dir.path().join(format!("damaged-{i}"));
+        copy(&out, &again);
+        let path = again.join(newest).join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        match i % 3 {
+            0 => bytes[20] ^= 1,
+            1 => bytes.truncate(bytes.len() / 2),
+            _ => bytes.clear(),
+        }
+        fs::write(&path, bytes).unwrap();
+        if i == 0 {
+            // The whole way once; the others need only be noticed.
+            let output = run(&resume(&again, &["--steps", "4"]));
+            assert!(output.status.success(), "{}", stderr(&output));
+            let said = stderr(&output);
+            assert!(said.contains("step-3 is not used") && said.contains("sha256"), "{said}");
+            assert!(said.contains("going on after step 2"), "{said}");
+            Left::by(&again, STEPS).is(undisturbed(), file);
+            assert!(again.join("checkpoints/step-3.damaged").is_dir(), "put aside");
+        } else {
+            let resumed = Resume::open(&again).unwrap();
+            let used = resumed.checkpoint().unwrap().path().to_path_buf();
+            assert!(used.ends_with("step-2"), "{file}: {used:?}");
+        }
+    }
+    for step in [2, 3] {
+        fs::remove_file(out.join(format!("checkpoints/step-{step}/state.json"))).unwrap();
+    }
+    let output = run(&resume(&out, &[]));
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("error: "), "{}", stderr(&output));
+    assert!(stderr(&output).contains("a sound checkpoint"), "{}", stderr(&output));
+}
+
+#[test]
+fn changed_settings_are_listed_and_refused_where_they_break_exactness() {
+    let (dir, out) = three_steps();
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = run(&resume(&out, more));
+        assert!(!output.status.success(), "{more:?}");
+        let line = stderr(&output);
+        words.iter().for_each(|w| assert!(line.contains(w), "{more:?}: no '{w}' in {line}"));
+    };
+    refused(
+        &["--lr", "0.5", "--group", "6"],
+        &["--lr 0.5 instead of", "--group 6", "--allow-change"],
+    );
+    refused(&["--rank", "8", "--allow-change"], &["--rank 8 instead of 2", "--adapter"]);
+    refused(&["--out", "elsewhere"], &["--resume", "--out"]);
+    let other = dir.path().join("other.gguf");
+    let mut bytes = fs::read(demo()).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&other, bytes).unwrap();
+    let output = run(&[resume(&out, &[]), vec![other.to_str().unwrap().into()]].concat());
+    assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
+
+    // More steps at a constant learning rate, and evaluations, leave the steps as they are.
+    let longer = dir.path().join("longer");
+    copy(&out, &longer);
+    let output = run(&resume(&longer, &["--steps", "4", "--eval-every", "4"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let said = stderr(&output);
+    assert!(said.contains("changed: --eval-every 4 instead of 0"), "{said}");
+    let left = Left::by(&longer, STEPS);
+    assert!(left.adapter == undisturbed().adapter && left.tensors == undisturbed().tensors);
+    // A second resume knows the changed settings.
+    let config = fs::read_to_string(longer.join("config.toml")).unwrap();
+    assert!(config.contains("eval-every = 4") && config.contains("steps = 4"), "{config}");
+
+    let output = run(&resume(&out, &["--steps", "4", "--lr", "0.0005", "--allow-change"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("not the adapter of an uninterrupted run"));
+}
+
+#[test]
+fn one_run_per_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut args = fresh(&out);
+    args[3] = "100000".into();
+    let mut child = start(&args);
+    let begun = Instant::now();
+    while lines(&out) == 0 {
+        assert!(begun.elapsed().as_secs() < 300, "no step within five minutes");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let holder = format!("held by process {}", child.id());
+    let output = run(&resume(&out, &[]));
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains(&holder), "{}", stderr(&output));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The dead hold nothing.
+    Resume::open(&out).unwrap();
+}
+
+#[test]
+fn a_full_disk_costs_no_checkpoint() {
+    let (_dir, out) = three_steps();
+    let before = fs::read(out.join("checkpoints/step-3/state.safetensors")).unwrap();
+    let program = env!("CARGO_BIN_EXE_bupo-gguf");
+    // No file may grow beyond half of the state: what a full disk does, without being root.
+    let blocks = before.len() / 1024 / 2;
+    let script = format!(
+        "trap '' XFSZ; ulimit -f {blocks}; exec {program} train --resume {} --steps 4",
+        out.display()
+    );
+    let output = Command::new("bash").args(["-c", &script]).output().unwrap();
+    let said = stderr(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(
+        said.contains("no checkpoint of step 4") && said.contains("newest checkpoint: step 3"),
+        "{said}"
+    );
+    let error = said.lines().find(|l| l.starts_with("error: ")).expect("an error line");
+    assert!(error.contains("state.safetensors") && error.contains("--resume"), "{error}");
+    let names: Vec<_> =
+        fs::read_dir(out.join("checkpoints")).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "the old ones and nothing half-written: {names:?}");
+    assert!(fs::read(out.join("checkpoints/step-3/state.safetensors")).unwrap() == before);
+    let output = run(&resume(&out, &["--steps", "4"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    Left::by(&out, STEPS).is(undisturbed(), "after the full disk");
+}
+
+#[test]
+fn a_removed_folder_is_noticed_and_what_was_learnt_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let model = Model::open(&demo()).unwrap();
+    let mut trainer = Trainer::new(&model, small()).unwrap();
+    let remove = |step: u64| {
+        if step == 3 {
+            let _ = fs::remove_dir_all(&out);
+        }
+    };
+    let mut watch = At { update: Some(Box::new(remove)), ..At::default() };
+    let error = trainer.run(&out, &mut watch).unwrap_err().to_string();
+    assert!(error.contains("folder to stay") && error.contains("--resume"), "{error}");
+    drop((watch, trainer));
+    let mut watch = At::default();
+    let summary = go_on(&out, &mut watch).unwrap();
+    assert_eq!(summary.steps, STEPS);
+    assert!(watch.notes.iter().any(|n| n.contains("after step 3")), "{:?}", watch.notes);
+    assert!(fs::read(out.join("adapter.gguf")).unwrap() == undisturbed().adapter);
+    assert_eq!(lines(&out), 1, "the line of step 4; the others went with the folder");
+}
+
+#[test]
+fn a_panic_in_a_step_is_an_error_and_the_run_goes_on_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let model = Model::open(&demo()).unwrap();
+    for update in [false, true] {
+        let mut trainer = Trainer::new(&model, small()).unwrap();
+        let die = |step: u64| assert!(step != 3, "a worker died");
+        let mut watch = At::default();
+        match update {
+            true => watch.update = Some(Box::new(die)),
+            false => watch.rollout = Some(Box::new(die)),
+        }
+        let error = trainer.run(&out, &mut watch).unwrap_err().to_string();
+        assert!(error.contains("a worker died") && error.contains("step 2 is sound"), "{error}");
+        drop((watch, trainer));
+        go_on(&out, &mut At::default()).unwrap();
+        Left::by(&out, STEPS).is(undisturbed(), "after a panic");
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
+fn weights_that_blow_up_never_reach_a_checkpoint() {
+    let (_dir, out) = three_steps();
+    let output = run(&resume(&out, &["--lr", "3e38", "--steps", "40", "--allow-change"]));
+    let said = stderr(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(said.contains("not finite"), "{said}");
+    let checkpoint = Resume::open(&out).unwrap();
+    let adapter = checkpoint.checkpoint().unwrap().adapter();
+    bupo_gguf::gguf::AdapterFile::read(&adapter).expect("finite numbers only");
+}
+
+#[test]
+fn the_state_has_unique_names_and_all_tensors() {
+    let model = Model::open(&demo()).unwrap();
+    let mut trainer = Trainer::new(&model, small()).unwrap();
+    let adapter = trainer.lora().tensors().len();
+    let listed = trainer.state().names();
+    let unique: BTreeMap<_, _> = listed.iter().map(|n| (n, ())).collect();
+    assert_eq!(unique.len(), listed.len(), "names are unique");
+    let count = |group: &str| listed.iter().filter(|n| n.starts_with(group)).count();
+    assert_eq!([count("adapter/"), count("adamw.m/"), count("adamw.v/")], [adapter; 3]);
+    assert_eq!(count("adamw.steps."), model.config().n_layer);
+}
