@@ -3,6 +3,7 @@
 mod entropy;
 mod eval;
 mod generate;
+mod report;
 mod score;
 mod train;
 mod watch;
@@ -33,6 +34,7 @@ struct Cli {
 enum Command {
     Train(Box<train::TrainArgs>),
     Entropy(Box<entropy::EntropyArgs>),
+    Report(report::ReportArgs),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
     Eval(Box<eval::EvalArgs>),
@@ -69,6 +71,7 @@ pub fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Train(args) => train::run(*args, given),
         Command::Entropy(args) => entropy::run(*args),
+        Command::Report(args) => report::run(args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Eval(args) => eval::run(*args),

@@ -21,6 +21,7 @@ mod advantage;
 mod checkpoint;
 mod config;
 mod evaluate;
+mod layers;
 mod loss;
 mod micro_batch;
 mod optimizer;
@@ -44,6 +45,7 @@ use std::time::Instant;
 pub use advantage::{Baseline, advantages};
 pub use checkpoint::{Checkpoint, Damaged};
 pub use config::{Algorithm, TrainConfig};
+pub use layers::LayerChoice;
 pub use loss::{Aggregation, LossConfig, TokenContext, TokenLoss, token_loss};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use record::{Phase, StepRecord, Summary};
@@ -92,6 +94,8 @@ pub struct Trainer<'m> {
     held_out: Vec<Problem>,
     reward: Reward,
     stop: Arc<AtomicBool>,
+    /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
+    probe_set: Vec<crate::analysis::Sample>,
     /// SHA-256 of the model and of the data; empty until a run begins.
     inputs: BTreeMap<String, String>,
     /// Whether a step has begun to change the adapter and is not complete.
@@ -153,7 +157,7 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
-        Ok(Trainer {
+        let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw())?,
             gradients: lora.zeros_like()?,
             engine: Engine::new(pool)?,
@@ -175,7 +179,10 @@ impl<'m> Trainer<'m> {
             silent_steps: 0,
             accuracy_before: f64::NAN,
             seconds: 0.0,
-        })
+            probe_set: Vec::new(),
+        };
+        trainer.choose_layer()?;
+        Ok(trainer)
     }
 
     /// What the trainer carries from one step to the next. Every field is named here, state or not: a new
@@ -204,6 +211,8 @@ impl<'m> Trainer<'m> {
             gradients: _,
             engine: _,
             rollouts: _,
+            // The same whenever it is sampled.
+            probe_set: _,
             // False whenever a checkpoint is written.
             mid_step: _,
         } = self;
@@ -295,6 +304,7 @@ impl<'m> Trainer<'m> {
             update_tokens_per_s: work.backward_tokens as f32 / update_seconds,
             seconds: start.elapsed().as_secs_f32(),
             accuracy: None,
+            probe: None,
         };
         Ok((record, samples))
     }

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::analysis::Probe;
+
 /// Which policy a step optimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +60,9 @@ pub struct StepRecord {
     pub seconds: f32,
     /// Accuracy on held-out problems, when it was measured at this step.
     pub accuracy: Option<f32>,
+    /// What the layers think, when it was looked at after this step (--entropy-every).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
 }
 
 /// The end of a run.

@@ -110,7 +110,7 @@ impl Body {
     /// Lowest and highest x and y of curves, error bars included, with some air; zero where it is of interest.
     pub fn bounds(series: &[Series], zero: bool) -> [(f64, f64); 2] {
         let (mut x, mut y) = ((f64::MAX, f64::MIN), (f64::MAX, f64::MIN));
-        let mut widen = |range: &mut (f64, f64), value: f64| {
+        let widen = |range: &mut (f64, f64), value: f64| {
             *range = (range.0.min(value), range.1.max(value));
         };
         for s in series {

@@ -1,8 +1,8 @@
 //! Charts for the page, by plotly.
 
 use plotly::common::{
-    ColorBar, ColorScale, ColorScalePalette, DashType, ErrorData, ErrorType, Font, HoverInfo, Label,
-    Line, Marker, Mode, Orientation, Title,
+    Anchor, ColorBar, ColorScale, ColorScalePalette, DashType, ErrorData, ErrorType, Font,
+    HoverInfo, Label, Line, Marker, Mode, Orientation, Title,
 };
 use plotly::configuration::DisplayModeBar;
 use plotly::layout::{
@@ -27,10 +27,7 @@ pub fn library() -> String {
 pub fn json(chart: &Chart) -> String {
     let mut plot = Plot::new();
     plot.set_configuration(
-        Configuration::new()
-            .responsive(!matches!(chart.body, Body::Heat(_)))
-            .display_mode_bar(DisplayModeBar::False)
-            .display_logo(false),
+        Configuration::new().display_mode_bar(DisplayModeBar::False).display_logo(false),
     );
     match &chart.body {
         Body::Lines { series, marks, zero } => lines(&mut plot, chart, series, marks, *zero),
@@ -86,7 +83,10 @@ fn lines(plot: &mut Plot, chart: &Chart, series: &[Series], marks: &[Mark], zero
         shapes.push(line(0.0, 1.0, 0.0, 0.0).x_ref("paper").y_ref("y"));
     }
     let mut notes = Vec::new();
+    let [x, y] = Body::bounds(series, zero);
     for mark in marks {
+        // The word stands on the side where there is room.
+        let right = mark.at > (x.0 + x.1) / 2.0;
         shapes.push(line(mark.at, mark.at, 0.0, 1.0).x_ref("x").y_ref("paper"));
         notes.push(
             Annotation::new()
@@ -94,21 +94,31 @@ fn lines(plot: &mut Plot, chart: &Chart, series: &[Series], marks: &[Mark], zero
                 .y(1.0)
                 .x_ref("x")
                 .y_ref("paper")
-                .y_anchor(plotly::common::Anchor::Bottom)
+                .x_anchor(if right { Anchor::Right } else { Anchor::Left })
+                .y_anchor(Anchor::Bottom)
                 .show_arrow(false)
                 .text(escape(&mark.label)),
         );
     }
-    let [x, y] = Body::bounds(series, zero);
     plot.set_layout(
         layout()
             .height(380)
             .hover_mode(HoverMode::XUnified)
             .margin(Margin::new().left(64).right(16).top(28).bottom(48))
-            .legend(Legend::new().orientation(Orientation::Horizontal).y(-0.2))
+            .legend(Legend::new().orientation(Orientation::Horizontal).y(-0.24))
             .show_legend(series.len() > 1)
-            .x_axis(Axis::new().title(Title::with_text(&chart.x)).range(vec![x.0, x.1]).zero_line(false))
-            .y_axis(Axis::new().title(Title::with_text(&chart.y)).range(vec![y.0, y.1]).zero_line(false))
+            .x_axis(
+                Axis::new()
+                    .title(Title::with_text(&chart.x))
+                    .range(vec![x.0, x.1])
+                    .zero_line(false),
+            )
+            .y_axis(
+                Axis::new()
+                    .title(Title::with_text(&chart.y))
+                    .range(vec![y.0, y.1])
+                    .zero_line(false),
+            )
             .shapes(shapes)
             .annotations(notes),
     );

@@ -176,9 +176,14 @@ function colours() {
 const charts = [...document.querySelectorAll('.chart')];
 const drawn = charts.map(async chart => {
   const figure = JSON.parse(document.getElementById(chart.id + '-data').textContent);
+  if (!figure.layout.width) figure.layout.width = chart.clientWidth;
   await Plotly.newPlot(chart, figure.data, figure.layout, figure.config);
   await Plotly.relayout(chart, colours());
 });
 window.report = Promise.all(drawn).then(() => { document.documentElement.dataset.drawn = charts.length; });
+// Charts of fixed cells keep their width and scroll; curves take what there is.
+const fit = () => document.querySelectorAll('.lines .chart').forEach(chart =>
+  chart.clientWidth && Plotly.relayout(chart, { width: chart.clientWidth }));
+window.addEventListener('resize', () => { clearTimeout(window.fitting); window.fitting = setTimeout(fit, 100); });
 scheme.addEventListener('change', () => charts.forEach(chart => Plotly.relayout(chart, colours())));
 "#;

@@ -58,7 +58,9 @@ fn lines(out: &mut String, chart: &Chart, series: &[Series], marks: &[Mark], zer
         let line = [(mark.at, y.0), (mark.at, y.1)];
         plane.draw_series(DashedLineSeries::new(line, 6, 4, rgb(GREY).stroke_width(2)))?;
         let style = ("sans-serif", 13).into_font().color(&rgb(GREY));
-        let style = style.pos(Pos::new(HPos::Center, VPos::Bottom));
+        // The word stands on the side where there is room.
+        let side = if mark.at > (x.0 + x.1) / 2.0 { HPos::Right } else { HPos::Left };
+        let style = style.pos(Pos::new(side, VPos::Bottom));
         plane.plotting_area().draw(&Text::new(mark.label.clone(), (mark.at, y.1), style))?;
     }
     for s in series {
@@ -78,9 +80,7 @@ fn lines(out: &mut String, chart: &Chart, series: &[Series], marks: &[Mark], zer
         } else {
             plane.draw_series(LineSeries::new(points.clone(), style))?
         };
-        drawn
-            .label(&s.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+        drawn.label(&s.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
         if points.len() <= 60 {
             plane.draw_series(points.iter().map(|&p| Circle::new(p, 3, ink.filled())))?;
         }
@@ -123,7 +123,9 @@ fn cells(out: &mut String, chart: &Chart, heat: &Heat) -> Drawn {
         }
     }
     let every = rows.div_ceil(40) as usize;
-    for (r, name) in heat.rows.iter().enumerate().filter(|(r, _)| r % every == 0 || *r + 1 == rows as usize) {
+    for (r, name) in
+        heat.rows.iter().enumerate().filter(|(r, _)| r % every == 0 || *r + 1 == rows as usize)
+    {
         let style = font(12).color(&BLACK).pos(centre(HPos::Right, VPos::Center));
         let at = (left as i32 - 6, y_of(r as u32) + CELL as i32 / 2);
         root.draw(&Text::new(name.clone(), at, style))?;
