@@ -120,15 +120,16 @@ impl Trainer<'_> {
     }
 
     /// Puts a number in the place of `auto`: the boundary layer on answers to the first training prompts.
-    pub(super) fn choose_layer(&mut self) -> Result<()> {
+    /// Says whether there was one to be put.
+    pub(super) fn choose_layer(&mut self) -> Result<bool> {
         if self.config.internal_layer != Some(LayerChoice::Auto) {
-            return Ok(());
+            return Ok(false);
         }
         let n_layer = self.model.config().n_layer;
         if self.config.algo != Algorithm::Bupo || self.config.internal_steps == 0 {
             let layer = self.config.internal_layer(n_layer);
             self.config.internal_layer = Some(LayerChoice::Layer(layer));
-            return Ok(());
+            return Ok(true);
         }
         let samples = self.answers()?;
         let budget = self.config.micro_batch_tokens;
@@ -152,7 +153,7 @@ impl Trainer<'_> {
             sums.tokens(),
             samples.len()
         ));
-        Ok(())
+        Ok(true)
     }
 
     /// What the layers think of the base model's answers to the first training prompts, under the adapter as

@@ -88,10 +88,10 @@ fn write_part(body: &mut String, part: &Part) {
     match part {
         Part::Chart(chart) => {
             let class = if matches!(chart.body, Body::Heat(_)) { "heat" } else { "lines" };
-            let _ = write!(
+            let _ = writeln!(
                 body,
                 "<figure class=\"{class}\"><h3>{}</h3><div class=\"scroll\"><div class=\"chart\" id=\"{id}\"></div></div>\
-                 <figcaption>{}</figcaption><script type=\"application/json\" id=\"{id}-data\">{}</script></figure>\n",
+                 <figcaption>{}</figcaption><script type=\"application/json\" id=\"{id}-data\">{}</script></figure>",
                 escape(&chart.title),
                 escape(&chart.caption),
                 interactive::json(chart),
@@ -116,9 +116,9 @@ fn write_part(body: &mut String, part: &Part) {
         Part::Texts(texts) => {
             *body += "<div class=\"wide\">";
             for (title, text) in texts {
-                let _ = write!(
+                let _ = writeln!(
                     body,
-                    "<details><summary>{}</summary><pre>{}</pre></details>\n",
+                    "<details><summary>{}</summary><pre>{}</pre></details>",
                     escape(title),
                     escape(text)
                 );

@@ -135,7 +135,9 @@ pub fn of_run(folder: &Path) -> Result<Page> {
 
 fn over_steps(steps: &Steps) -> Vec<Part> {
     type Curve = (&'static str, &'static str, usize);
-    let charts: [(&str, &str, &str, &str, bool, &[Curve]); 8] = [
+    // Name, title, unit, caption, whether zero matters, curves.
+    type Row = (&'static str, &'static str, &'static str, &'static str, bool, &'static [Curve]);
+    let charts: [Row; 8] = [
         (
             "reward",
             "Reward",
