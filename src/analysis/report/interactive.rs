@@ -104,6 +104,7 @@ fn lines(plot: &mut Plot, chart: &Chart, series: &[Series], marks: &[Mark], zero
         layout()
             .height(380)
             .hover_mode(HoverMode::XUnified)
+            .hover_distance(-1) // the nearest point, however far
             .margin(Margin::new().left(64).right(16).top(28).bottom(48))
             .legend(Legend::new().orientation(Orientation::Horizontal).y(-0.24))
             .show_legend(series.len() > 1)
