@@ -11,6 +11,7 @@ mod report;
 mod score;
 mod synth;
 mod train;
+mod verify;
 mod watch;
 
 use std::path::PathBuf;
@@ -42,6 +43,7 @@ enum Command {
     Report(report::ReportArgs),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
@@ -84,6 +86,7 @@ pub fn run() -> ExitCode {
         Command::Report(args) => report::run(args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Synth(args) => synth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),

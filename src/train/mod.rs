@@ -30,6 +30,7 @@ mod micro_batch;
 mod objective;
 mod optimizer;
 pub mod plan;
+mod preset;
 mod probe;
 mod record;
 mod replay;
@@ -56,6 +57,7 @@ pub use loss::{
 };
 pub use objective::{Algorithm, Defaults};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use preset::{Applied, Preset};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
 pub use resume::{Change, Effect, Resume};
@@ -201,7 +203,7 @@ impl<'m> Trainer<'m> {
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
-            engine: Engine::new(pool)?,
+            engine: Engine::on(model.device(), pool)?,
             stop: Arc::default(),
             model,
             config,
