@@ -88,7 +88,7 @@ fn check_phase(case: &str, phase: &str) {
     assert!(error < tolerance(case), "{case} {phase} log-probs: {error}");
 
     // The loss as PyTorch has it: token mean over both groups.
-    let config = LossConfig { clip_low: 0.2, clip_high: 0.2, clip_c: 10.0, kl_coef: 0.0 };
+    let config = LossConfig::default();
     let old = common::nested_floats(&reference["old_logprobs"]);
     let mut advantages = Vec::new();
     for row in &rollouts {

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
 mod diff;
 mod entropy;
 mod eval;
@@ -7,6 +8,7 @@ mod export;
 mod generate;
 mod import_peft;
 mod score;
+mod synth;
 mod train;
 mod watch;
 
@@ -38,6 +40,8 @@ enum Command {
     Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Synth(synth::SynthArgs),
+    Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
     Export(Box<export::ExportArgs>),
     ImportPeft(import_peft::ImportPeftArgs),
@@ -77,6 +81,8 @@ pub fn run() -> ExitCode {
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),
         Command::Export(args) => export::run(*args),
         Command::ImportPeft(args) => import_peft::run(args),

@@ -7,7 +7,7 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Algorithm, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO or GRPO.
@@ -103,8 +103,7 @@ fn watched<'m>(
 /// `runs/<model>-<algo>-<seed>`
 fn default_out(model: &Path, config: &TrainConfig) -> PathBuf {
     let model = model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
-    let algo = if config.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
-    PathBuf::from("runs").join(format!("{model}-{algo}-{}", config.seed))
+    PathBuf::from("runs").join(format!("{model}-{}-{}", config.algo.name(), config.seed))
 }
 
 fn describe(summary: &Summary) -> String {

@@ -16,6 +16,7 @@ mod policies;
 mod queue;
 mod rows;
 mod swiglu;
+mod yardstick;
 
 pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
 pub use divergence::{Divergence, divergence};
@@ -27,3 +28,4 @@ pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
 pub use rows::scale_rows;
 pub use swiglu::{swiglu, swiglu_back};
+pub use yardstick::Yardstick;

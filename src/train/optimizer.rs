@@ -4,7 +4,8 @@
 //! `p -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)`.
 //!
 //! Layers above the policy's have no part in a step: their tensors, moments and step counts stay as they
-//! are (PAPER section 2). So `t` counts per layer.
+//! are (PAPER section 2). So `t` counts per layer. The same holds for frozen layers, and layers above a
+//! boundary may learn more slowly (the paper's controls).
 
 use rayon::prelude::*;
 
@@ -26,6 +27,28 @@ pub struct AdamWConfig {
     pub weight_decay: f32,
     /// Gradients are scaled down to this global norm; 0 is off.
     pub clip_norm: f32,
+    /// Layers 1 to this have no part in any step.
+    pub freeze_layers: usize,
+    /// Layers above this one..
+    pub slow_above: usize,
+    /// ..learn with the learning rate times this.
+    pub slow_factor: f32,
+}
+
+impl Default for AdamWConfig {
+    /// PyTorch's, clipped at a norm of 1, all layers alike.
+    fn default() -> AdamWConfig {
+        AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+            freeze_layers: 0,
+            slow_above: usize::MAX,
+            slow_factor: 1.0,
+        }
+    }
 }
 
 /// The optimiser's state: moments in the layout of the adapter's tensors, steps per layer.
@@ -59,22 +82,26 @@ impl AdamW {
         depth: usize,
         learning_rate: f32,
     ) -> Stepped {
+        let layers = self.config.freeze_layers + 1..=depth;
         let active: Vec<usize> =
-            (0..gradients.len()).filter(|&i| lora.tensor_layer(i) <= depth).collect();
+            (0..gradients.len()).filter(|&i| layers.contains(&lora.tensor_layer(i))).collect();
         let gradient_norm = norm(active.iter().map(|&i| gradients.values(i)));
         if !gradient_norm.is_finite() {
             return Stepped { gradient_norm, applied: false };
         }
-        let AdamWConfig { beta1, beta2, eps, weight_decay, clip_norm } = self.config;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, clip_norm, .. } = self.config;
         let clip = if clip_norm > 0.0 && gradient_norm > clip_norm {
             // 1e-6 as PyTorch's clip_grad_norm_ has it
             clip_norm / (gradient_norm + 1e-6)
         } else {
             1.0
         };
-        self.steps[..depth].iter_mut().for_each(|t| *t += 1);
+        layers.for_each(|layer| self.steps[layer - 1] += 1);
         for i in active {
-            let t = self.steps[lora.tensor_layer(i) - 1] as f64;
+            let layer = lora.tensor_layer(i);
+            let slow = layer > self.config.slow_above;
+            let learning_rate = learning_rate * if slow { self.config.slow_factor } else { 1.0 };
+            let t = self.steps[layer - 1] as f64;
             let unbias1 = (1.0 / (1.0 - (beta1 as f64).powf(t))) as f32;
             let unbias2 = (1.0 / (1.0 - (beta2 as f64).powf(t))) as f32;
             let (p, g) = (lora.tensors_mut().values_mut(i), gradients.values(i));
