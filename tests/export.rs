@@ -165,11 +165,11 @@ fn small_changes_outlive_few_bits() {
         ((left / all).sqrt(), report)
     };
     // From a tenth of the golden adapter, far below the grid of Q4_0, to the whole.
-    for factor in [0.1, 0.3, 1.0] {
+    for (factor, most) in [(0.1, 0.9), (0.3, 0.75), (1.0, 1.0)] {
         let (plain, report) = inside(factor, &MergeOptions { plain_rounding: true, ..keep() });
         let (fed_back, _) = inside(factor, &keep());
         println!("{factor}: wrong by {plain} plainly, by {fed_back} with feedback");
-        assert!(fed_back < 0.9 * plain, "{factor}: {plain} {fed_back}");
+        assert!(fed_back < most * plain, "{factor}: {plain} {fed_back}");
         assert_eq!(report.raised_bytes, 0);
     }
     let (raised, report) = inside(0.1, &MergeOptions { keep_delta: Some(0.5), ..keep() });

@@ -30,7 +30,8 @@ fn stock_llama_cpp_gives_the_trainers_logprobs() {
         engine.backward(&golden.model, &lora, &mut gradients, &batch, policy, &cotangents).unwrap();
         let config = AdamWConfig::default();
         let mut optimizer = AdamW::new(&lora, policy.depth(), config).unwrap();
-        assert!(optimizer.step(&mut lora, &gradients, policy.depth(), 1e-2).applied);
+        let step = optimizer.step(engine.executor(), &mut lora, &gradients, policy.depth(), 1e-2);
+        assert!(step.unwrap().applied);
 
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("adapter.gguf");

@@ -10,6 +10,7 @@ mod import_peft;
 mod score;
 mod synth;
 mod train;
+mod verify;
 mod watch;
 
 use std::path::PathBuf;
@@ -40,6 +41,7 @@ enum Command {
     Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
@@ -81,6 +83,7 @@ pub fn run() -> ExitCode {
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Synth(args) => synth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),

@@ -60,8 +60,9 @@ pub struct TrainConfig {
     /// Evaluate every N steps, besides before and after (0 = only then)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub eval_every: u64,
-    /// Parts with weights, as in "boxed + 0.2*format + overlong:256". boxed: the last \boxed{} compared as
-    /// number or text; exact: the whole completion as text; regex:PATTERN; format:boxed, format:think;
+    /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
+    /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
+    /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as text; regex:PATTERN; format:boxed, format:think;
     /// overlong:N: DAPO's penalty over the last N tokens; cmd:PROG: a program, JSON lines in and out
     #[arg(long, default_value = "boxed", value_name = "SPEC", help_heading = "Data and reward")]
     pub reward: String,

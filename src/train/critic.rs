@@ -12,7 +12,7 @@
 use super::state::State;
 use super::update::ResponseGroup;
 use crate::Result;
-use crate::ggml::TensorSet;
+use crate::ggml::{Device, TensorSet};
 use crate::model::Scored;
 
 /// Settings of the head's optimiser.
@@ -55,7 +55,7 @@ impl Critic {
                 continue;
             }
             let shapes = ["w", "m", "v"].map(|name| (name.to_string(), [d + 1, 1, 1, 1]));
-            let tensors = TensorSet::zeros(&shapes)?;
+            let tensors = TensorSet::zeros(Device::Cpu, &shapes)?;
             heads.push(Head { depth, tensors, gradient: vec![0.0; d + 1], steps: 0 });
         }
         Ok(Critic { config, heads })
@@ -69,7 +69,8 @@ impl Critic {
     /// Values at the scored positions of a batch, from its residual after layer `depth` (`[D, tokens]`).
     pub fn values(&mut self, depth: usize, residual: &[f32], scored: &[Scored]) -> Vec<f32> {
         let head = self.head(depth);
-        let (w, b) = head.weights();
+        let weights = head.tensors.values(0);
+        let (w, b) = split(&weights);
         scored.iter().map(|s| value(w, b, &direction(row(residual, w.len(), s)))).collect()
     }
 
@@ -82,7 +83,8 @@ impl Critic {
         targets: &[(f32, f32)],
     ) -> f64 {
         let Head { tensors, gradient, .. } = self.head(depth);
-        let (w, b) = split(tensors.values(0));
+        let weights = tensors.values(0);
+        let (w, b) = split(&weights);
         let mut loss = 0.0;
         for (s, &(weight, target)) in scored.iter().zip(targets) {
             let x = direction(row(residual, w.len(), s));
@@ -128,12 +130,6 @@ impl Critic {
             state.tensors(&format!("critic.{depth}"), tensors);
             state.counter(format!("critic.{depth}.steps"), steps);
         }
-    }
-}
-
-impl Head {
-    fn weights(&self) -> (&[f32], f32) {
-        split(self.tensors.values(0))
     }
 }
 

@@ -29,6 +29,7 @@ mod micro_batch;
 mod objective;
 mod optimizer;
 pub mod plan;
+mod preset;
 mod probe;
 mod record;
 mod replay;
@@ -54,6 +55,7 @@ pub use loss::{
 };
 pub use objective::{Algorithm, Defaults};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use preset::{Applied, Preset};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
 pub use resume::{Change, Effect, Resume};
@@ -189,7 +191,7 @@ impl<'m> Trainer<'m> {
         Ok(Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
-            engine: Engine::new(pool)?,
+            engine: Engine::on(model.device(), pool)?,
             stop: Arc::default(),
             model,
             config,

@@ -132,7 +132,7 @@ impl Learner<'_> {
             let values = match &mut self.critic {
                 Some(critic) => {
                     let residual = self.engine.residual(depth, micro.batch.len());
-                    critic.values(depth, residual, &micro.batch.scored)
+                    critic.values(depth, &residual, &micro.batch.scored)
                 }
                 None => Vec::new(),
             };
@@ -237,7 +237,7 @@ impl Learner<'_> {
                 let depth = config.policy.depth();
                 let residual = self.engine.residual(depth, micro.batch.len());
                 tally.value_loss +=
-                    critic.accumulate(depth, residual, &micro.batch.scored, &targets);
+                    critic.accumulate(depth, &residual, &micro.batch.scored, &targets);
             }
             tally.tokens += scores.logprobs.len();
             tally.entropy += scores.entropies.iter().map(|&h| h as f64).sum::<f64>();
@@ -266,7 +266,9 @@ impl Learner<'_> {
         let loss = self.accumulate(groups, config, tally)?;
         let depth = config.policy.depth();
         let applied = loss.is_finite() && {
-            let stepped = self.optimizer.step(self.lora, self.gradients, depth, learning_rate);
+            let executor = self.engine.executor();
+            let stepped =
+                self.optimizer.step(executor, self.lora, self.gradients, depth, learning_rate)?;
             if stepped.applied {
                 tally.gradient_norm += stepped.gradient_norm as f64;
             }
