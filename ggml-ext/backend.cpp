@@ -90,9 +90,18 @@ std::string describe(const ggml_tensor * node) {
     return text;
 }
 
-// ggml's own node, but with a kernel of ours in place of ggml-cuda's.
+// Nodes of ours, and ggml's own that need, or are better off with, code of ours.
 bool takes(const ggml_tensor * node) {
-    return node->op == GGML_OP_CUSTOM || node->op == GGML_OP_GET_ROWS_BACK;
+    return node->op == GGML_OP_CUSTOM || node->op == GGML_OP_GET_ROWS_BACK ||
+           (node->op == GGML_OP_GET_ROWS && Device::far(node->src[0]));
+}
+
+void run(Device & device, ggml_tensor * node) {
+    switch (node->op) {
+        case GGML_OP_GET_ROWS:      return run_far_rows(device, node);
+        case GGML_OP_GET_ROWS_BACK: return run_rows_back(device, node);
+        default:                    return run_custom(device, node);
+    }
 }
 
 ggml_status compute_inner(ggml_backend_t inner, ggml_cgraph * graph, int first, int last) {
@@ -112,6 +121,15 @@ ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     for (int i = 0; i < graph->n_nodes; ++i) {
         ggml_tensor * node = graph->nodes[i];
         if (!takes(node)) {
+#ifndef BUPO_EMULATE
+            for (int s = 0; s < GGML_MAX_SRC && node->src[s]; ++s) {
+                if (Device::far(node->src[s])) {
+                    // The rope factors of a model with --gpu-layers, say.
+                    fail(BUPO_ERR_ARGUMENT, describe(node) + ": a source lies in host memory; leave --gpu-layers out");
+                    return GGML_STATUS_FAILED;
+                }
+            }
+#endif
             continue;
         }
         if (const ggml_status status = compute_inner(context.inner.get(), graph, first, i); status != GGML_STATUS_SUCCESS) {
@@ -120,11 +138,7 @@ ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         first = i + 1;
         const bupo_status status = guarded([&] {
             const Device::Scope scope(context.device);
-            if (node->op == GGML_OP_CUSTOM) {
-                run_custom(context.device, node);
-            } else {
-                run_rows_back(context.device, node);
-            }
+            run(context.device, node);
             return BUPO_OK;
         });
         if (status != BUPO_OK) {

@@ -89,6 +89,21 @@ void Device::copy(void * to, const void * from, size_t bytes) {
     check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "cudaMemcpyAsync");
 }
 
+bool Device::far(const ggml_tensor * tensor) {
+    return tensor->buffer && ggml_backend_buffer_is_host(tensor->buffer);
+}
+
+void Device::download(void * to, const void * from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync to the host");
+    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+}
+
+void Device::upload(void * to, const void * from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync to the device");
+    // `from` may be changed from now on.
+    check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+}
+
 // alpha and beta of a product whose factors were scaled.
 static __global__ void scalars(float alpha, float beta, const float * shrink_a, const float * shrink_b, float * out) {
     if (threadIdx.x == 0) {
@@ -129,7 +144,7 @@ void Device::multiply(const Product & p, const Factor & a, const Factor & b, flo
 const void * Device::rows(const ggml_tensor * matrix, int64_t first, int64_t n, Kind kind) {
     const void * from  = static_cast<const char *>(matrix->data) + first * (int64_t) matrix->nb[1];
     const size_t bytes = (size_t) n * matrix->nb[1];
-    if (matrix->buffer && ggml_backend_buffer_is_host(matrix->buffer)) {
+    if (far(matrix)) {
         // A layer that stays in host memory (--gpu-layers): its blocks come over the bus for each use.
         void * staged = scratch(bytes);
         check_cuda(cudaMemcpyAsync(staged, from, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync of weights");

@@ -32,6 +32,19 @@ void Device::copy(void * to, const void * from, size_t bytes) {
     std::memmove(to, from, bytes);
 }
 
+// Quantised tables take the way that on a GPU those in host memory take, so that it is tested.
+bool Device::far(const ggml_tensor * tensor) {
+    return ggml_is_quantized(tensor->type);
+}
+
+void Device::download(void * to, const void * from, size_t bytes) {
+    std::memcpy(to, from, bytes);
+}
+
+void Device::upload(void * to, const void * from, size_t bytes) {
+    std::memcpy(to, from, bytes);
+}
+
 // Matrix `batch` of a factor as `lines` runs of k values, along the other extent: k contiguous.
 static std::vector<float> packed(const Factor & f, int64_t batch, int64_t lines, int64_t k, bool k_is_contiguous) {
     std::vector<float> out((size_t) (lines * k));

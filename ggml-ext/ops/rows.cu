@@ -2,6 +2,10 @@
 
 #include "device.h"
 
+#include <cstring>
+#include <string>
+#include <vector>
+
 namespace bupo::BUPO_DEVICE {
 
 static __global__ void scale_rows(int n, const float * x, const float * factors, float * y) {
@@ -32,6 +36,30 @@ static __global__ void rows_back(int n, int n_ids, const float * d, const int * 
             }
         }
     }
+}
+
+void run_far_rows(Device & device, ggml_tensor * dst) {
+    const ggml_tensor *  table = dst->src[0];
+    const size_t         width = (size_t) table->ne[0];
+    std::vector<int32_t> ids((size_t) dst->src[1]->ne[0]);
+    std::vector<float>   rows(ids.size() * width);
+    const auto           convert = ggml_get_type_traits(table->type)->to_float;
+    if (table->type != GGML_TYPE_F32 && !convert) {
+        throw Failure(std::string("no converter for ") + ggml_type_name(table->type));
+    }
+    device.download(ids.data(), dst->src[1]->data, ids.size() * sizeof(int32_t));
+    for (size_t i = 0; i < ids.size(); ++i) {
+        if (ids[i] < 0 || ids[i] >= table->ne[1]) {
+            throw Failure("row " + std::to_string(ids[i]) + " of a table of " + std::to_string(table->ne[1]));
+        }
+        const char * row = static_cast<const char *>(table->data) + (size_t) ids[i] * table->nb[1];
+        if (convert) {
+            convert(row, &rows[i * width], (int64_t) width);
+        } else {
+            std::memcpy(&rows[i * width], row, width * sizeof(float));
+        }
+    }
+    device.upload(dst->data, rows.data(), rows.size() * sizeof(float));
 }
 
 void run_scale_rows(Device & device, ggml_tensor * dst) {

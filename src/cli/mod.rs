@@ -21,7 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::model::{Lora, Model};
+use crate::ggml::DeviceChoice;
+use crate::model::{Lora, Model, Placement};
 use crate::{Error, Result};
 
 /// Look inside quantised GGUF models and train LoRA adapters on them with Bottom-up Policy
@@ -58,6 +59,27 @@ struct ModelArgs {
     /// GGUF file, or `demo`
     #[arg(value_name = "MODEL")]
     model: PathBuf,
+}
+
+/// Where to compute.
+#[derive(Args, Clone, Debug)]
+struct DeviceArgs {
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
+    #[arg(long, value_name = "N")]
+    gpu_layers: Option<usize>,
+    /// On a GPU: multiply in F32 instead of F16
+    #[arg(long)]
+    precise: bool,
+}
+
+impl DeviceArgs {
+    fn open(&self, model: &ModelArgs) -> Result<Model> {
+        let device = self.device.resolve(self.precise)?;
+        Model::open_on(&model.model, Placement { device, gpu_layers: self.gpu_layers })
+    }
 }
 
 impl ModelArgs {

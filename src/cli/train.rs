@@ -70,13 +70,13 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         let mut resume = Resume::open(folder)?;
         let settings = args.config.given(given)?;
         resume.change(args.model.clone(), &settings, args.allow_change)?;
-        let model = Model::open(&resume.config().model)?;
+        let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
         let mut trainer = resume.trainer(&model)?;
         return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
     }
     args.config.check()?;
     let path = args.model.as_deref().expect("clap wants it where there is no --resume");
-    let model = Model::open(path)?;
+    let model = Model::open_on(path, args.config.placement()?)?;
     if let Some(preset) = args.preset {
         let applied = preset.apply(model.config(), &args.config.given(given)?)?;
         applied.notes.iter().for_each(|note| eprintln!("preset: {note}"));

@@ -166,6 +166,13 @@ impl Executor {
                 "lower --micro-batch-tokens",
             ));
         }
+        if self.device == Device::Cpu
+            && let Some(far) = graph.sources().find(|source| !source.is_host())
+        {
+            // The CPU's kernels would read the GPU's addresses.
+            let reason = format!("{far:?} lies on a GPU");
+            return Err(Error::engine("computing on the CPU", reason, "use --device cpu"));
+        }
         for (tensor, input) in inputs {
             match input {
                 Input::F32(values) => tensor.write_f32(values),
@@ -261,6 +268,18 @@ impl<'g> Graph<'g> {
         assert_eq!(node.len(), target.len(), "store {node:?} into {target:?}");
         let copy = self.arena.copy(node, target);
         self.add(copy);
+    }
+
+    /// What its nodes read.
+    fn sources(&self) -> impl Iterator<Item = Tensor<'g>> {
+        (0..self.n_nodes()).flat_map(|i| {
+            // SAFETY: a node of a valid graph; sources that are not null are valid headers for 'g.
+            unsafe {
+                let node = sys::ggml_graph_node(self.raw, i as i32);
+                let sources = (*node).src.into_iter().filter(|source| !source.is_null());
+                sources.map(|source| Tensor::from_raw(source))
+            }
+        })
     }
 
     /// Number of nodes.

@@ -14,7 +14,8 @@ use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
-use crate::model::Targets;
+use crate::ggml::DeviceChoice;
+use crate::model::{Placement, Targets};
 use crate::reward::JudgeOptions;
 use crate::rollout::Sampling;
 use crate::{Error, Result};
@@ -254,9 +255,15 @@ pub struct TrainConfig {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub threads: Option<usize>,
-    /// Where to compute; this build knows cpu
-    #[arg(long, default_value = "cpu", value_name = "cpu", help_heading = "Run")]
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     pub device: String,
+    /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub gpu_layers: Option<usize>,
+    /// On a GPU: multiply in F32 instead of F16
+    #[arg(long, help_heading = "Run")]
+    pub precise: bool,
 }
 
 impl Default for TrainConfig {
@@ -432,6 +439,15 @@ impl TrainConfig {
         self
     }
 
+    /// Where the model is to be opened.
+    ///
+    /// # Errors
+    /// The device is not there (see [`DeviceChoice::resolve`]).
+    pub fn placement(&self) -> Result<Placement> {
+        let choice: DeviceChoice = self.device.parse()?;
+        Ok(Placement { device: choice.resolve(self.precise)?, gpu_layers: self.gpu_layers })
+    }
+
     /// Refuses settings that cannot work, before anything is loaded or written.
     ///
     /// # Errors
@@ -440,10 +456,7 @@ impl TrainConfig {
         let refuse = |option: &str, expected: &str, got: String, advice: &str| {
             Err(Error::invalid(option, expected, got, advice))
         };
-        if self.device != "cpu" {
-            let advice = "this build computes on the CPU; leave --device out";
-            return refuse("--device", "cpu", self.device.clone(), advice);
-        }
+        self.placement()?;
         let alone = matches!(self.baseline(), Baseline::Batch | Baseline::Value);
         if self.group < 2 && !(alone && self.group == 1) {
             let advice = "advantages compare completions of one prompt; try 8";
