@@ -282,3 +282,43 @@ fn hostile_answers_are_bounded_and_named() {
         }
     }
 }
+
+/// Runs `bupo-gguf verify` on these rows: (stdout, stderr, success).
+fn verify(arguments: &[&str], rows: &str) -> (String, String, bool) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rows.jsonl");
+    fs::write(&file, rows).unwrap();
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_bupo-gguf"));
+    let out = command.arg("verify").args(arguments).arg(&file).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (text(out.stdout), text(out.stderr), out.status.success())
+}
+
+#[test]
+fn the_command_judges_line_by_line_and_names_a_bad_one() {
+    let rows = r#"{"gold": "1/2", "answer": "0.5"}
+{"gold": "3", "completion": "so \\boxed{4}"}
+"#;
+    let (stdout, _, success) = verify(&[], rows);
+    assert!(success);
+    let lines: Vec<serde_json::Value> =
+        stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines[0], serde_json::json!({"equal": true, "reason": "the same number"}));
+    assert_eq!(lines[1]["equal"], false);
+    let (stdout, ..) = verify(&["--json", "--mode", "hendrycks"], rows);
+    let summary: serde_json::Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(summary, serde_json::json!({"rows": 2, "equal": 1, "mode": "hendrycks"}));
+    for (row, words) in [
+        (r#"{"answer": "1"}"#, "`gold`"),
+        (r#"{"gold": "1"}"#, "`answer`"),
+        (r#"{"gold": 1, "answer": "1"}"#, "quote it"),
+        (r#"{"gold": "1", "answer": "1", "completion": "1"}"#, "both"),
+        ("[1]", "a JSON object"),
+    ] {
+        let (stdout, stderr, success) = verify(&[], &format!("{rows}{row}\n"));
+        assert!(!success, "{row}");
+        assert_eq!(stdout.lines().count(), 2, "{row}: what was judged before is kept");
+        assert!(stderr.contains("rows.jsonl:3") && stderr.contains(words), "{row}: {stderr}");
+    }
+    assert!(verify(&["--extract", "last"], rows).1.contains("boxed, fbox"));
+}
