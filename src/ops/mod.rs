@@ -18,7 +18,7 @@ mod swiglu;
 pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
 pub(crate) use exp::exp as exp_fast;
 pub use linear::{LowRank, linear, linear_back, outer};
-pub use logprob::{Logprob, linear_logprob};
+pub use logprob::{Logprob, linear_logprob, logprob_tiles_bytes};
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
 pub use rows::scale_rows;

@@ -180,6 +180,9 @@ pub struct TrainConfig {
     /// Checkpoints to keep, the newest ones (0 = all)
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: usize,
+    /// Memory that the run may take; a plan beyond it is refused [default: what is available]
+    #[arg(long, value_name = "MIB", help_heading = "Run")]
+    pub memory_mib: Option<u64>,
     /// Same seed, same run
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,

@@ -40,8 +40,15 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 6] =
-    ["eval-data", "eval-problems", "eval-every", "checkpoint-every", "keep-checkpoints", "out"];
+const HARMLESS: [&str; 7] = [
+    "eval-data",
+    "eval-problems",
+    "eval-every",
+    "checkpoint-every",
+    "keep-checkpoints",
+    "memory-mib",
+    "out",
+];
 /// Settings that the adapter of a checkpoint has already.
 const SETTLED: [&str; 4] = ["adapter", "rank", "alpha", "targets"];
 
@@ -245,7 +252,8 @@ mod tests {
     #[test]
     fn every_setting_counts_as_inexact_unless_it_is_known_to_be_harmless() {
         let table = toml::Table::try_from(TrainConfig::default().resolved(8)).unwrap();
-        for name in HARMLESS.into_iter().filter(|n| !["eval-data", "out"].contains(n)) {
+        for name in HARMLESS.into_iter().filter(|n| !["eval-data", "memory-mib", "out"].contains(n))
+        {
             assert!(table.contains_key(name), "{name} is no setting");
         }
         let old = TrainConfig::default();

@@ -86,7 +86,7 @@ impl Trainer<'_> {
             accuracy_after,
             steps: self.steps_done,
             seconds: self.seconds,
-            peak_bytes: super::plan::peak_bytes(),
+            peak_bytes: super::memory::peak_bytes(),
             interrupted,
             adapter: keeper.dir.adapter(),
         })
