@@ -3,9 +3,11 @@
 #include "ggml-ext.h"
 
 #include "llama-adapter.h"
+#include "llama-ext.h"
 #include "llama-hparams.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -170,6 +172,32 @@ bupo_status bupo_chat_apply_template(const char * template_text, const llama_cha
             return fail(BUPO_ERR_ARGUMENT, "llama.cpp does not know this template");
         }
         *n_written = (size_t) n;
+        return BUPO_OK;
+    });
+}
+
+bupo_status bupo_quantize_types(const llama_model * model, int32_t ftype, const bupo_tensor_entry * tensors, size_t n_tensors,
+                                uint32_t * types) {
+    if (!model || !tensors || !types || llama_ftype_get_default_type((llama_ftype) ftype) == GGML_TYPE_COUNT) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument, or a file type that llama.cpp does not write");
+    }
+    return guarded([&] {
+        const ggml_init_params init = { (n_tensors + 1) * ggml_tensor_overhead(), nullptr, /* no_alloc */ true };
+        const std::unique_ptr<ggml_context, decltype(&ggml_free)> context(ggml_init(init), ggml_free);
+        if (!context) {
+            return fail(BUPO_ERR_ARGUMENT, "no memory for tensor headers");
+        }
+        std::vector<ggml_tensor *> headers;
+        for (size_t i = 0; i < n_tensors; ++i) {
+            headers.push_back(ggml_new_tensor(context.get(), (ggml_type) tensors[i].type, 4, tensors[i].ne));
+            ggml_set_name(headers.back(), tensors[i].name);
+        }
+        const llama_model_quantize_params params = llama_model_quantize_default_params();
+        const std::unique_ptr<quantize_state_impl, decltype(&llama_quant_free)> state(llama_quant_init(model, &params),
+                                                                                      llama_quant_free);
+        std::vector<ggml_type> chosen(n_tensors);
+        llama_quant_compute_types(state.get(), (llama_ftype) ftype, headers.data(), chosen.data(), n_tensors);
+        std::copy(chosen.begin(), chosen.end(), types);
         return BUPO_OK;
     });
 }

@@ -42,6 +42,7 @@ enum bupo_op {
     BUPO_OP_SCALE_ROWS     = 11,
     BUPO_OP_POLICIES       = 12, // entropy, KL, rank and top tokens of many policies in one pass
     BUPO_OP_TAKEN_LOGITS   = 13, // one logit per hidden state
+    BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
 };
 
 struct bupo_linear_params {
@@ -142,6 +143,18 @@ enum bupo_status bupo_token_to_piece(const struct llama_vocab * vocab, llama_tok
                                      size_t * n_written);
 enum bupo_status bupo_chat_apply_template(const char * template_text, const struct llama_chat_message * messages, size_t n_messages,
                                           bool add_assistant, char * buffer, size_t capacity, size_t * n_written);
+
+// A tensor as a file's table has it.
+struct bupo_tensor_entry {
+    const char * name;
+    uint32_t     type;  // enum ggml_type
+    int64_t      ne[4];
+};
+
+// The type of each tensor in a file of type `ftype` (enum llama_ftype), by the rules of llama.cpp's own
+// quantiser for this model, in the order that the quantiser takes them. Without an importance matrix.
+enum bupo_status bupo_quantize_types(const struct llama_model * model, int32_t ftype, const struct bupo_tensor_entry * tensors,
+                                     size_t n_tensors, uint32_t * types);
 
 // llama_decode with exceptions stopped at the header. *result: its return value.
 enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, int32_t * result);

@@ -18,6 +18,7 @@ pub mod ops;
 #[allow(unsafe_code)]
 pub mod llama;
 pub mod gguf;
+pub mod synth;
 pub mod model;
 pub mod data;
 pub mod rollout;
@@ -25,6 +26,8 @@ pub mod reward;
 pub mod eval;
 pub mod analysis;
 pub mod train;
+pub mod export;
+pub mod bench;
 pub mod cli;
 
 pub use error::{Error, Result};

@@ -1,9 +1,15 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
+mod diff;
 mod entropy;
 mod eval;
+mod export;
 mod generate;
+mod import_peft;
+mod inspect;
 mod score;
+mod synth;
 mod train;
 mod watch;
 
@@ -35,7 +41,13 @@ enum Command {
     Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Synth(synth::SynthArgs),
+    Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
+    Export(Box<export::ExportArgs>),
+    ImportPeft(import_peft::ImportPeftArgs),
+    Diff(Box<diff::DiffArgs>),
+    Inspect(inspect::InspectArgs),
 }
 
 /// What every subcommand takes.
@@ -71,7 +83,13 @@ pub fn run() -> ExitCode {
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),
+        Command::Export(args) => export::run(*args),
+        Command::ImportPeft(args) => import_peft::run(args),
+        Command::Diff(args) => diff::run(*args),
+        Command::Inspect(args) => inspect::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,6 +120,14 @@ fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
         eprintln!("\nstopping before the next step (once more to stop at once)");
     })
     .map_err(|e| Error::engine("catching Ctrl-C", e.to_string(), "report it"))
+}
+
+/// Runs `work` with that many threads of its own, or one per core.
+fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    let pool =
+        pool.map_err(|e| Error::engine("starting threads", e.to_string(), "try --threads 1"))?;
+    Ok(pool.install(work))
 }
 
 /// Writes a line of JSON to stdout.

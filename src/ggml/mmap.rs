@@ -17,6 +17,25 @@ impl MappedFile {
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("map", path))?;
         Ok(MappedFile(map))
     }
+
+    /// Gives back the memory that holds `part`, a slice of this file; reading it again takes it from the
+    /// disk again. A hint: nothing is promised.
+    pub fn release(&self, part: &[u8]) {
+        let all = self.0.as_ptr_range();
+        let inside = part.as_ptr_range();
+        if part.is_empty() || inside.start < all.start || inside.end > all.end {
+            return;
+        }
+        #[cfg(unix)]
+        {
+            let start = inside.start as usize - all.start as usize;
+            // SAFETY: a range within the map, which is shared and read-only: dropped pages come back with
+            // the file's bytes, so that no reference into the map sees a change.
+            let _ = unsafe {
+                self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len())
+            };
+        }
+    }
 }
 
 impl std::ops::Deref for MappedFile {

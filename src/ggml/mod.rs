@@ -3,6 +3,7 @@
 mod backend;
 mod mmap;
 mod nodes;
+mod quantize;
 mod tensor;
 mod types;
 

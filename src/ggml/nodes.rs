@@ -141,6 +141,29 @@ impl Arena {
         })
     }
 
+    /// ggml's own product `y: [N, T]` of `w: [K, N]` and `x: [K, T]`. With a quantised `w` the CPU rounds
+    /// the columns of `x` to 8 bits.
+    pub fn mul_mat<'a>(&'a self, w: Tensor<'a>, x: Tensor<'a>) -> Tensor<'a> {
+        f32_contiguous("mul_mat", &[x]);
+        let ([k, _, a, b], [kx, _, c, d]) = (w.shape(), x.shape());
+        assert!(k == kx && [a, b, c, d] == [1; 4], "mul_mat: {w:?} by {x:?}");
+        self.reserve(1);
+        // SAFETY: matrices with equal rows; room in the context.
+        self.wrap(unsafe { sys::ggml_mul_mat(self.context(), w.raw(), x.raw()) })
+    }
+
+    /// ggml's own `W^T dy: [K, T]` of `w: [K, N]` and `dy: [N, T]`.
+    pub fn out_prod<'a>(&'a self, w: Tensor<'a>, dy: Tensor<'a>) -> Tensor<'a> {
+        f32_contiguous("out_prod", &[dy]);
+        assert!(w.shape()[1] == dy.shape()[0] && w.shape()[2] == 1, "out_prod: {w:?} by {dy:?}");
+        self.reserve(2);
+        // SAFETY: as many rows of `w` as `dy`'s have elements; room in the context.
+        self.wrap(unsafe {
+            let turned = sys::ggml_transpose(self.context(), dy.raw());
+            sys::ggml_out_prod(self.context(), w.raw(), turned)
+        })
+    }
+
     /// Rows `ids: [n]` I32 of `table: [D, rows]` of any type, as F32 `[D, n]`. Ids must be in range:
     /// ggml aborts on others, so whoever makes a batch checks them.
     pub fn rows<'a>(&'a self, table: Tensor<'a>, ids: Tensor<'a>) -> Tensor<'a> {

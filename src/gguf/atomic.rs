@@ -3,8 +3,10 @@
 use std::{
     fs::{self, File},
     io::{BufWriter, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
+
+use tempfile::TempPath;
 
 use crate::{Error, Result};
 
@@ -19,27 +21,55 @@ pub fn write_atomically(
     path: &Path,
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
 ) -> Result<()> {
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-    if target.exists() && !target.is_file() || target.file_name().is_none() {
-        return Err(Error::invalid(
-            path.display().to_string(),
-            "the name of an ordinary file",
-            "a folder or a device",
-            "give a file name",
-        ));
+    Finished::write(path, fill)?.commit()
+}
+
+/// A complete file, synced to disk, that has not got its name yet; dropped without it, it is gone.
+pub(super) struct Finished {
+    temporary: TempPath,
+    target: PathBuf,
+    path: PathBuf,
+}
+
+impl Finished {
+    /// Writes a temporary file beside `path`.
+    pub(super) fn write(
+        path: &Path,
+        fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
+    ) -> Result<Finished> {
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        if target.exists() && !target.is_file() || target.file_name().is_none() {
+            return Err(Error::invalid(
+                path.display().to_string(),
+                "the name of an ordinary file",
+                "a folder or a device",
+                "give a file name",
+            ));
+        }
+        let folder = folder_of(&target);
+        let (file, temporary) =
+            new_file(folder).map_err(Error::io("create a temporary file in", folder))?.into_parts();
+        let mut out = BufWriter::with_capacity(1 << 18, file);
+        fill(&mut out)?;
+        out.flush().map_err(Error::io("write", path))?;
+        out.get_ref().sync_all().map_err(Error::io("sync", path))?;
+        Ok(Finished { temporary, target, path: path.to_path_buf() })
     }
-    let folder = match target.parent() {
+
+    /// Gives it its name.
+    pub(super) fn commit(self) -> Result<()> {
+        let renamed = self.temporary.persist(&self.target);
+        renamed.map_err(|e| Error::io("rename to", &self.path)(e.error))?;
+        sync_folder(folder_of(&self.target))
+    }
+}
+
+/// The folder that a file stands in.
+pub(super) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    let (file, temporary) =
-        new_file(folder).map_err(Error::io("create a temporary file in", folder))?.into_parts();
-    let mut out = BufWriter::with_capacity(1 << 18, file);
-    fill(&mut out)?;
-    out.flush().map_err(Error::io("write", path))?;
-    out.get_ref().sync_all().map_err(Error::io("sync", path))?;
-    temporary.persist(&target).map_err(|e| Error::io("rename to", path)(e.error))?;
-    sync_folder(folder)
+    }
 }
 
 fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {

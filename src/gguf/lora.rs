@@ -9,7 +9,7 @@
 use std::{collections::HashSet, path::Path};
 
 use super::{GgufFile, GgufWriter, TensorInfo, Value, shown};
-use crate::{Error, Result};
+use crate::{Error, Result, ggml::Type};
 
 const ARCHITECTURE: &str = "general.architecture";
 const TYPE: &str = "general.type";
@@ -105,12 +105,39 @@ impl AdapterFile {
         Ok(adapter)
     }
 
+    /// The same adapter with one rank for all pairs, the largest: the others are filled up with zeros, and
+    /// their B scaled so that `alpha / rank` stays true.
+    pub fn with_equal_ranks(mut self) -> AdapterFile {
+        let rank = self.pairs.iter().map(|pair| pair.rank).max().unwrap_or(0);
+        for pair in self.pairs.iter_mut().filter(|pair| pair.rank < rank) {
+            let factor = if self.alpha == 0.0 { 1.0 } else { rank as f32 / pair.rank as f32 };
+            pair.a.resize(pair.n_in * rank, 0.0);
+            let mut b = vec![0.0; rank * pair.n_out];
+            for (wide, narrow) in b.chunks_mut(rank).zip(pair.b.chunks(pair.rank)) {
+                for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                    *wide = factor * narrow;
+                }
+            }
+            (pair.rank, pair.b) = (rank, b);
+        }
+        self
+    }
+
     /// Writes the adapter in F32, whole or not at all: see [`super::write_atomically`].
     ///
     /// # Errors
     /// When shapes and data disagree, a number is not finite, a name is not one that ggml takes, or the
     /// system refuses.
     pub fn write(&self, path: &Path) -> Result<()> {
+        self.write_as(path, Type::F32).map(drop)
+    }
+
+    /// [`AdapterFile::write`] in another type. A tensor whose rows are no whole blocks of it becomes F16;
+    /// gives the names of those.
+    ///
+    /// # Errors
+    /// Also when a number is beyond the range of the type.
+    pub fn write_as(&self, path: &Path, ty: Type) -> Result<Vec<String>> {
         self.check(&path.display().to_string())?;
         let mut out = GgufWriter::new();
         out.metadata(ARCHITECTURE, self.arch.as_str())?;
@@ -123,12 +150,30 @@ impl AdapterFile {
         for (key, value) in &self.extra {
             out.metadata(key, value.clone())?;
         }
+        let mut in_f16 = Vec::new();
         for pair in &self.pairs {
-            let (n_in, rank, n_out) = (pair.n_in as u64, pair.rank as u64, pair.n_out as u64);
-            out.tensor_f32(&format!("{}.lora_a", pair.weight), &[n_in, rank], &pair.a)?;
-            out.tensor_f32(&format!("{}.lora_b", pair.weight), &[rank, n_out], &pair.b)?;
+            for (half, shape, data) in [
+                ("lora_a", [pair.n_in, pair.rank], &pair.a),
+                ("lora_b", [pair.rank, pair.n_out], &pair.b),
+            ] {
+                let name = format!("{}.{half}", pair.weight);
+                let fits = shape[0].is_multiple_of(ty.block_size());
+                let own = if fits { ty } else { Type::F16 };
+                if !fits {
+                    in_f16.push(name.clone());
+                }
+                let place = format!("tensor '{}' in {own}", shown(&name));
+                out.tensor(&name, own, &shape.map(|n| n as u64), move |sink| {
+                    let mut bytes = vec![0; own.row_bytes(data.len()).unwrap_or(0)];
+                    own.quantize(data, shape[0], None, &mut bytes).map_err(|got| {
+                        Error::invalid(place, "numbers that it can hold", got, "use f32 or bf16")
+                    })?;
+                    sink.write(&bytes)
+                })?;
+            }
         }
-        out.write(path)
+        out.write(path)?;
+        Ok(in_f16)
     }
 
     /// What holds for every adapter, read or to be written.

@@ -150,6 +150,19 @@ impl GgufFile {
         start..start + tensor.n_bytes() as usize
     }
 
+    /// The whole file.
+    pub fn raw(&self) -> &[u8] {
+        self.source.bytes()
+    }
+
+    /// Says that `part`, a slice of this file, will not be read again soon: a mapped file gives back the
+    /// memory. Whoever reads it again gets the same bytes, from the disk.
+    pub fn release(&self, part: &[u8]) {
+        if let Source::Mapped(map) = &self.source {
+            map.release(part);
+        }
+    }
+
     /// Bytes of the whole file.
     pub fn n_bytes(&self) -> u64 {
         self.source.bytes().len() as u64

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, MAX_KEY_BYTES, TensorInfo, VERSION, Value, alignment,
-    shown, value::encode_str, write_atomically,
+    atomic::Finished, holes::Holes, shown, space::check_space, value::encode_str,
 };
 use crate::{Error, Result, ggml::Type};
 
@@ -17,16 +17,16 @@ use crate::{Error, Result, ggml::Type};
 const F32_CHUNK: usize = 16 * 1024;
 
 /// Gives a tensor's data when it is due.
-type Data<'a> = Box<dyn FnOnce(&mut TensorSink) -> Result<()> + 'a>;
+pub(super) type Data<'a> = Box<dyn FnOnce(&mut TensorSink) -> Result<()> + 'a>;
 
 /// A GGUF file in the making: metadata and tensors are written in the order they were added, the same input
 /// gives the same bytes, version 3.
 pub struct GgufWriter<'a> {
-    metadata: Vec<(String, Value)>,
+    pub(super) metadata: Vec<(String, Value)>,
     keys: HashSet<String>,
-    tensors: Vec<(TensorInfo, Data<'a>)>,
+    pub(super) tensors: Vec<(TensorInfo, Data<'a>)>,
     names: HashSet<String>,
-    alignment: u64,
+    pub(super) alignment: u64,
 }
 
 impl Default for GgufWriter<'_> {
@@ -115,12 +115,29 @@ impl<'a> GgufWriter<'a> {
         self.tensor(name, Type::F32, shape, move |sink| sink.write_f32(data))
     }
 
-    /// Writes the file, whole or not at all: see [`write_atomically`].
+    /// Writes the file, whole or not at all: see [`super::write_atomically`]. Long runs of zeros become holes.
     ///
     /// # Errors
-    /// Those of the data providers and of the system, and when a provider gave too many or too few bytes.
-    pub fn write(self, path: &Path) -> Result<()> {
-        write_atomically(path, |out: &mut BufWriter<File>| self.write_to(out, path))
+    /// Those of the data providers and of the system, and when a provider gave too many or too few bytes,
+    /// or the disk has no room for the file.
+    pub fn write(mut self, path: &Path) -> Result<()> {
+        check_space(path, self.n_bytes(path)?)?;
+        self.write_unnamed(path)?.commit()
+    }
+
+    /// Writes the file under a temporary name.
+    pub(super) fn write_unnamed(self, path: &Path) -> Result<Finished> {
+        Finished::write(path, |file: &mut BufWriter<File>| {
+            let mut out = Holes::new(file);
+            self.write_to(&mut out, path)?;
+            out.finish().map_err(Error::io("write", path))
+        })
+    }
+
+    /// Bytes of the file as it stands.
+    pub(super) fn n_bytes(&mut self, path: &Path) -> Result<u64> {
+        let data = self.place_tensors(path)?;
+        Ok((self.head().len() as u64).next_multiple_of(self.alignment).saturating_add(data))
     }
 
     /// The file's bytes.
@@ -149,8 +166,8 @@ impl<'a> GgufWriter<'a> {
         Ok(())
     }
 
-    /// Gives each tensor its offset, one after another.
-    fn place_tensors(&mut self, path: &Path) -> Result<()> {
+    /// Gives each tensor its offset, one after another; gives the bytes of all.
+    fn place_tensors(&mut self, path: &Path) -> Result<u64> {
         let mut end = 0u64;
         for (info, _) in &mut self.tensors {
             info.offset = end;
@@ -163,7 +180,7 @@ impl<'a> GgufWriter<'a> {
                     Error::invalid(place, "fewer than 2^64 bytes", "more", "write fewer tensors")
                 })?;
         }
-        Ok(())
+        Ok(end)
     }
 
     /// Header, metadata and tensor table.

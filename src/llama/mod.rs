@@ -6,6 +6,7 @@ mod adapter;
 mod context;
 mod log;
 mod model;
+mod quantize;
 mod vocab;
 
 use std::ffi::CStr;
@@ -15,6 +16,7 @@ use ggml_sys as sys;
 pub use adapter::LiveAdapter;
 pub use context::{Context, ContextOptions, Token, TokenBatch, max_sequences};
 pub use model::{Hparams, Model};
+pub use quantize::{FileType, TensorEntry};
 pub use vocab::{Vocab, chat_apply_template};
 
 use crate::{Error, Result};

@@ -32,6 +32,19 @@ impl Model {
     /// # Errors
     /// [`Error::Engine`] with llama.cpp's own words.
     pub fn load(path: &Path) -> Result<Model> {
+        Model::load_with(path, true)
+    }
+
+    /// Reads everything but the weights, for which no memory is taken: such a model can be asked for its
+    /// sizes and vocabulary, not computed with.
+    ///
+    /// # Errors
+    /// Those of [`Model::load`].
+    pub fn load_outline(path: &Path) -> Result<Model> {
+        Model::load_with(path, false)
+    }
+
+    fn load_with(path: &Path, weights: bool) -> Result<Model> {
         log::start();
         let text = path.to_str().and_then(|p| CString::new(p).ok()).ok_or_else(|| {
             Error::invalid(
@@ -45,7 +58,9 @@ impl Model {
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();
             params.n_gpu_layers = 0;
-            params.load_mode = sys::LLAMA_LOAD_MODE_MMAP;
+            params.load_mode =
+                if weights { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
+            params.no_alloc = !weights;
             params.use_extra_bufts = false;
             sys::llama_model_load_from_file(text.as_ptr(), params)
         };

@@ -200,11 +200,18 @@ impl Lora {
     /// Reads an adapter in llama.cpp's GGUF form; any type becomes F32.
     ///
     /// # Errors
-    /// What [`AdapterFile::read`] says, and [`Error::Invalid`] when a tensor does not fit this model or
-    /// ranks differ.
+    /// What [`AdapterFile::read`] and [`Lora::from_file`] say.
     pub fn load(model: &Model, path: &Path) -> Result<Lora> {
-        let file = AdapterFile::read(path)?;
-        let place = path.display().to_string();
+        Lora::from_file(model, AdapterFile::read(path)?, &path.display().to_string())
+    }
+
+    /// The adapter of a file that was read already; errors call it `place`. Pairs of lower rank than the
+    /// others are filled up with zeros.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when a tensor does not fit this model.
+    pub fn from_file(model: &Model, file: AdapterFile, place: &str) -> Result<Lora> {
+        let file = file.with_equal_ranks();
         let arch = model.config().arch.name();
         if file.arch != arch {
             let advice = "use the model that the adapter was trained on";
@@ -231,15 +238,6 @@ impl Lora {
         }
         found.sort_by_key(|(slot, _)| (slot.layer, slot.target));
         let rank = found.first().map_or(0, |(_, pair)| pair.rank);
-        if let Some((_, other)) = found.iter().find(|(_, pair)| pair.rank != rank) {
-            let got = format!("{} for {}", other.rank, other.weight);
-            return Err(Error::invalid(
-                place,
-                format!("rank {rank} throughout"),
-                got,
-                "use equal ranks",
-            ));
-        }
         let slots = found.iter().map(|(slot, _)| slot.clone()).collect();
         let mut lora = Lora::zeros(slots, rank, file.alpha)?;
         for (i, (_, pair)) in found.iter().enumerate() {

@@ -2,8 +2,10 @@
 
 mod batch;
 mod blocks;
+mod compare;
 mod config;
 mod engine;
+mod inspect;
 mod layer;
 mod lora;
 mod measure;
@@ -16,15 +18,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use batch::{Batch, Scored};
+pub use compare::{Comparison, Contestant, compare};
 pub use config::{Arch, Config};
 pub use engine::{Engine, Scores, Work};
+pub use inspect::Description;
 pub use lora::{Lora, Slot, Target, Targets};
 pub use measure::{Activations, activations};
 pub use policy::Policy;
+pub(crate) use precheck::check as check_values;
 pub use taps::{LayerTaps, Question, Walk};
 pub use weights::{Layer, Linear, Weights};
 
-use crate::gguf::GgufFile;
+use crate::gguf::GgufSet;
 use crate::llama;
 use crate::{Error, Result};
 
@@ -36,10 +41,44 @@ static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo.gguf");
 pub struct Model {
     engine: Arc<llama::Model>,
     config: Config,
-    name: String,
+    file: ModelFile,
     files: Vec<PathBuf>,
-    // The demo model's file; removed when the model is dropped.
+}
+
+/// Where a model lies on the disk: what a path on the command line means.
+pub struct ModelFile {
+    path: PathBuf,
+    name: String,
+    // The demo model's file; removed when this is dropped.
     _demo: Option<tempfile::TempPath>,
+}
+
+impl ModelFile {
+    /// The file of this path; for `demo` a temporary one with the embedded model.
+    ///
+    /// # Errors
+    /// When the embedded model cannot be written.
+    pub fn find(path: &Path) -> Result<ModelFile> {
+        if path.as_os_str() == DEMO {
+            let demo = write_demo()?;
+            return Ok(ModelFile {
+                path: demo.to_path_buf(),
+                name: DEMO.into(),
+                _demo: Some(demo),
+            });
+        }
+        Ok(ModelFile { path: path.into(), name: path.display().to_string(), _demo: None })
+    }
+
+    /// The (first) file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// As given on the command line.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
 }
 
 impl Model {
@@ -49,28 +88,15 @@ impl Model {
     /// Missing, truncated or non-GGUF files, unsupported architectures, tensors or types; llama.cpp's
     /// own words when it refuses.
     pub fn open(path: &Path) -> Result<Model> {
-        if path.as_os_str() == DEMO {
-            let demo = write_demo()?;
-            let mut model = Model::open_file(&demo, DEMO)?;
-            model._demo = Some(demo);
-            return Ok(model);
-        }
-        Model::open_file(path, &path.display().to_string())
-    }
-
-    fn open_file(path: &Path, name: &str) -> Result<Model> {
-        // Everything that llama.cpp would abort on is checked first.
-        let file = GgufFile::open(path)?;
-        let arch = Arch::parse(file.architecture()?)?;
-        let files = crate::gguf::split_paths(path)?;
-        for part in &files {
-            GgufFile::open(part)?;
-        }
-        precheck::check(&file, arch)?;
-        let engine = Arc::new(llama::Model::load(path)?);
+        let file = ModelFile::find(path)?;
+        // Everything that llama.cpp would abort on is checked by our own reader first.
+        let files = GgufSet::open(file.path())?;
+        let arch = Arch::parse(files.head().architecture()?)?;
+        precheck::check(files.head(), arch)?;
+        let engine = Arc::new(llama::Model::load(file.path())?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
-        let model = Model { engine, config, name: name.into(), files, _demo: None };
-        Weights::collect(&model.engine, &model.config, &model.name)?;
+        let model = Model { engine, config, file, files: files.paths().to_vec() };
+        Weights::collect(&model.engine, &model.config, model.name())?;
         Ok(model)
     }
 
@@ -86,7 +112,7 @@ impl Model {
 
     /// Path as given, or `demo`.
     pub fn name(&self) -> &str {
-        &self.name
+        self.file.name()
     }
 
     /// The files it was read from: one, or the parts of a split set in their order.
@@ -96,7 +122,7 @@ impl Model {
 
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
-        Weights::collect(&self.engine, &self.config, &self.name)
+        Weights::collect(&self.engine, &self.config, self.name())
             .expect("checked when it was opened")
     }
 }

@@ -5,21 +5,27 @@
 //! reference and against finite differences.
 
 mod attention;
+mod divergence;
 mod exp;
 mod gemm;
 mod linear;
 mod logprob;
+mod low_rank;
 mod norm;
 mod policies;
 mod queue;
 mod rows;
 mod swiglu;
+mod yardstick;
 
 pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
+pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
 pub use linear::{LowRank, linear, linear_back, outer};
 pub use logprob::{Logprob, linear_logprob, logprob_tiles_bytes};
+pub use low_rank::add_low_rank;
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
 pub use rows::scale_rows;
 pub use swiglu::{swiglu, swiglu_back};
+pub use yardstick::Yardstick;

@@ -253,6 +253,27 @@ impl TrainConfig {
         self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))
     }
 
+    /// Settings from the words of a command line, the first of which is `train`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with clap's words for what is no option of `train`.
+    pub fn from_words(words: &[String]) -> Result<TrainConfig> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            config: TrainConfig,
+        }
+        let wrong = |got: String| {
+            Error::invalid("--plan", "train and its options", got, "see train --help")
+        };
+        if words.first().is_none_or(|word| word != "train") {
+            return Err(wrong(words.join(" ")));
+        }
+        <Line as clap::Parser>::try_parse_from(words)
+            .map(|line| line.config)
+            .map_err(|e| wrong(e.to_string().lines().next().unwrap_or_default().into()))
+    }
+
     /// The settings that stood on the command line, as `config.toml` names them, for those of a run to be
     /// changed by; `matches` is what clap made this struct from.
     ///

@@ -107,6 +107,8 @@ pub struct Trainer<'m> {
     accuracy_before: f64,
     /// Of all processes that had a part in the run.
     seconds: f64,
+    /// When the run began, in seconds of Unix time: the date that chat templates write, to the end.
+    began: f64,
 }
 
 impl<'m> Trainer<'m> {
@@ -142,6 +144,8 @@ impl<'m> Trainer<'m> {
         let held_out = evaluate::held_out(&config, &problems)?;
         let reward = Reward::parse(&config.reward)?;
         let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
+        let began = crate::data::chat::unix_now_s() as f64;
+        encoder.set_now(began as i64);
         let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
@@ -177,6 +181,7 @@ impl<'m> Trainer<'m> {
             silent_steps: 0,
             accuracy_before: f64::NAN,
             seconds: 0.0,
+            began,
         })
     }
 
@@ -193,6 +198,7 @@ impl<'m> Trainer<'m> {
             silent_steps,
             accuracy_before,
             seconds,
+            began,
             // Given at the start.
             model: _,
             config: _,
@@ -219,6 +225,7 @@ impl<'m> Trainer<'m> {
         state.counter("silent_steps", silent_steps);
         state.number("accuracy_before", accuracy_before);
         state.number("seconds", seconds);
+        state.number("began_unix_s", began);
         state
     }
 

@@ -14,6 +14,10 @@ use crate::ops::logprob_tiles_bytes;
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
 
+/// The system's allocator keeps freed blocks of up to this size (glibc's largest mmap threshold): the
+/// forward's intermediate results, about half of the backward's, stay when these take their place.
+const HEAP_KEEPS: usize = 32 << 20;
+
 /// One use of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Part {
@@ -110,7 +114,7 @@ impl Plan {
             ),
             part(
                 "activations",
-                acts.kept + acts.scratch,
+                acts.kept + acts.scratch + (acts.scratch / 2).min(HEAP_KEEPS),
                 true,
                 format!("{tokens} tokens: residuals of {depth} layers and one layer's graph"),
                 "lower --micro-batch-tokens",
@@ -164,6 +168,22 @@ impl Plan {
             format!("{} MiB available", mib(available)),
             format!("{}; --memory-mib N sets another limit", advice.join(", ")),
         ))
+    }
+
+    /// The plan as a table, with what is available beside it.
+    pub fn table(&self, available: Option<u64>) -> String {
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let mut text = String::from("memory of a run    CPU MiB   GPU MiB\n");
+        for p in &self.parts {
+            let gpu = if p.on_gpu { format!("{:.1}", mib(p.bytes)) } else { "-".into() };
+            text += &format!("  {:<14}  {:>9.1} {gpu:>9}  {}\n", p.name, mib(p.bytes), p.what);
+        }
+        let (cpu, gpu) = (mib(self.total_bytes), mib(self.gpu_bytes));
+        text += &format!("  {:<14}  {cpu:>9.1} {gpu:>9.1}", "peak");
+        if let Some(available) = available {
+            text += &format!("  ({:.0} MiB available to the CPU)", mib(available));
+        }
+        text
     }
 
     /// The plan in one line.

@@ -193,6 +193,7 @@ impl Resume {
             return Err(Error::invalid("--resume", expected, change, advice));
         }
         checkpoint.restore(&mut trainer.state())?;
+        trainer.encoder.set_now(trainer.began as i64);
         Ok(trainer)
     }
 

@@ -1,0 +1,236 @@
+//! Single operations on the model's own weights, each beside the machine's sgemm rate.
+
+use super::measure::timed;
+use super::{Bench, Row, row};
+use crate::Result;
+use crate::ggml::{Arena, Executor, Graph, Input, Tensor, Type};
+use crate::model::Target;
+use crate::ops::{self, AttentionSpec, LowRank, Segment};
+
+/// Names of the cases.
+pub(super) const CASES: [&str; 4] = ["linear", "ggml", "head", "attention"];
+
+/// Tokens.
+const T: usize = 512;
+
+pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
+    let rows = match name {
+        "linear" => linear(bench)?,
+        "ggml" => ggml(bench)?,
+        "head" => head(bench)?,
+        "attention" => attention(bench)?,
+        _ => return Ok(None),
+    };
+    Ok(Some(rows))
+}
+
+/// A graph's inputs, with values of size 1.
+struct Inputs<'a> {
+    /// A weight of the model.
+    w: Tensor<'a>,
+    floats: Vec<(Tensor<'a>, Vec<f32>)>,
+    ids: Vec<(Tensor<'a>, Vec<i32>)>,
+}
+
+impl<'a> Inputs<'a> {
+    fn f32(&mut self, arena: &'a Arena, shape: [usize; 2]) -> Tensor<'a> {
+        let n = shape[0] * shape[1];
+        let values = (0..n).map(|i| (i * 2_654_435_761 % 1009) as f32 / 504.5 - 1.0).collect();
+        let tensor = arena.input("x", Type::F32, &shape);
+        self.floats.push((tensor, values));
+        tensor
+    }
+
+    fn ids(&mut self, arena: &'a Arena, n: usize, below: usize) -> Tensor<'a> {
+        let tensor = arena.input("ids", Type::I32, &[n]);
+        self.ids.push((tensor, (0..n).map(|i| (i * 7919 % below) as i32).collect()));
+        tensor
+    }
+}
+
+/// Times the graph that `build` makes, `flop` operations of matrix products; `w` is at hand there.
+fn time(
+    bench: &Bench<'_>,
+    name: String,
+    flop: f64,
+    w: Tensor<'_>,
+    build: impl for<'a> Fn(&'a Arena, &mut Graph<'a>, &mut Inputs<'a>),
+) -> Result<Row> {
+    let mut executor = Executor::cpu(bench.pool.clone())?;
+    let arena = Arena::new(64);
+    let mut graph = Graph::new(&arena);
+    let mut inputs = Inputs { w, floats: Vec::new(), ids: Vec::new() };
+    build(&arena, &mut graph, &mut inputs);
+    let mut values: Vec<_> =
+        inputs.floats.iter().map(|(t, values)| (*t, Input::F32(values))).collect();
+    values.extend(inputs.ids.iter().map(|(t, values)| (*t, Input::I32(values))));
+    executor.run(&graph, &values)?;
+    let timing = timed(bench, flop, || executor.run(&graph, &[]).map(drop))?;
+    Ok(row(
+        format!("ops/{name}"),
+        &[
+            ("seconds", timing.seconds),
+            ("gflop_per_s", flop / timing.seconds / 1e9),
+            ("sgemm_gflop_per_s", timing.sgemm_flop_per_s / 1e9),
+            ("share_of_sgemm", timing.share()),
+            ("time_over_sgemm", timing.times_sgemm),
+            ("scratch_bytes", executor.scratch_bytes() as f64),
+        ],
+    ))
+}
+
+/// The model's linear maps of different sizes or types, forward and backward.
+fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let weights = bench.model.weights();
+    let mut seen = Vec::new();
+    let mut rows = Vec::new();
+    for layer in &weights.layers {
+        for target in Target::ALL {
+            let w = layer.linear(target).weight;
+            let [k, n, ..] = w.shape();
+            if seen.contains(&(w.ty(), k, n)) {
+                continue;
+            }
+            seen.push((w.ty(), k, n));
+            let flop = 2.0 * (k * n * T) as f64;
+            let name = format!("{} {k} x {n}", w.ty());
+            rows.push(time(bench, format!("linear {name}"), flop, w, |arena, graph, inputs| {
+                let x = inputs.f32(arena, [k, T]);
+                graph.output(ops::linear(arena, inputs.w, x, None, None));
+            })?);
+            rows.push(time(
+                bench,
+                format!("linear_back {name}"),
+                flop,
+                w,
+                |arena, graph, inputs| {
+                    let dy = inputs.f32(arena, [n, T]);
+                    graph.output(ops::linear_back(arena, inputs.w, dy, None, None));
+                },
+            )?);
+        }
+    }
+    let (w, r) = (weights.layers[0].linear(Target::Up).weight, bench.options.rank);
+    let [k, n, ..] = w.shape();
+    let name = format!("linear {} {k} x {n}, rank {r}", w.ty());
+    let flop = 2.0 * (T * (k * n + n * r)) as f64;
+    rows.push(time(bench, name, flop, w, |arena, graph, inputs| {
+        let x = inputs.f32(arena, [k, T]);
+        let (factor, input) = (inputs.f32(arena, [r, n]), inputs.f32(arena, [r, T]));
+        let low = LowRank { factor, input, scale: 0.5 };
+        graph.output(ops::linear(arena, inputs.w, x, Some(low), None));
+    })?);
+    for [k, n] in [[r, n], [k, r]] {
+        let flop = 2.0 * (k * n * T) as f64;
+        rows.push(time(bench, format!("outer {k} x {n}"), flop, w, |arena, graph, inputs| {
+            let g = inputs.f32(arena, [k, n]);
+            let (x, dy) = (inputs.f32(arena, [k, T]), inputs.f32(arena, [n, T]));
+            graph.output(ops::outer(arena, g, x, dy, 1e-6));
+        })?);
+    }
+    Ok(rows)
+}
+
+/// What ggml itself does with the FFN's weight: its product (activations rounded to 8 bits where the
+/// weight is quantised) and its vjp.
+fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let w = bench.model.weights().layers[0].linear(Target::Up).weight;
+    let [k, n, ..] = w.shape();
+    let flop = 2.0 * (k * n * T) as f64;
+    let name = format!("{} {k} x {n}", w.ty());
+    Ok(vec![
+        time(bench, format!("ggml MUL_MAT {name}"), flop, w, |arena, graph, inputs| {
+            let x = inputs.f32(arena, [k, T]);
+            graph.output(arena.mul_mat(inputs.w, x));
+        })?,
+        time(bench, format!("ggml OUT_PROD {name}"), flop, w, |arena, graph, inputs| {
+            let dy = inputs.f32(arena, [n, T]);
+            graph.output(arena.out_prod(inputs.w, dy));
+        })?,
+    ])
+}
+
+/// The log-prob head over the whole vocabulary and parts of it: its cost is linear in V.
+fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let w = bench.model.weights().unembedding;
+    let [d, v, ..] = w.shape();
+    let mut rows = Vec::new();
+    for (v, gradient) in [(v, false), (v / 4, true), (v / 2, true), (v, true)] {
+        let products = 1 + gradient as usize;
+        let flop = 2.0 * (products * d * v * T) as f64;
+        let what = if gradient { " forward+backward" } else { "" };
+        let name = format!("linear_logprob{what} {} D {d} V {v}", w.ty());
+        rows.push(time(bench, name, flop, w, |arena, graph, inputs| {
+            let h = inputs.f32(arena, [d, T]);
+            let target = inputs.ids(arena, T, v);
+            let e_u = arena.row_range(inputs.w, 0, v);
+            let head = ops::linear_logprob(arena, h, e_u, Some(target), 1.0, gradient);
+            graph.output(head.logprob);
+            if let Some(gradient) = head.gradient {
+                graph.output(gradient);
+            }
+        })?);
+    }
+    Ok(rows)
+}
+
+/// A prompt with `n` completions of `len`, `times` in a row.
+fn packed(times: usize, prompt: usize, n: usize, len: usize) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut at = 0;
+    for _ in 0..times {
+        let prompt = [at, at + prompt as i32];
+        segments.push(Segment { begin: at, end: prompt[1], prefix_begin: at, prefix_end: at });
+        at = prompt[1];
+        for _ in 0..n {
+            let end = at + len as i32;
+            let [prefix_begin, prefix_end] = prompt;
+            segments.push(Segment { begin: at, end, prefix_begin, prefix_end });
+            at = end;
+        }
+    }
+    segments
+}
+
+fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let c = bench.model.config();
+    let (n_head, n_head_kv, head_size) = (c.n_head, c.n_head_kv, c.head_size);
+    let spec = AttentionSpec { n_head, n_head_kv, head_size, scale: c.attention_scale };
+    // Not used: attention has no weights.
+    let w = bench.model.weights().output_norm;
+    let mut rows = Vec::new();
+    for (name, segments) in [
+        ("2 x 256", packed(2, 256, 0, 0)),
+        ("1 x 2048", packed(1, 2048, 0, 0)),
+        ("256 + 8 x 128", packed(1, 256, 8, 128)),
+    ] {
+        let t = segments.last().expect("segments").end as usize;
+        let pairs = segments.iter().map(|s| {
+            let n = (s.end - s.begin) as usize;
+            n * (s.prefix_end - s.prefix_begin) as usize + n * (n + 1) / 2
+        });
+        // Two products forward, five backward, over the pairs of tokens that see each other.
+        let flop = 2.0 * (pairs.sum::<usize>() * head_size * n_head) as f64;
+        let (q, kv) = ([head_size * n_head, t], [head_size * n_head_kv, t]);
+        rows.push(time(
+            bench,
+            format!("attention {name}"),
+            2.0 * flop,
+            w,
+            |arena, graph, inputs| {
+                let [q, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
+                graph.output(ops::attention(arena, q, k, v, &segments, spec).0);
+            },
+        )?);
+        let name = format!("attention, attention_back {name}");
+        rows.push(time(bench, name, 7.0 * flop, w, |arena, graph, inputs| {
+            let [q_in, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
+            let (_, saved) = ops::attention(arena, q_in, k, v, &segments, spec);
+            let d_out = inputs.f32(arena, q);
+            for d in ops::attention_back(arena, &saved, d_out) {
+                graph.output(d);
+            }
+        })?);
+    }
+    Ok(rows)
+}

@@ -1,0 +1,119 @@
+//! Prefill and decoding, with and without adapter, beside a bare loop over `llama_decode`.
+
+use std::sync::atomic::AtomicBool;
+
+use super::measure::{median, once};
+use super::{Bench, Row, row};
+use crate::Result;
+use crate::llama::{Context, ContextOptions, Token, TokenBatch};
+use crate::rollout::{Request, RolloutOptions, Rollouts, Sampling};
+
+/// Tokens of the prompt.
+const PROMPT: usize = 128;
+/// Tokens that each sequence decodes.
+const DECODED: usize = 32;
+
+pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
+    let model = bench.model;
+    let mut lora = bench.adapter()?;
+    let config = model.config();
+    let n_ctx_seq = PROMPT + DECODED;
+    let per_sequence =
+        n_ctx_seq.next_multiple_of(256) * config.head_size * config.n_head_kv * config.n_layer * 4;
+    let options = RolloutOptions { n_ctx_seq, kv_bytes: n_seq * per_sequence };
+    let mut rollouts = Rollouts::new(model.engine(), &bench.pool, options)?;
+    let prompt = bench.tokens(PROMPT, 1);
+    let mut bare = Bare::new(bench, n_seq, &prompt)?;
+
+    let (mut prefill, mut off, mut on, mut loops) = (vec![], vec![], vec![], vec![]);
+    let (mut overhead, mut adapted) = (vec![], vec![]);
+    for rep in 0..bench.options.reps + 1 {
+        rollouts.set_adapter(None)?;
+        let (first, without) = decode(&mut rollouts, &prompt, n_seq)?;
+        rollouts.set_adapter(Some(lora.live(model)?))?;
+        let (_, with) = decode(&mut rollouts, &prompt, n_seq)?;
+        let bare = bare.run()?;
+        if rep > 0 {
+            prefill.push(PROMPT as f64 / first);
+            off.push(without);
+            on.push(with);
+            loops.push(bare);
+            overhead.push(without / bare);
+            adapted.push(with / without);
+        }
+    }
+    Ok(vec![row(
+        format!("rollout/{n_seq} sequences"),
+        &[
+            ("prefill_tokens_per_s", median(&mut prefill)),
+            ("decode_tokens_per_s", median(&mut off)),
+            ("decode_with_adapter_tokens_per_s", median(&mut on)),
+            ("bare_loop_tokens_per_s", median(&mut loops)),
+            ("share_of_bare_loop", median(&mut overhead)),
+            ("adapter_on_over_off", median(&mut adapted)),
+        ],
+    )])
+}
+
+/// Seconds until the first tokens, and tokens per second after them.
+fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize) -> Result<(f64, f64)> {
+    let stop = AtomicBool::new(false);
+    let request =
+        |max_tokens| Request { prompt_tokens: prompt.to_vec(), n, seed_stream: 1, max_tokens };
+    let sampling = Sampling::default();
+    let mut generate = |max_tokens| -> Result<(f64, usize)> {
+        let requests = [request(max_tokens)];
+        let (time, out) = once(|| rollouts.generate(&requests, &sampling, 1, &mut |_| {}, &stop));
+        let tokens = out?.iter().flatten().map(|c| c.tokens.len()).sum();
+        Ok((time.as_secs_f64(), tokens))
+    };
+    let (first, first_tokens) = generate(1)?;
+    let (all, tokens) = generate(DECODED)?;
+    Ok((first, (tokens - first_tokens) as f64 / (all - first).max(1e-9)))
+}
+
+/// The least that decoding takes: the same batches, nothing sampled.
+struct Bare {
+    context: Context,
+    prompt: Vec<i32>,
+    n_seq: usize,
+}
+
+impl Bare {
+    fn new(bench: &Bench<'_>, n_seq: usize, prompt: &[i32]) -> Result<Bare> {
+        let n_ctx_seq = PROMPT + DECODED;
+        let options =
+            ContextOptions { n_ctx_seq, n_seq, n_batch: n_seq.max(PROMPT), kv_f32: false };
+        let context = Context::new(bench.model.engine(), &bench.pool, options)?;
+        Ok(Bare { context, prompt: prompt.to_vec(), n_seq })
+    }
+
+    /// Tokens per second of the loop.
+    fn run(&mut self) -> Result<f64> {
+        self.context.clear();
+        let token = |id, position: usize, sequence: usize, logits| Token {
+            id,
+            position: position as i32,
+            sequence: sequence as i32,
+            logits,
+        };
+        let prompt = self.prompt.iter().enumerate();
+        let prompt = prompt.map(|(i, &id)| token(id, i, 0, i + 1 == PROMPT)).collect();
+        self.context.decode(&TokenBatch(prompt))?;
+        for to in 1..self.n_seq {
+            self.context.copy(0, to);
+        }
+        let (time, ran) = once(|| -> Result<()> {
+            for step in 0..DECODED - 1 {
+                let id = |s: usize| self.prompt[(s + step) % PROMPT];
+                let batch = (0..self.n_seq).map(|s| token(id(s), PROMPT + step, s, true)).collect();
+                self.context.decode(&TokenBatch(batch))?;
+                // Logits are computed when somebody asks for them at the latest.
+                std::hint::black_box(self.context.logits(0)[0]);
+            }
+            Ok(())
+        });
+        ran?;
+        Ok((self.n_seq * (DECODED - 1)) as f64 / time.as_secs_f64())
+    }
+}

@@ -1,0 +1,96 @@
+//! `bupo-gguf bench`
+
+use clap::Args;
+
+use super::{ModelArgs, print_json, print_line};
+use crate::bench::{self, Options, Part};
+use crate::{Error, Result};
+
+/// Measure how fast a model rolls out, trains and is looked into here, and with how much memory.
+///
+/// Every case runs in a process of its own, so that peak memory is the case's own. Shares of sgemm are
+/// of the machine's rate of F32 matrix products, measured in turn with the case. `synth` makes models to
+/// measure. Rows of the table, or of the JSON object's "rows":
+///
+///   train     tokens, scored: of the micro batch; useful_gflop_per_s: every linear map once forward and
+///             once backward, the head twice, nothing that is computed again
+///   rollout   a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare loop only calls
+///             llama_decode
+///   entropy   one sequence of 64 tokens
+///   ops       512 tokens, on the model's own weights
+#[derive(Args)]
+pub struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum, value_name = "PART")]
+    part: Part,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Only this case, in this process; rows as JSON lines
+    #[arg(long, value_name = "NAME")]
+    case: Option<String>,
+    /// Repetitions; figures are medians
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    reps: usize,
+    /// Size of the square matrices that tell the machine's sgemm rate
+    #[arg(long, default_value_t = 2048, value_name = "N")]
+    sgemm: usize,
+    /// Rank of the adapter (all seven targets)
+    #[arg(long, default_value_t = 16, value_name = "R")]
+    rank: usize,
+    /// Length of a training sequence
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    tokens: usize,
+    /// Layer of the internal phase [default: a fifth of the layers]
+    #[arg(long, value_name = "N")]
+    internal_layer: Option<usize>,
+    /// Numbers of sequences that decode together
+    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_name = "LIST")]
+    sequences: Vec<usize>,
+    /// Threads [default: all cores]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// One JSON object on stdout instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: BenchArgs) -> Result<()> {
+    for (option, value, least) in [
+        ("--reps", args.reps, 1),
+        ("--rank", args.rank, 1),
+        ("--sgemm", args.sgemm, 64),
+        ("--tokens", args.tokens, 8),
+        ("--sequences", args.sequences.iter().copied().min().unwrap_or(0), 1),
+    ] {
+        if value < least {
+            let expected = format!("at least {least}");
+            return Err(Error::invalid(option, expected, value.to_string(), "leave it out"));
+        }
+    }
+    let options = Options {
+        threads: args.threads,
+        reps: args.reps,
+        sgemm: args.sgemm,
+        rank: args.rank,
+        tokens: args.tokens,
+        internal_layer: args.internal_layer,
+        sequences: args.sequences,
+    };
+    if let Some(case) = &args.case {
+        let model = args.model.open()?;
+        return bench::run_case(&model, case, &options)?.iter().try_for_each(print_json);
+    }
+    // Refuses a wrong model before anything is measured.
+    drop(args.model.open()?);
+    let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--json").collect();
+    let mut rows = Vec::new();
+    for case in bench::cases(args.part, &options) {
+        eprintln!("{case}");
+        rows.extend(bench::spawn_case(&program, &arguments, &case)?);
+    }
+    if args.json {
+        return print_json(&serde_json::json!({"model": args.model.model, "rows": rows}));
+    }
+    print_line(bench::table(&rows).trim_end())
+}

@@ -1,0 +1,365 @@
+//! LoRA in the form of Hugging Face's PEFT: a folder with `adapter_model.safetensors` and
+//! `adapter_config.json`.
+//!
+//! For a linear layer PEFT holds `lora_A.weight: [r, n_in]` and `lora_B.weight: [n_out, r]` (rows first, so
+//! the same bytes as ggml's `[n_in, r]` and `[r, n_out]`), applied with `lora_alpha / r`.
+//!
+//! **The permutation of llama.** GGUF files of architecture llama rotate neighbouring pairs, Hugging Face's
+//! modules pairs `(i, i + hd/2)`; so the converter permutes the rows of q and k within each head, and with
+//! them the rows of B: GGUF row `2 j + s` of a head is row `s hd/2 + j` there (j < hd/2, s in {0, 1}). Qwen is
+//! not permuted.
+//!
+//! Numbers are moved, never changed: what is written in F32 and read again is the same, bit by bit.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value as Json, json};
+
+use super::peft_config::{Config, config_json, read_config};
+use crate::gguf::{AdapterFile, AdapterPair, GgufFile, Value, write_atomically};
+use crate::model::{Arch, Target};
+use crate::{Error, Result};
+
+/// Tensors of a PEFT folder.
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// Settings of a PEFT folder.
+const CONFIG: &str = "adapter_config.json";
+/// What this program knows besides, beside them; PEFT does not look at it.
+const OWN: &str = "bupo.json";
+const PREFIX: &str = "base_model.model.";
+
+/// What of the base a conversion depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PeftBase {
+    /// Architecture.
+    pub arch: Arch,
+    /// Layers.
+    pub n_layer: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// Key/value heads.
+    pub n_head_kv: usize,
+}
+
+impl PeftBase {
+    /// Reads a GGUF model's metadata.
+    ///
+    /// # Errors
+    /// Another architecture than those of [`Arch`], or head counts that are missing.
+    pub fn from_gguf(file: &GgufFile) -> Result<PeftBase> {
+        let arch = Arch::parse(file.architecture()?)?;
+        let key = |name: &str| format!("{arch}.attention.{name}");
+        let n_head = file.require(&key("head_count"))?;
+        let n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
+        let n_layer = file.require(&format!("{arch}.block_count"))?;
+        Ok(PeftBase { arch, n_layer, n_head, n_head_kv })
+    }
+
+    /// Heads whose rows are permuted in a weight; none where they are not.
+    fn permuted_heads(&self, weight: &str) -> Option<usize> {
+        match self.arch {
+            Arch::Llama if weight.ends_with(".attn_q.weight") => Some(self.n_head),
+            Arch::Llama if weight.ends_with(".attn_k.weight") => Some(self.n_head_kv),
+            _ => None,
+        }
+    }
+}
+
+/// `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`.
+fn module(weight: &str) -> Option<String> {
+    if weight == "output.weight" {
+        return Some("lm_head".into());
+    }
+    let (layer, name) = weight.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
+    let target = Target::ALL.into_iter().find(|t| t.gguf_name() == name)?;
+    Some(format!("model.layers.{}.{}", layer.parse::<u32>().ok()?, module_of(target)))
+}
+
+/// `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`.
+fn weight(module: &str) -> Option<String> {
+    if module == "lm_head" {
+        return Some("output.weight".into());
+    }
+    let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    let target = Target::ALL.into_iter().find(|t| module_of(*t) == name)?;
+    Some(target.weight(layer.parse::<usize>().ok()?.checked_add(1)?))
+}
+
+fn module_of(target: Target) -> &'static str {
+    [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ][target as usize]
+}
+
+/// Rows of `b: [rank, n_out]` in the other order: to GGUF's, or back.
+fn permute(b: &[f32], rank: usize, heads: usize, to_gguf: bool) -> Option<Vec<f32>> {
+    let n_out = b.len() / rank;
+    if heads == 0 || !n_out.is_multiple_of(2 * heads) {
+        return None;
+    }
+    let (size, half) = (n_out / heads, n_out / heads / 2);
+    let mut out = vec![0.0; b.len()];
+    for row in 0..n_out {
+        let (head, in_head) = (row / size, row % size);
+        // `row` in GGUF's order: pair j, side s.
+        let other = head * size + in_head % 2 * half + in_head / 2;
+        let (from, to) = if to_gguf { (other, row) } else { (row, other) };
+        out[to * rank..][..rank].copy_from_slice(&b[from * rank..][..rank]);
+    }
+    Some(out)
+}
+
+/// The pair's B with its rows permuted where the architecture asks for it.
+fn permuted(base: &PeftBase, pair: &AdapterPair, to_gguf: bool, place: &str) -> Result<Vec<f32>> {
+    let Some(heads) = base.permuted_heads(&pair.weight) else { return Ok(pair.b.clone()) };
+    permute(&pair.b, pair.rank, heads, to_gguf).ok_or_else(|| {
+        Error::invalid(
+            format!("{place}: {}", pair.weight),
+            format!("outputs for {heads} heads of even size"),
+            pair.n_out.to_string(),
+            "use the model that the adapter was trained on",
+        )
+    })
+}
+
+/// Writes a PEFT folder; `base_name` is what PEFT will look for as the base model.
+///
+/// # Errors
+/// A pair on a weight that PEFT's modules do not have; what the system refuses.
+pub fn write_peft(
+    adapter: &AdapterFile,
+    base: &PeftBase,
+    base_name: &str,
+    folder: &Path,
+) -> Result<()> {
+    let place = folder.display().to_string();
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    let mut modules = Vec::new();
+    let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
+    for pair in &adapter.pairs {
+        let module = module(&pair.weight).ok_or_else(|| Error::Unsupported {
+            what: "PEFT module for weight",
+            got: pair.weight.clone(),
+            supported: "linear weights of layers, and output.weight".into(),
+        })?;
+        let b = permuted(base, pair, false, &place)?;
+        let name = |half| format!("{PREFIX}{module}.lora_{half}.weight");
+        tensors.insert(name('A'), (vec![pair.rank, pair.n_in], bytes(&pair.a)));
+        tensors.insert(name('B'), (vec![pair.n_out, pair.rank], bytes(&b)));
+        modules.push((module, pair.rank));
+    }
+    let refused = |e: safetensors::SafeTensorError| {
+        Error::engine(format!("writing {place}"), e.to_string(), "report it")
+    };
+    let views = tensors
+        .iter()
+        .map(|(name, (shape, bytes))| {
+            Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(refused)?;
+    let format = [("format".to_string(), "pt".to_string())].into();
+    let weights = safetensors::serialize(views, Some(format)).map_err(refused)?;
+    let config = config_json(&modules, adapter.alpha, base_name, base.n_layer);
+    let own: serde_json::Map<String, Json> =
+        adapter.extra.iter().filter_map(|(k, v)| Some((k.clone(), to_json(v)?))).collect();
+    let pretty = |value: &Json| serde_json::to_vec_pretty(value).expect("plain JSON");
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    for (name, bytes) in
+        [(WEIGHTS, weights), (OWN, pretty(&Json::Object(own))), (CONFIG, pretty(&config))]
+    {
+        let path = folder.join(name);
+        write_atomically(&path, |out| {
+            std::io::Write::write_all(out, &bytes).map_err(Error::io("write", &path))
+        })?;
+    }
+    Ok(())
+}
+
+/// Reads a PEFT folder as an adapter for `base`; BF16 and F16 become F32.
+///
+/// # Errors
+/// No such files, another kind of adapter, modules or settings that GGUF adapters do not have, shapes that
+/// disagree.
+pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
+    let config = read_config(&folder.join(CONFIG))?;
+    let path = folder.join(WEIGHTS);
+    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let place = path.display().to_string();
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
+        let advice = "write the adapter again with save_pretrained";
+        Error::invalid(&place, "a safetensors file", e.to_string(), advice)
+    })?;
+    let mut halves: BTreeMap<String, [Option<TensorView>; 2]> = BTreeMap::new();
+    for (name, view) in file.tensors() {
+        let (module, half) = split_name(&name).ok_or_else(|| Error::Unsupported {
+            what: "PEFT tensor",
+            got: format!("{name} in {place}"),
+            supported: "lora_A and lora_B of linear layers".into(),
+        })?;
+        halves.entry(module.to_owned()).or_default()[half] = Some(view);
+    }
+    let mut pairs = Vec::with_capacity(halves.len());
+    for (module, halves) in &halves {
+        let [Some(a), Some(b)] = halves else {
+            let got = if halves[0].is_some() { "no lora_B" } else { "no lora_A" };
+            let place = format!("{place}: {module}");
+            return Err(Error::invalid(place, "lora_A and lora_B", got, "write it again"));
+        };
+        pairs.push(read_pair(&place, module, a, b, &config)?);
+    }
+    if pairs.is_empty() {
+        return Err(Error::invalid(place, "lora_A and lora_B tensors", "none", "write it again"));
+    }
+    // The order of a model: by layer, then as in a layer.
+    pairs.sort_by_key(|(pair, _)| order(&pair.weight));
+    // One alpha for all, as GGUF has it; a pair that PEFT scales otherwise has the rest in its B.
+    let (first, scale) = &pairs[0];
+    let alpha = scale * first.rank as f64;
+    let mut adapter = AdapterFile {
+        arch: base.arch.name().into(),
+        name: None,
+        alpha: alpha as f32,
+        pairs: Vec::with_capacity(pairs.len()),
+        extra: read_own(&folder.join(OWN))?,
+    };
+    for (mut pair, scale) in pairs {
+        let rest = scale * pair.rank as f64 / alpha;
+        if (rest - 1.0).abs() > 1e-9 {
+            pair.b.iter_mut().for_each(|x| *x = (rest * *x as f64) as f32);
+        }
+        pair.b = permuted(base, &pair, true, &place)?;
+        adapter.pairs.push(pair);
+    }
+    Ok(adapter)
+}
+
+/// `base_model.model.<module>.lora_A.weight` -> (module, 0); `.lora_A.<name>.weight` too.
+fn split_name(name: &str) -> Option<(&str, usize)> {
+    let name = name.strip_prefix(PREFIX).unwrap_or(name).strip_suffix(".weight")?;
+    let (module, half) = [("lora_A", 0), ("lora_B", 1)].into_iter().find_map(|(word, half)| {
+        let (module, rest) = name.split_once(&format!(".{word}"))?;
+        (rest.is_empty() || rest.starts_with('.')).then_some((module, half))
+    })?;
+    weight(module).map(|_| (module, half))
+}
+
+/// A pair with B's rows as PEFT has them, and the scale that PEFT applies.
+fn read_pair(
+    place: &str,
+    module: &str,
+    a: &TensorView,
+    b: &TensorView,
+    config: &Config,
+) -> Result<(AdapterPair, f64)> {
+    let place = format!("{place}: {module}");
+    let (&[rank, n_in], &[n_out, b_rank]) = (a.shape(), b.shape()) else {
+        let got = format!("{:?} and {:?}", a.shape(), b.shape());
+        return Err(Error::invalid(place, "matrices", got, "only linear layers are read"));
+    };
+    let said = config.rank(module);
+    if rank != b_rank || rank != said || rank == 0 {
+        let got = format!("A {:?}, B {:?}", a.shape(), b.shape());
+        let expected = format!("A [r, n_in] and B [n_out, r] with r = {said}, as the config says");
+        return Err(Error::invalid(place, expected, got, "write the adapter again"));
+    }
+    let weight = weight(module).expect("names were checked");
+    let (a, b) = (floats(a, &place)?, floats(b, &place)?);
+    Ok((AdapterPair { weight, rank, n_in, n_out, a, b }, config.scale(module)))
+}
+
+fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {
+    let data = view.data();
+    Ok(match view.dtype() {
+        Dtype::F32 => data.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => {
+            data.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
+        }
+        Dtype::BF16 => {
+            data.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+        }
+        other => {
+            return Err(Error::Unsupported {
+                what: "safetensors type",
+                got: format!("{other:?} of {place}"),
+                supported: "F32, F16, BF16".into(),
+            });
+        }
+    })
+}
+
+/// (layer, place in it); output.weight comes last.
+fn order(weight: &str) -> (usize, usize) {
+    let parts = weight.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+    let Some((layer, name)) = parts else { return (usize::MAX, 0) };
+    let target = Target::ALL.iter().position(|t| name.starts_with(t.gguf_name()));
+    (layer.parse().unwrap_or(usize::MAX), target.unwrap_or(usize::MAX))
+}
+
+fn to_json(value: &Value) -> Option<Json> {
+    match value {
+        Value::String(text) => Some(json!(text)),
+        Value::Bool(x) => Some(json!(x)),
+        Value::F32(x) => Some(json!(x)),
+        other => other.integer().and_then(|n| u64::try_from(n).ok()).map(|n| json!(n)),
+    }
+}
+
+/// Metadata that [`write_peft`] put beside the tensors; none without the file.
+fn read_own(path: &Path) -> Result<Vec<(String, Value)>> {
+    let Ok(text) = std::fs::read(path) else { return Ok(Vec::new()) };
+    let own: serde_json::Map<String, Json> = serde_json::from_slice(&text).map_err(|e| {
+        let place = path.display().to_string();
+        Error::invalid(place, "a JSON object", e.to_string(), "remove the file")
+    })?;
+    let value = |json: Json| match json {
+        Json::String(text) => Some(Value::String(text)),
+        Json::Bool(x) => Some(Value::Bool(x)),
+        Json::Number(n) => n.as_u64().map(Value::U64).or(n.as_f64().map(|x| Value::F32(x as f32))),
+        _ => None,
+    };
+    let entries = own.into_iter().filter(|(key, _)| key.starts_with("bupo."));
+    Ok(entries.filter_map(|(key, json)| Some((key, value(json)?))).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_permutation_is_the_converters_and_its_own_inverse_undone() {
+        // numpy: arange(8).reshape(1, 2, 4).swapaxes(1, 2).reshape(8) = [0 4 1 5 2 6 3 7]
+        let hf: Vec<f32> = (0..8).map(|i| i as f32).collect();
+        let gguf = permute(&hf, 1, 1, true).unwrap();
+        assert_eq!(gguf, [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]);
+        assert_eq!(permute(&gguf, 1, 1, false).unwrap(), hf);
+        // Two heads, rank 2.
+        let hf: Vec<f32> = (0..16).map(|i| i as f32).collect();
+        let gguf = permute(&hf, 2, 2, true).unwrap();
+        assert_eq!(gguf[..8], [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
+        assert_eq!(permute(&gguf, 2, 2, false).unwrap(), hf);
+        assert_eq!(permute(&hf, 2, 3, true), None);
+    }
+
+    #[test]
+    fn names_go_both_ways() {
+        for target in Target::ALL {
+            let name = target.weight(12);
+            assert_eq!(weight(&module(&name).unwrap()).unwrap(), name);
+        }
+        assert_eq!(module("blk.3.attn_q.weight").unwrap(), "model.layers.3.self_attn.q_proj");
+        assert_eq!(module("token_embd.weight"), None);
+        assert_eq!(weight("model.layers.0.self_attn.rotary"), None);
+        let name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight";
+        assert_eq!(split_name(name), Some(("model.layers.1.mlp.up_proj", 1)));
+        assert_eq!(split_name("base_model.model.model.embed_tokens.lora_embedding_A"), None);
+    }
+}

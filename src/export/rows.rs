@@ -1,0 +1,127 @@
+//! One tensor: dequantised, added to and quantised again, a few rows at a time on all cores.
+
+use rayon::prelude::*;
+
+use super::adapters::Delta;
+use crate::ggml::Type;
+use crate::gguf::{GgufFile, TensorInfo};
+use crate::ops::add_low_rank;
+use crate::{Error, Result};
+
+/// Floats that one thread works on at a time: 1 MiB.
+const PIECE: usize = 256 * 1024;
+
+/// What becomes of a tensor whose data change.
+pub(super) struct Conversion<'a> {
+    /// File that holds it.
+    pub file: &'a GgufFile,
+    /// The tensor.
+    pub info: &'a TensorInfo,
+    /// Its new type.
+    pub to: Type,
+    /// Low-rank terms to be added.
+    pub deltas: Vec<Delta<'a>>,
+    /// Importance of its columns, `[ne0]`.
+    pub importance: Option<&'a [f32]>,
+}
+
+/// Sums over a tensor, from which the loss by rounding is told. W: base, W': with the low-rank terms, Q:
+/// what is written, dequantised.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Sums {
+    /// `||W' - W||^2`
+    pub delta: f64,
+    /// `||Q - W'||^2`
+    pub error: f64,
+    /// `<Q - W, W' - W>`
+    pub kept: f64,
+}
+
+impl Sums {
+    /// The sums over both parts.
+    pub fn add(self, other: Sums) -> Sums {
+        Sums {
+            delta: self.delta + other.delta,
+            error: self.error + other.error,
+            kept: self.kept + other.kept,
+        }
+    }
+}
+
+impl Conversion<'_> {
+    /// Hands the new data to `emit`, in order, in pieces.
+    pub(super) fn run(&self, emit: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<Sums> {
+        let width = self.info.shape[0] as usize;
+        let n_rows = (self.info.n_elements() / width as u64) as usize;
+        let row_bytes = self.row_bytes(self.info.ty, width)?;
+        let bytes = self.file.bytes(self.info);
+        let step = (PIECE / width).max(1);
+        let batch = step * rayon::current_num_threads().max(1) * 2;
+        let mut sums = Sums::default();
+        for first in (0..n_rows).step_by(batch) {
+            let last = (first + batch).min(n_rows);
+            let pieces: Vec<(Vec<u8>, Sums)> = (first..last)
+                .step_by(step)
+                .collect::<Vec<_>>()
+                .into_par_iter()
+                .map(|start| {
+                    let rows = start..(start + step).min(last);
+                    self.piece(&bytes[rows.start * row_bytes..rows.end * row_bytes], rows, width)
+                })
+                .collect::<Result<_>>()?;
+            for (bytes, part) in &pieces {
+                emit(bytes)?;
+                sums = sums.add(*part);
+            }
+            self.file.release(&bytes[first * row_bytes..last * row_bytes]);
+        }
+        Ok(sums)
+    }
+
+    /// The new data of some rows.
+    fn piece(
+        &self,
+        from: &[u8],
+        rows: std::ops::Range<usize>,
+        width: usize,
+    ) -> Result<(Vec<u8>, Sums)> {
+        let mut values = vec![0f32; rows.len() * width];
+        self.info.ty.dequantize(from, &mut values);
+        let base = (!self.deltas.is_empty()).then(|| values.clone());
+        for Delta { pair, scale } in &self.deltas {
+            add_low_rank(&mut values, rows.clone(), (&pair.a, &pair.b), pair.rank, *scale);
+        }
+        let mut out = vec![0u8; rows.len() * self.row_bytes(self.to, width)?];
+        let quantised = self.to.quantize(&values, width, self.importance, &mut out);
+        quantised.map_err(|got| {
+            Error::invalid(
+                format!("{}: tensor '{}' as {}", self.file.name(), self.info.name, self.to),
+                "finite numbers that the type can hold",
+                got,
+                "choose another --type, or check model and adapter",
+            )
+        })?;
+        let Some(base) = base else { return Ok((out, Sums::default())) };
+        let mut back = vec![0f32; values.len()];
+        self.to.dequantize(&out, &mut back);
+        let mut sums = Sums::default();
+        for ((w, new), q) in base.iter().zip(&values).zip(&back) {
+            let (w, new, q) = (*w as f64, *new as f64, *q as f64);
+            sums.delta += (new - w) * (new - w);
+            sums.error += (q - new) * (q - new);
+            sums.kept += (q - w) * (new - w);
+        }
+        Ok((out, sums))
+    }
+
+    fn row_bytes(&self, ty: Type, width: usize) -> Result<usize> {
+        ty.row_bytes(width).ok_or_else(|| {
+            Error::invalid(
+                format!("{}: tensor '{}'", self.file.name(), self.info.name),
+                format!("rows in whole {ty} blocks of {}", ty.block_size()),
+                format!("{width} elements per row"),
+                "choose another --type",
+            )
+        })
+    }
+}

@@ -1,0 +1,138 @@
+//! Causal attention over packed segments with shared prefixes, forward and vjp, memory O(tokens).
+//!
+//! Token t of a segment `[begin, end)` sees its prefix `[prefix_begin, prefix_end)` in full and
+//! `[begin, t]` of its own. With `s_ij = scale q_i . k_j`, `p_ij = e^(s_ij - lse_i)`:
+//!
+//! ```text
+//! o_i = sum_j p_ij v_j                       lse_i = log sum_j e^(s_ij)
+//! dv_j = sum_i p_ij do_i                     D_i = do_i . o_i
+//! ds_ij = p_ij (do_i . v_j - D_i)            dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
+//! ```
+//!
+//! Scores exist for one tile of queries by keys at a time (flash attention: running maximum and sum
+//! forward, probabilities again from lse backward). Grouped queries: head h reads key/value head
+//! `h / (n_head / n_head_kv)`, and a tile holds the queries of all heads of a group. Threads take from a
+//! queue: forward, a query tile of a key/value head; backward, a key/value head of a tree of a prompt and
+//! its completions, so that nobody writes what another writes.
+
+mod backward;
+mod forward;
+mod tiles;
+
+use ggml_sys as sys;
+pub use sys::bupo_segment as Segment;
+
+use super::queue::Queue;
+use crate::ggml::{Arena, Tensor, Type};
+
+/// Heads and the scale of scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads.
+    pub n_head: usize,
+    /// Key/value heads; divides `n_head`.
+    pub n_head_kv: usize,
+    /// Size of a head.
+    pub head_size: usize,
+    /// Usually 1/sqrt(head size).
+    pub scale: f32,
+}
+
+/// What the vjp needs of the forward.
+#[derive(Clone)]
+pub struct AttentionSaved<'a> {
+    q: Tensor<'a>,
+    k: Tensor<'a>,
+    v: Tensor<'a>,
+    out: Tensor<'a>,
+    lse: Tensor<'a>,
+    spec: AttentionSpec,
+    segments: Vec<Segment>,
+}
+
+#[repr(C)]
+struct Params {
+    c: sys::bupo_attention_params,
+    segments: Vec<Segment>,
+    units: Queue,
+}
+
+fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
+    let segments = segments.to_vec();
+    Params {
+        c: sys::bupo_attention_params {
+            op,
+            scale: spec.scale,
+            n_head: spec.n_head as u32,
+            n_head_kv: spec.n_head_kv as u32,
+            head_size: spec.head_size as u32,
+            n_segments: segments.len() as u32,
+            segments: segments.as_ptr(),
+        },
+        segments,
+        units: Queue::default(),
+    }
+}
+
+/// `o: [hd * n_head, T]` from `q: [hd * n_head, T]` and `k, v: [hd * n_head_kv, T]`, F32, contiguous.
+///
+/// `segments` cover `[0, T)` in order without gaps; a prefix is the last segment before that has none:
+/// completions follow their prompt, since the threads of the vjp share out such trees.
+pub fn attention<'a>(
+    arena: &'a Arena,
+    q: Tensor<'a>,
+    k: Tensor<'a>,
+    v: Tensor<'a>,
+    segments: &[Segment],
+    spec: AttentionSpec,
+) -> (Tensor<'a>, AttentionSaved<'a>) {
+    let t = q.shape()[1];
+    let (q_width, kv_width) = (spec.head_size * spec.n_head, spec.head_size * spec.n_head_kv);
+    for (x, width) in [(q, q_width), (k, kv_width), (v, kv_width)] {
+        assert!(x.ty() == Type::F32 && x.is_contiguous(), "attention of {x:?}");
+        assert_eq!(x.shape(), [width, t, 1, 1], "attention of {x:?}");
+    }
+    assert!(spec.n_head_kv > 0 && spec.n_head.is_multiple_of(spec.n_head_kv), "{spec:?}");
+    check_segments(segments, t);
+    let op = params(sys::BUPO_OP_ATTENTION, spec, segments);
+    // One result: [hd * n_head, T], then lse [n_head, T].
+    let all = arena.custom([(q_width + spec.n_head) * t, 1, 1, 1], &[q, k, v], forward::kernel, op);
+    let out = arena.part(all, 0, [q_width, t]);
+    let lse = arena.part(all, q_width * t, [spec.n_head, t]);
+    (out, AttentionSaved { q, k, v, out, lse, spec, segments: segments.to_vec() })
+}
+
+/// Cotangents of q, k and v from that of the result, `d_out: [hd * n_head, T]`.
+pub fn attention_back<'a>(
+    arena: &'a Arena,
+    saved: &AttentionSaved<'a>,
+    d_out: Tensor<'a>,
+) -> [Tensor<'a>; 3] {
+    let [q_width, t, ..] = saved.q.shape();
+    let kv_width = saved.k.shape()[0];
+    assert!(d_out.ty() == Type::F32 && d_out.is_contiguous(), "attention_back of {d_out:?}");
+    assert_eq!(d_out.shape(), saved.q.shape(), "attention_back of {d_out:?}");
+    let op = params(sys::BUPO_OP_ATTENTION_BACK, saved.spec, &saved.segments);
+    let sources = [saved.q, saved.k, saved.v, saved.out, saved.lse, d_out];
+    // One result: dq, then dk, then dv.
+    let all = arena.custom([(q_width + 2 * kv_width) * t, 1, 1, 1], &sources, backward::kernel, op);
+    [
+        arena.part(all, 0, [q_width, t]),
+        arena.part(all, q_width * t, [kv_width, t]),
+        arena.part(all, (q_width + kv_width) * t, [kv_width, t]),
+    ]
+}
+
+fn check_segments(segments: &[Segment], t: usize) {
+    let (mut next, mut root) = (0, None);
+    for (i, s) in segments.iter().enumerate() {
+        assert!(s.begin == next && s.end > s.begin, "segment {i}: {s:?}");
+        next = s.end;
+        if s.prefix_begin == s.prefix_end {
+            root = Some((s.begin, s.end));
+        } else {
+            assert_eq!(Some((s.prefix_begin, s.prefix_end)), root, "prefix of segment {i}: {s:?}");
+        }
+    }
+    assert_eq!(next as usize, t, "segments cover all tokens");
+}

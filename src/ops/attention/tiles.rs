@@ -1,0 +1,285 @@
+//! What both directions share: heads in memory, tiles of queries and keys, scores.
+
+use std::ffi::c_void;
+use std::ops::Range;
+
+use ggml_sys as sys;
+
+use super::{Params, Segment};
+use crate::ops::gemm::{Matrix, gemm};
+use crate::ops::queue::Queue;
+
+/// Keys of a tile.
+pub(super) const KEYS: usize = 128;
+/// Queries of a tile, all heads of a group together: as many tokens as make so many columns, within
+/// these bounds.
+const COLUMNS: usize = 128;
+const TOKENS: Range<usize> = 16..64;
+/// Floats between packed rows: the rows of heads lie a power of two apart, and so would fall on the same
+/// few cache lines.
+const PAD: usize = 16;
+
+/// Heads of one tensor: head `h` of token `t` at `data + t * width + h * size`.
+#[derive(Clone, Copy)]
+pub(super) struct Heads<T> {
+    pub data: T,
+    pub width: usize,
+    pub size: usize,
+}
+
+impl Heads<*const f32> {
+    /// # Safety
+    /// Token and head lie within the tensor, which lives for `'k`.
+    pub(super) unsafe fn row<'k>(&self, token: usize, head: usize) -> &'k [f32] {
+        // SAFETY: by contract.
+        unsafe {
+            let at = self.data.add(token * self.width + head * self.size);
+            std::slice::from_raw_parts(at, self.size)
+        }
+    }
+
+    /// Copies rows of `head` into `packed`, one every [`Job::stride`] floats.
+    ///
+    /// # Safety
+    /// As [`Heads::row`], of all tokens.
+    pub(super) unsafe fn pack(&self, tokens: Range<usize>, head: usize, packed: &mut [f32]) {
+        for (to, token) in packed.chunks_mut(self.size + PAD).zip(tokens) {
+            // SAFETY: by contract.
+            to[..self.size].copy_from_slice(unsafe { self.row(token, head) });
+        }
+    }
+}
+
+impl Heads<*mut f32> {
+    /// # Safety
+    /// As for reading, and nobody else has this row.
+    pub(super) unsafe fn row_mut<'k>(&self, token: usize, head: usize) -> &'k mut [f32] {
+        // SAFETY: by contract.
+        unsafe {
+            let at = self.data.add(token * self.width + head * self.size);
+            std::slice::from_raw_parts_mut(at, self.size)
+        }
+    }
+}
+
+/// Queries that are worked on together: tokens of one segment, or several short ones as a whole.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Tile {
+    /// The tokens.
+    pub queries: Range<usize>,
+    /// Keys that all of them see in full.
+    pub prefix: Range<usize>,
+    /// First token of each query's own segment.
+    pub begins: Vec<usize>,
+}
+
+/// A run of keys; `own` when they belong to the tile's segments, so that not every query sees each.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Keys {
+    pub tokens: Range<usize>,
+    pub own: bool,
+}
+
+impl Tile {
+    /// The keys that any of its queries sees, in runs of at most [`KEYS`].
+    pub(super) fn keys(&self) -> impl Iterator<Item = Keys> {
+        let runs = |all: Range<usize>, own: bool| {
+            let end = all.end;
+            all.step_by(KEYS).map(move |j| Keys { tokens: j..(j + KEYS).min(end), own })
+        };
+        runs(self.prefix.clone(), false).chain(runs(self.begins[0]..self.queries.end, true))
+    }
+
+    /// Which of the keys query `i` (from 0) sees, counted from the run's first.
+    pub(super) fn seen(&self, keys: &Keys, i: usize) -> Range<usize> {
+        let first = keys.tokens.start;
+        if !keys.own {
+            return 0..keys.tokens.len();
+        }
+        let end = (self.queries.start + i + 1).clamp(first, keys.tokens.end);
+        self.begins[i].clamp(first, end) - first..end - first
+    }
+}
+
+/// Cuts a tree into tiles of at most `most` tokens. Segments longer than that are tiled alone.
+pub(super) fn query_tiles(tree: &[Segment], most: usize) -> Vec<Tile> {
+    let mut tiles: Vec<Tile> = Vec::new();
+    for s in tree {
+        let (begin, end) = (s.begin as usize, s.end as usize);
+        let prefix = s.prefix_begin as usize..s.prefix_end as usize;
+        if let Some(last) = tiles.last_mut()
+            && !prefix.is_empty()
+            && last.prefix == prefix
+            && last.begins.len() == last.queries.len()
+            && last.begins[0] == last.queries.start
+            && last.queries.len() + (end - begin) <= most
+        {
+            last.queries.end = end;
+            last.begins.resize(last.queries.len(), begin);
+            continue;
+        }
+        for first in (begin..end).step_by(most) {
+            let queries = first..(first + most).min(end);
+            let begins = vec![begin; queries.len()];
+            tiles.push(Tile { queries, prefix: prefix.clone(), begins });
+        }
+    }
+    tiles
+}
+
+/// Runs of segments: one without prefix and those after it that build on it.
+pub(super) fn trees(segments: &[Segment]) -> impl Iterator<Item = &[Segment]> {
+    segments.chunk_by(|_, next| next.prefix_begin != next.prefix_end)
+}
+
+/// What both kernels read.
+pub(super) struct Job<'k> {
+    pub segments: &'k [Segment],
+    pub units: &'k Queue,
+    pub scale: f32,
+    pub n_head: usize,
+    pub n_head_kv: usize,
+    pub size: usize,
+    pub t: usize,
+    pub q: Heads<*const f32>,
+    pub k: Heads<*const f32>,
+    pub v: Heads<*const f32>,
+}
+
+impl<'k> Job<'k> {
+    /// # Safety
+    /// `dst` is a node of `attention` or `attention_back`, `userdata` its parameters.
+    pub(super) unsafe fn new(dst: *mut sys::ggml_tensor, userdata: *mut c_void) -> Job<'k> {
+        // SAFETY: by contract: q, k, v are sources 0 to 2, F32 contiguous of the checked shapes.
+        unsafe {
+            let params = &*userdata.cast::<Params>();
+            let src = &(*dst).src;
+            let size = params.c.head_size as usize;
+            let heads = |i: usize| Heads {
+                data: (*src[i]).data as *const f32,
+                width: (*src[i]).ne[0] as usize,
+                size,
+            };
+            Job {
+                segments: &params.segments,
+                units: &params.units,
+                scale: params.c.scale,
+                n_head: params.c.n_head as usize,
+                n_head_kv: params.c.n_head_kv as usize,
+                size,
+                t: (*src[0]).ne[1] as usize,
+                q: heads(0),
+                k: heads(1),
+                v: heads(2),
+            }
+        }
+    }
+
+    /// Query heads of a key/value head.
+    pub(super) fn group(&self) -> usize {
+        self.n_head / self.n_head_kv
+    }
+
+    /// Tokens of a query tile at most.
+    pub(super) fn tile_tokens(&self) -> usize {
+        (COLUMNS / self.group()).clamp(TOKENS.start, TOKENS.end)
+    }
+
+    /// Floats from one packed row to the next.
+    pub(super) fn stride(&self) -> usize {
+        self.size + PAD
+    }
+
+    /// Rows of a tile's queries, head after head: column `g * n + i` is query `i` of the group's head `g`.
+    ///
+    /// # Safety
+    /// The tile lies within the tensor, which has query heads.
+    pub(super) unsafe fn pack_group(
+        &self,
+        from: &Heads<*const f32>,
+        tile: &Tile,
+        kv: usize,
+        packed: &mut [f32],
+    ) {
+        let n = tile.queries.len() * self.stride();
+        for (g, part) in packed.chunks_exact_mut(n).take(self.group()).enumerate() {
+            // SAFETY: by contract.
+            unsafe { from.pack(tile.queries.clone(), kv * self.group() + g, part) };
+        }
+    }
+
+    /// `alpha` times the products of packed rows, `(row of a, row of b)` at `out[row of b * ld + row of a]`.
+    pub(super) fn products(
+        &self,
+        [a, b]: [&[f32]; 2],
+        [rows_a, rows_b]: [usize; 2],
+        out: &mut [f32],
+        alpha: f32,
+    ) {
+        assert!(a.len() >= rows_a * self.stride() && b.len() >= rows_b * self.stride());
+        assert!(out.len() >= rows_b * LD && rows_a <= LD);
+        // SAFETY: the views lie within the slices, as just asserted.
+        unsafe {
+            let a = Matrix::new(a.as_ptr(), self.stride(), 1); // (j, d)
+            let b = Matrix::new(b.as_ptr(), 1, self.stride()); // (d, i)
+            let out = Matrix::new(out.as_mut_ptr(), 1, LD); // (j, i)
+            gemm([rows_a, rows_b, self.size], out, false, a, b, alpha);
+        }
+    }
+}
+
+/// Floats from one column of scores to the next.
+pub(super) const LD: usize = KEYS + PAD;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(begin: i32, end: i32, prefix: (i32, i32)) -> Segment {
+        Segment { begin, end, prefix_begin: prefix.0, prefix_end: prefix.1 }
+    }
+
+    #[test]
+    fn tiles_cover_every_pair_once() {
+        let mut segments = vec![segment(0, 70, (0, 0))];
+        let mut at = 70;
+        for len in [3, 5, 150, 1, 1, 30, 64, 2] {
+            segments.push(segment(at, at + len, (0, 70)));
+            at += len;
+        }
+        segments.push(segment(at, at + 9, (at, at)));
+        segments.push(segment(at + 9, at + 12, (at, at + 9)));
+        for most in [16, 64] {
+            let tiles: Vec<Tile> = trees(&segments).flat_map(|t| query_tiles(t, most)).collect();
+            let mut next = 0;
+            for tile in &tiles {
+                assert_eq!(tile.queries.start, next);
+                assert!(tile.queries.len() <= most && tile.begins.len() == tile.queries.len());
+                next = tile.queries.end;
+                for (i, query) in tile.queries.clone().enumerate() {
+                    let s = segments.iter().find(|s| (s.begin..s.end).contains(&(query as i32)));
+                    let s = s.unwrap();
+                    let mut want: Vec<usize> = (s.prefix_begin..s.prefix_end)
+                        .chain(s.begin..=query as i32)
+                        .map(|j| j as usize)
+                        .collect();
+                    let mut got: Vec<usize> = Vec::new();
+                    for keys in tile.keys() {
+                        got.extend(tile.seen(&keys, i).map(|j| keys.tokens.start + j));
+                    }
+                    want.sort();
+                    got.sort();
+                    assert_eq!(got, want, "query {query}");
+                }
+            }
+            assert_eq!(next as i32, segments.last().unwrap().end);
+        }
+    }
+
+    #[test]
+    fn short_completions_share_a_tile() {
+        let mut segments = vec![segment(0, 20, (0, 0))];
+        segments.extend((0..8).map(|i| segment(20 + 10 * i, 30 + 10 * i, (0, 20))));
+        assert_eq!(query_tiles(&segments, 64).len(), 3);
+    }
+}

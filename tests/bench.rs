@@ -1,0 +1,39 @@
+//! `bench`: every case runs on the demo model and gives figures that are numbers.
+
+use std::process::Command;
+
+#[test]
+fn every_case_of_the_demo_model_gives_figures() {
+    let out = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(["bench", "all", "demo", "--reps", "1", "--tokens", "16", "--rank", "4"])
+        .args(["--sequences", "2", "--threads", "1", "--sgemm", "128", "--json"])
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let result: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let rows = result["rows"].as_array().unwrap();
+    for part in ["ops", "train", "rollout", "entropy"] {
+        let of = |row: &&serde_json::Value| {
+            row["case"].as_str().is_some_and(|case| case.starts_with(&format!("{part}/")))
+        };
+        assert!(rows.iter().filter(of).count() > 0, "no rows of {part}");
+    }
+    for row in rows {
+        for (key, value) in row.as_object().unwrap() {
+            let number = value.as_f64();
+            assert!(key == "case" || number.is_some_and(|x| x > 0.0), "{key} of {row}");
+        }
+        assert!(row["peak_bytes"].as_u64().unwrap() > 1 << 20, "{row}");
+    }
+}
+
+#[test]
+fn an_unknown_case_is_an_error() {
+    let out = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(["bench", "train", "demo", "--case", "train/all of it"])
+        .output()
+        .unwrap();
+    assert!(!out.status.success());
+    let words = String::from_utf8_lossy(&out.stderr);
+    assert!(words.contains("train/all of it") && words.contains("train/full phase"), "{words}");
+}
