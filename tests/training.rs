@@ -50,7 +50,7 @@ fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
     let before = greedy_logprobs(&mut rollouts, prompt);
     assert_ne!(base, before, "the adapter has a say");
     assert_eq!(before, greedy_logprobs(&mut rollouts, prompt), "and nothing else has");
-    for value in lora.tensors_mut().values_mut(1) {
+    for value in lora.tensors_mut().values_mut(1).iter_mut() {
         *value += 0.05;
     }
     assert_ne!(before, greedy_logprobs(&mut rollouts, prompt), "the tensors are the same ones");

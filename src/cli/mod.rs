@@ -11,6 +11,7 @@ mod inspect;
 mod score;
 mod synth;
 mod train;
+mod verify;
 mod watch;
 
 use std::path::PathBuf;
@@ -41,6 +42,7 @@ enum Command {
     Entropy(Box<entropy::EntropyArgs>),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
@@ -83,6 +85,7 @@ pub fn run() -> ExitCode {
         Command::Entropy(args) => entropy::run(*args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Synth(args) => synth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),

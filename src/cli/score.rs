@@ -54,7 +54,7 @@ pub fn run(args: ScoreArgs) -> Result<()> {
     let policy = Policy::internal(args.layer.unwrap_or(n_layer), n_layer, args.final_norm)?;
     let lora = open_adapter(&model, &args.adapter)?;
     let encoder = Encoder::new(&model, None, args.system.clone())?;
-    let mut engine = Engine::new(Arc::new(ThreadPool::with(args.threads)?))?;
+    let mut engine = Engine::on(model.device(), Arc::new(ThreadPool::with(args.threads)?))?;
     let mut any = false;
     for (row, read) in rollouts(&args.data)?.enumerate() {
         let read = read?;

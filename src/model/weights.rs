@@ -90,14 +90,6 @@ impl<'m> Taker<'m> {
                 supported: supported.join(", "),
             });
         }
-        if !tensor.is_host() {
-            return Err(Error::invalid(
-                place,
-                "weights in host memory",
-                "a device buffer",
-                "use --device cpu",
-            ));
-        }
         Ok(Some(tensor))
     }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::checkpoint::{self, Parts};
 use super::resume::{Resume, model_path};
 use super::run_dir::{RunConfig, RunDir};
-use super::{Algorithm, Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
+use super::{Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
 use crate::gguf::Value;
 use crate::{Error, Result};
 
@@ -111,7 +111,7 @@ impl Trainer<'_> {
     ) -> Result<Option<f32>> {
         let before = self.seconds;
         if self.steps_done == 0 && self.accuracy_before.is_nan() {
-            let accuracy = self.evaluate("before", observer)?;
+            let accuracy = self.accuracy("before", observer)?;
             self.accuracy_before = accuracy.map_or(f64::NAN, f64::from);
         }
         observer.note(&match self.accuracy_before {
@@ -127,7 +127,10 @@ impl Trainer<'_> {
             let mut interrupted = false;
             if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
                 match self.evaluate("held-out", observer) {
-                    Ok(accuracy) => record.accuracy = accuracy,
+                    Ok(report) => {
+                        record.accuracy = report.as_ref().map(|r| r.avg_at_k as f32);
+                        record.evaluation = report;
+                    }
                     Err(Error::Interrupted) => interrupted = true,
                     Err(error) => return Err(error),
                 }
@@ -155,7 +158,7 @@ impl Trainer<'_> {
                 return Err(Error::Interrupted);
             }
         }
-        self.evaluate("after", observer)
+        self.accuracy("after", observer)
     }
 
     /// A step whose panic, in whichever thread, is an error: the run ends as with any other.
@@ -204,8 +207,15 @@ impl Trainer<'_> {
         self.inputs.insert("model".into(), sums);
         let c = &self.config;
         let data = crate::data::source::files(&c.data)?;
-        for (name, files) in [("data", data), ("tokenizer", c.tokenizer.iter().cloned().collect())]
-        {
+        let template: Vec<_> = Some(std::path::PathBuf::from(&c.template))
+            .filter(|t| t.is_file())
+            .into_iter()
+            .collect();
+        for (name, files) in [
+            ("data", data),
+            ("tokenizer", c.tokenizer.iter().cloned().collect()),
+            ("template", template),
+        ] {
             let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;
             if !sums.is_empty() {
                 self.inputs.insert(name.into(), sums.join(" "));
@@ -248,10 +258,9 @@ impl Trainer<'_> {
     fn save(&self, path: &Path) -> Result<()> {
         let c = &self.config;
         let text = |s: &str| Value::String(s.into());
-        let algo = if c.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
         let base = Path::new(self.model.name()).file_name().unwrap_or_default();
         let extra = vec![
-            ("bupo.algorithm".into(), text(algo)),
+            ("bupo.algorithm".into(), text(&c.algo.name())),
             ("bupo.base".into(), text(&base.to_string_lossy())),
             ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
             ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
