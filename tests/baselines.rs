@@ -5,8 +5,8 @@ use std::path::Path;
 
 use bupo_gguf::eval::metrics::pass_at_k;
 use bupo_gguf::train::{
-    Aggregation, Algorithm, Gae, LossConfig, Response, ResponseGroup, Silent, TokenContext, assign,
-    response_loss,
+    Aggregation, Algorithm, Gae, LayerChoice, LossConfig, Response, ResponseGroup, Silent,
+    TokenContext, assign, response_loss,
 };
 use bupo_gguf::{Model, TrainConfig, Trainer};
 use clap::ValueEnum;
@@ -229,7 +229,7 @@ fn frozen_layers_stay_and_slow_ones_move_less() {
     let base = TrainConfig {
         mini_batch: Some(4),
         weight_decay: 0.0,
-        internal_layer: Some(6),
+        internal_layer: Some(LayerChoice::Layer(6)),
         ..small(Algorithm::Grpo)
     };
     let whole = moved(base.clone());

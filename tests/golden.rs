@@ -3,7 +3,7 @@
 
 mod common;
 
-use bupo_gguf::analysis::{Figure, Look, measure};
+use bupo_gguf::analysis::{Figure, Look, Tap, measure};
 use bupo_gguf::model::{Batch, Policy};
 use bupo_gguf::train::{Aggregation, LossConfig, TokenContext, token_loss};
 use common::{Golden, relative_error};
@@ -30,7 +30,8 @@ fn figures_of_every_layer_agree() {
         completion.push(0);
         batch.push_group(prompt, &[&completion], golden.model.config().n_vocab).unwrap();
         let picked: Vec<usize> = (0..batch.scored.len()).collect();
-        let look = Look::default();
+        let look = Look { top_k: 3, final_norm: false };
+        let more = golden.figures();
         let layers = measure(&mut engine, &golden.model, None, &batch, &picked, look).unwrap();
         assert_eq!(layers.len(), golden.json["n_layer"].as_u64().unwrap() as usize);
         for (i, layer) in layers.iter().enumerate() {
@@ -54,6 +55,33 @@ fn figures_of_every_layer_agree() {
                 check(&format!("norm of {name}"), norm, &norms[name]);
             }
             check("final entropy", Figure::FinalEntropy, &golden.json["final_entropy"]);
+            let figures = &more["layers"][i];
+            check("cos(A, residual)", Figure::CosAttn, &figures["cos_attn"]);
+            check("cos(F, residual)", Figure::CosFfn, &figures["cos_ffn"]);
+            check("KL to final", Figure::KlToFinal, &figures["kl_to"]);
+            check("KL from final", Figure::KlFromFinal, &figures["kl_from"]);
+            check("top-1 agreement", Figure::Top1Agrees, &figures["top1"]);
+            for tap in Tap::ALL {
+                let taken = match tap {
+                    Tap::Final => &more["final_taken"],
+                    tap => &figures["taken"][tap.name()],
+                };
+                let taken = taken.as_array().unwrap();
+                let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+                for (m, taken) in layer.iter().zip(taken) {
+                    let top = m.tops[tap as usize].as_ref().unwrap();
+                    ours.push(top.taken_prob);
+                    theirs.push(taken[0].as_f64().unwrap().exp() as f32);
+                    assert_eq!(top.taken_rank as u64, taken[1].as_u64().unwrap(), "{case} {tap:?}");
+                }
+                assert_eq!(ours.len(), tokens.len() - 1);
+                let error = relative_error(&ours, &theirs);
+                assert!(
+                    error < tolerance(case),
+                    "{case} layer {} taken at {tap:?}: {error}",
+                    i + 1
+                );
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ mod export;
 mod generate;
 mod import_peft;
 mod inspect;
+mod report;
 mod score;
 mod synth;
 mod train;
@@ -40,6 +41,7 @@ struct Cli {
 enum Command {
     Train(Box<train::TrainArgs>),
     Entropy(Box<entropy::EntropyArgs>),
+    Report(report::ReportArgs),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
     Verify(verify::VerifyArgs),
@@ -83,6 +85,7 @@ pub fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Train(args) => train::run(*args, given),
         Command::Entropy(args) => entropy::run(*args),
+        Command::Report(args) => report::run(args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Verify(args) => verify::run(args),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::advantage::{Baseline, Gae};
 use super::critic::CriticConfig;
+use super::layers::LayerChoice;
 use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
 use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
@@ -60,6 +61,10 @@ pub struct TrainConfig {
     /// Evaluate every N steps, besides before and after (0 = only then)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub eval_every: u64,
+    /// Look at every layer's policy every N steps, on fixed completions of the base model: entropies, KL,
+    /// cosines, perplexity in metrics.jsonl and on the page of `report` (0 = never)
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
+    pub entropy_every: u64,
     /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
     /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
     /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as text; regex:PATTERN; format:boxed, format:think;
@@ -94,9 +99,13 @@ pub struct TrainConfig {
     /// With bupo: the objective of both phases, any other --algo [default: grpo]
     #[arg(long, value_enum, value_name = "ALGO", help_heading = "Algorithm")]
     pub objective: Option<Algorithm>,
-    /// Layer of the internal phase, 1..L [default: three quarters of L]
-    #[arg(long, value_name = "N", help_heading = "Algorithm")]
-    pub internal_layer: Option<usize>,
+    /// Layer of the internal phase, 1..L; auto: the boundary layer, the last whose FFN raises the entropy of
+    /// the model's answers to training prompts (see `entropy`) [default: three quarters of L]
+    #[arg(long, value_name = "auto|N", help_heading = "Algorithm")]
+    pub internal_layer: Option<LayerChoice>,
+    /// How the internal layer was chosen where it was left to the program.
+    #[arg(skip)]
+    pub internal_layer_why: Option<String>,
     /// Steps of the internal phase
     #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Algorithm")]
     pub internal_steps: u64,
@@ -364,9 +373,12 @@ impl TrainConfig {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
     }
 
-    /// Layer of the internal phase for a model of `n_layer` layers.
+    /// Layer of the internal phase for a model of `n_layer` layers; of `auto`, before it is found, the default.
     pub fn internal_layer(&self, n_layer: usize) -> usize {
-        self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))
+        match self.internal_layer {
+            Some(LayerChoice::Layer(layer)) => layer,
+            Some(LayerChoice::Auto) | None => (3 * n_layer).div_ceil(4),
+        }
     }
 
     /// Settings from the words of a command line, the first of which is `train`.
@@ -429,7 +441,9 @@ impl TrainConfig {
     pub fn resolved(mut self, n_layer: usize) -> TrainConfig {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
         self.threads = Some(self.threads.unwrap_or_else(cores));
-        self.internal_layer = Some(self.internal_layer(n_layer));
+        if self.internal_layer != Some(LayerChoice::Auto) {
+            self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
+        }
         self.mini_batch = Some(self.mini_batch());
         self.alpha = Some(self.alpha());
         let loss = self.loss();

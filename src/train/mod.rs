@@ -24,6 +24,7 @@ mod collect;
 mod config;
 mod critic;
 mod evaluate;
+mod layers;
 mod loss;
 pub mod memory;
 mod micro_batch;
@@ -51,6 +52,7 @@ pub use advantage::{Baseline, Gae, advantages, assign, estimate};
 pub use checkpoint::{Checkpoint, Damaged};
 pub use collect::Sample;
 pub use config::TrainConfig;
+pub use layers::LayerChoice;
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };
@@ -107,6 +109,8 @@ pub struct Trainer<'m> {
     judges: JudgePool,
     critic: Option<Critic>,
     stop: Arc<AtomicBool>,
+    /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
+    probe_set: Vec<crate::analysis::Sample>,
     /// SHA-256 of the model and of the data; empty until a run begins.
     inputs: BTreeMap<String, String>,
     /// Whether a step has begun to change the adapter and is not complete.
@@ -122,6 +126,18 @@ pub struct Trainer<'m> {
     seconds: f64,
     /// When the run began, in seconds of Unix time: the date that chat templates write, to the end.
     began: f64,
+}
+
+/// The critic of a run that has one: a value head at the internal layer, and one at the last.
+fn new_critic(config: &TrainConfig, model: &Model) -> Result<Option<Critic>> {
+    let (n_layer, d) = (model.config().n_layer, model.config().n_embd);
+    match config.baseline() {
+        Baseline::Value => {
+            let depths = [config.internal_layer(n_layer), n_layer];
+            Critic::new(&depths, d, config.critic()).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 impl<'m> Trainer<'m> {
@@ -188,13 +204,9 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
-        let depths = [config.internal_layer(n_layer), n_layer];
-        let critic = match config.baseline() {
-            Baseline::Value => Some(Critic::new(&depths, model.config().n_embd, config.critic())?),
-            _ => None,
-        };
+        let critic = new_critic(&config, model)?;
         let judges = JudgePool::new(judge, config.reward_workers)?;
-        Ok(Trainer {
+        let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
             engine: Engine::on(model.device(), pool)?,
@@ -218,7 +230,15 @@ impl<'m> Trainer<'m> {
             accuracy_before: f64::NAN,
             seconds: 0.0,
             began,
-        })
+            probe_set: Vec::new(),
+        };
+        if trainer.choose_layer()? {
+            // These depend on the layer.
+            let config = &trainer.config;
+            trainer.optimizer = AdamW::new(&trainer.lora, n_layer, config.adamw(n_layer))?;
+            trainer.critic = new_critic(config, model)?;
+        }
+        Ok(trainer)
     }
 
     /// What the trainer carries from one step to the next. Every field is named here, state or not: a new
@@ -249,6 +269,8 @@ impl<'m> Trainer<'m> {
             gradients: _,
             engine: _,
             rollouts: _,
+            // The same whenever it is sampled.
+            probe_set: _,
             // False whenever a checkpoint is written.
             mid_step: _,
         } = self;
@@ -341,6 +363,7 @@ impl<'m> Trainer<'m> {
             seconds: start.elapsed().as_secs_f32(),
             accuracy: None,
             evaluation: None,
+            probe: None,
         };
         Ok((record, samples))
     }

@@ -118,6 +118,7 @@ const SYSTEM: &str = r"Please reason step by step, and put your final answer wit
 mod tests {
     use super::*;
     use crate::model::Model;
+    use crate::train::LayerChoice;
 
     #[test]
     fn the_papers_values_hold_but_for_what_is_written() {
@@ -127,7 +128,10 @@ mod tests {
         let given: Table = "steps = 5\ngroup = 8".parse().unwrap();
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &given).unwrap();
         config.check().unwrap();
-        assert_eq!((config.internal_layer, config.internal_steps), (Some(6), 30));
+        assert_eq!(
+            (config.internal_layer, config.internal_steps),
+            (Some(LayerChoice::Layer(6)), 30)
+        );
         assert_eq!((config.steps, config.prompts_per_step, config.mini_batch), (5, 128, Some(32)));
         assert_eq!((config.max_prompt, config.max_response), (1024, 8192));
         assert_eq!((config.lr, config.template.as_str()), (1e-5, "qwen3-no-think"));
@@ -139,7 +143,10 @@ mod tests {
         (model.arch, model.n_layer) = (Arch::Llama, 28);
         let config = Preset::BupoPaper.apply(&model, &Table::new()).unwrap().config;
         config.check().unwrap();
-        assert_eq!((config.internal_layer, config.internal_steps), (Some(27), 20));
+        assert_eq!(
+            (config.internal_layer, config.internal_steps),
+            (Some(LayerChoice::Layer(27)), 20)
+        );
         assert_eq!((config.max_response, config.template.as_str()), (3072, "octothinker"));
         model.n_layer = 8;
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &Table::new()).unwrap();

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::analysis::Probe;
 use crate::eval::Report;
 
 /// Which policy a step optimises.
@@ -71,6 +72,9 @@ pub struct StepRecord {
     pub seconds: f32,
     /// Accuracy on held-out problems, when it was measured at this step.
     pub accuracy: Option<f32>,
+    /// What the layers think, when it was looked at after this step (--entropy-every).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
     /// All figures of that evaluation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<Report>,

@@ -40,11 +40,12 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 10] = [
+const HARMLESS: [&str; 11] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
     "eval-every",
+    "entropy-every",
     "reward-workers",
     "reward-timeout",
     "checkpoint-every",

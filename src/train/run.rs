@@ -120,6 +120,10 @@ impl Trainer<'_> {
             }
             a => format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len()),
         });
+        if let (0, Some(why)) = (self.steps_done, &self.config.internal_layer_why) {
+            let layer = self.config.internal_layer(self.model.config().n_layer);
+            observer.note(&format!("internal layer {layer}, {why}"));
+        }
         for step in self.steps_done + 1..=self.config.steps {
             let (mut record, samples) = self.guarded_step(step, observer)?;
             let silent = record.groups_with_signal == 0.0;
@@ -131,6 +135,14 @@ impl Trainer<'_> {
                         record.accuracy = report.as_ref().map(|r| r.avg_at_k as f32);
                         record.evaluation = report;
                     }
+                    Err(Error::Interrupted) => interrupted = true,
+                    Err(error) => return Err(error),
+                }
+            }
+            let every = self.config.entropy_every;
+            if every > 0 && step % every == 0 && !interrupted {
+                match self.probe_layers() {
+                    Ok(probe) => record.probe = Some(probe),
                     Err(Error::Interrupted) => interrupted = true,
                     Err(error) => return Err(error),
                 }
@@ -262,7 +274,10 @@ impl Trainer<'_> {
         let extra = vec![
             ("bupo.algorithm".into(), text(&c.algo.name())),
             ("bupo.base".into(), text(&base.to_string_lossy())),
-            ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
+            (
+                "bupo.internal_layer".into(),
+                Value::U32(c.internal_layer(self.model.config().n_layer) as u32),
+            ),
             ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
             ("bupo.steps".into(), Value::U64(self.steps_done)),
             ("bupo.seed".into(), Value::U64(c.seed)),

@@ -100,6 +100,12 @@ impl Golden {
         Lora::load(&self.model, &self.lora_path()).unwrap()
     }
 
+    /// What `make_figures.py` adds: cosines, divergences, ranks.
+    pub fn figures(&self) -> Value {
+        let path = golden_dir().join(format!("{}.figures.json", self.name));
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
     pub fn ints(&self, key: &str) -> Vec<i32> {
         ints(&self.json[key])
     }
