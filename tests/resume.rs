@@ -129,6 +129,9 @@ fn lines(out: &Path) -> usize {
 fn killed_at_random_moments_it_gives_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
+    // What a kill in the middle of the very first write leaves.
+    fs::create_dir_all(&out).unwrap();
+    fs::write(out.join(".partial-config"), "half").unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(7);
     let mut args = fresh(&out);
     // Kills before anything is there, then some time after each step.
@@ -157,6 +160,7 @@ fn killed_at_random_moments_it_gives_the_same_bytes() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     assert_eq!(names.len(), 2, "the last two are kept, nothing else is left: {names:?}");
+    assert!(!out.join(".partial-config").exists(), "leftovers are removed");
 }
 
 /// Does something at chosen moments; remembers notes.

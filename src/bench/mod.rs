@@ -133,7 +133,7 @@ pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>
         _ => None,
     };
     let mut rows = rows.ok_or_else(unknown)?;
-    let peak = crate::train::plan::peak_bytes();
+    let peak = crate::train::memory::peak_bytes();
     for row in &mut rows {
         row.insert("peak_bytes".into(), json!(peak));
     }

@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod generate;
 mod import_peft;
+mod inspect;
 mod report;
 mod score;
 mod synth;
@@ -51,6 +52,7 @@ enum Command {
     Export(Box<export::ExportArgs>),
     ImportPeft(import_peft::ImportPeftArgs),
     Diff(Box<diff::DiffArgs>),
+    Inspect(inspect::InspectArgs),
 }
 
 /// What every subcommand takes.
@@ -115,6 +117,7 @@ pub fn run() -> ExitCode {
         Command::Export(args) => export::run(*args),
         Command::ImportPeft(args) => import_peft::run(args),
         Command::Diff(args) => diff::run(*args),
+        Command::Inspect(args) => inspect::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

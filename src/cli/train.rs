@@ -7,7 +7,7 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Preset, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{Plan, Preset, Resume, Summary, TrainConfig, Trainer, memory};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin.
@@ -71,6 +71,7 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         let settings = args.config.given(given)?;
         resume.change(args.model.clone(), &settings, args.allow_change)?;
         let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
+        plan(&model, &resume.config().train)?;
         let mut trainer = resume.trainer(&model)?;
         return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
     }
@@ -92,8 +93,17 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         return print_json(&replay);
     }
     let out = args.config.out.clone().unwrap_or_else(|| default_out(path, &args.config));
+    plan(&model, &args.config)?;
     let mut trainer = Trainer::new(&model, args.config)?;
     watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
+}
+
+/// Says what memory the run will take, and refuses what cannot fit.
+fn plan(model: &Model, config: &TrainConfig) -> Result<()> {
+    let plan = Plan::new(model, config)?;
+    eprintln!("{}", plan.line());
+    let limit = config.memory_mib.map(|mib| mib << 20).or_else(memory::available_bytes);
+    limit.map_or(Ok(()), |limit| plan.check(limit))
 }
 
 /// Runs with a person watching, who may stop it, and prints the summary.

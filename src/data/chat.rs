@@ -7,6 +7,8 @@
 //!
 //! Departures: dates are UTC; the `{% generation %}` tag is not known.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::{
@@ -33,6 +35,8 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
     enable_thinking: Option<bool>,
+    /// What `strftime_now` takes for now, in seconds of Unix time; negative is the clock's.
+    now: Arc<AtomicI64>,
 }
 
 impl ChatTemplate {
@@ -51,7 +55,12 @@ impl ChatTemplate {
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", |format: &str| strftime(format, unix_now_s()));
+        let now = Arc::new(AtomicI64::new(-1));
+        let fixed = now.clone();
+        environment.add_function("strftime_now", move |format: &str| {
+            let now = fixed.load(Ordering::Relaxed);
+            strftime(format, if now < 0 { unix_now_s() } else { now })
+        });
         environment.add_filter("tojson", tojson);
         environment.add_template_owned(NAME, source.to_owned()).map_err(|e| failed(&e))?;
         Ok(ChatTemplate {
@@ -59,6 +68,7 @@ impl ChatTemplate {
             bos_token: bos_token.into(),
             eos_token: eos_token.into(),
             enable_thinking: None,
+            now,
         })
     }
 
@@ -66,6 +76,11 @@ impl ChatTemplate {
     pub fn with_thinking(mut self, enable_thinking: Option<bool>) -> ChatTemplate {
         self.enable_thinking = enable_thinking;
         self
+    }
+
+    /// Fixes what `strftime_now` says, so that the same messages give the same prompt on another day.
+    pub fn set_now(&self, unix_s: i64) {
+        self.now.store(unix_s, Ordering::Relaxed);
     }
 
     /// The text of a conversation; with `add_generation_prompt` it ends where the assistant begins.
@@ -142,7 +157,8 @@ fn tojson(
     Ok(plain.into())
 }
 
-fn unix_now_s() -> i64 {
+/// Seconds of Unix time; 0 with a clock before 1970.
+pub fn unix_now_s() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
 }
 

@@ -51,10 +51,14 @@ impl HfTokenizer {
 
     /// Reads a `tokenizer.json` that is called `place` in messages.
     pub fn from_bytes(bytes: &[u8], place: &str) -> Result<HfTokenizer> {
-        let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|e| {
+        let refuse = |got: &str| {
             let advice = "give the tokenizer.json that belongs to the model";
-            Error::invalid(place, "a Hugging Face tokenizer", one_line(&e.to_string()), advice)
-        })?;
+            Error::invalid(place, "a Hugging Face tokenizer", one_line(got), advice)
+        };
+        // The crate panics on some damaged files (a decoder without its fields).
+        let mut tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes))
+            .map_err(|_| refuse("one that its reader stumbles over"))?
+            .map_err(|e| refuse(&e.to_string()))?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| {
             Error::invalid(place, "a tokenizer", one_line(&e.to_string()), "mend the file")

@@ -282,6 +282,20 @@ impl<'g> Graph<'g> {
         })
     }
 
+    /// Bytes that an executor would take for the graph's tensors without data, inputs included.
+    pub fn planned_bytes(&self) -> usize {
+        let mut bytes = 0;
+        // SAFETY: a fresh allocator with one buffer, and a graph whose arena is borrowed; with a place for
+        // sizes ggml only reckons: no memory is taken, no tensor changed.
+        unsafe {
+            let allocator = sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type());
+            let ids = std::ptr::null();
+            sys::ggml_gallocr_reserve_n_size(allocator, self.raw, ids, ids, &mut bytes);
+            sys::ggml_gallocr_free(allocator);
+        }
+        bytes
+    }
+
     /// Number of nodes.
     pub fn n_nodes(&self) -> usize {
         // SAFETY: a valid graph.

@@ -181,6 +181,23 @@ impl Lora {
         Ok(lora)
     }
 
+    /// Values that an adapter of this rank has.
+    pub fn count_params(model: &Model, targets: &Targets, rank: usize) -> usize {
+        slots(model, targets).iter().map(|s| rank * (s.n_in + s.n_out)).sum()
+    }
+
+    /// The pairs of one layer alone, zero: what a graph of that layer looks at.
+    pub(super) fn of_layer(
+        model: &Model,
+        targets: &Targets,
+        rank: usize,
+        layer: usize,
+    ) -> Result<Lora> {
+        let mut slots = slots(model, targets);
+        slots.retain(|slot| slot.layer == layer);
+        Lora::zeros(model.device(), slots, rank, 1.0)
+    }
+
     /// Reads an adapter in llama.cpp's GGUF form; any type becomes F32.
     ///
     /// # Errors

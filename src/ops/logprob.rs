@@ -33,6 +33,14 @@ const TOKEN_TILE: usize = 512;
 /// Floats of a dequantised vocabulary tile.
 const VOCAB_TILE: usize = 128 * 1024;
 
+/// Bytes that [`linear_logprob`] takes beside its result: on each thread a tile of dequantised vocabulary
+/// and its logits, and the partial sums of the token tiles that are in work.
+pub fn logprob_tiles_bytes(d: usize, tokens: usize, threads: usize) -> usize {
+    let tile = tokens.min(TOKEN_TILE);
+    // A thread that is a tile ahead has begun its next sums.
+    threads * 4 * (VOCAB_TILE + 512 * tile + 2 * d * tile)
+}
+
 /// Results of [`linear_logprob`], one value per token `[T]` each.
 #[derive(Clone, Copy)]
 pub struct Logprob<'a> {

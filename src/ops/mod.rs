@@ -24,7 +24,7 @@ pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
 pub use linear::{LowRank, linear, linear_back, outer};
-pub use logprob::{Logprob, linear_logprob};
+pub use logprob::{Logprob, linear_logprob, logprob_tiles_bytes};
 pub use low_rank::add_low_rank;
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};

@@ -54,6 +54,11 @@ impl<'m> Encoder<'m> {
         Ok(self)
     }
 
+    /// Fixes the date that the chat template may write, in seconds of Unix time.
+    pub fn set_now(&self, unix_s: i64) {
+        self.template.iter().for_each(|template| template.set_now(unix_s));
+    }
+
     /// Tokens of a prompt, cut from the left to `max_tokens` (PAPER section 2).
     ///
     /// Text becomes one user message where the model has a chat template, else it is taken as it is.

@@ -6,4 +6,6 @@ mod scheduler;
 
 pub use encode::Encoder;
 pub use sampler::{Sampler, Sampling};
-pub use scheduler::{Completion, Finish, Progress, Request, RolloutOptions, Rollouts, Watcher};
+pub use scheduler::{
+    Completion, Finish, Progress, Request, RolloutOptions, RolloutSizes, Rollouts, Watcher,
+};

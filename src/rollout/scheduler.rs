@@ -98,6 +98,42 @@ pub struct RolloutOptions {
     pub kv_bytes: usize,
 }
 
+/// What becomes of [`RolloutOptions`] for a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RolloutSizes {
+    /// Sequences at once.
+    pub n_seq: usize,
+    /// Tokens that a sequence may hold, rounded up as llama.cpp does.
+    pub n_ctx_seq: usize,
+    /// Tokens in one call.
+    pub n_batch: usize,
+    /// Bytes of keys and values of one sequence.
+    pub sequence_bytes: usize,
+}
+
+impl RolloutOptions {
+    /// As many sequences as the memory for keys and values allows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not even one sequence fits.
+    pub fn sizes(&self, h: &llama::Hparams) -> Result<RolloutSizes> {
+        let width = (h.head_size_k + h.head_size_v) as usize * h.n_head_kv as usize;
+        let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
+        let sequence_bytes = n_ctx_seq * width * h.n_layer as usize * 2; // F16
+        let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
+        if n_seq == 0 {
+            return Err(Error::invalid(
+                "--kv-mib",
+                format!("at least {} MiB for one sequence", sequence_bytes.div_ceil(1 << 20)),
+                format!("{} MiB", self.kv_bytes >> 20),
+                "raise it, or lower --max-response",
+            ));
+        }
+        let n_batch = PREFILL_TOKENS.max(n_seq).max(self.n_ctx_seq);
+        Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, sequence_bytes })
+    }
+}
+
 /// Tokens of prompts that are decoded in one call.
 const PREFILL_TOKENS: usize = 2048;
 /// Logits at which sampling is worth several threads.
@@ -134,20 +170,7 @@ impl Rollouts {
         pool: &Arc<ThreadPool>,
         options: RolloutOptions,
     ) -> Result<Rollouts> {
-        let h = model.hparams()?;
-        let width = (h.head_size_k + h.head_size_v) as usize * h.n_head_kv as usize;
-        let n_ctx_seq = options.n_ctx_seq.next_multiple_of(256);
-        let per_sequence = n_ctx_seq * width * h.n_layer as usize * 2; // F16
-        let n_seq = (options.kv_bytes / per_sequence).min(llama::max_sequences()).min(MAX_PARALLEL);
-        if n_seq == 0 {
-            return Err(Error::invalid(
-                "--kv-mib",
-                format!("at least {} MiB for one sequence", per_sequence.div_ceil(1 << 20)),
-                format!("{} MiB", options.kv_bytes >> 20),
-                "raise it, or lower --max-response",
-            ));
-        }
-        let n_batch = PREFILL_TOKENS.max(n_seq).max(options.n_ctx_seq);
+        let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(&model.hparams()?)?;
         let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
         Ok(Rollouts { context: Context::new(model, pool, sizes)?, n_ctx_seq: options.n_ctx_seq })
     }

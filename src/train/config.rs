@@ -250,6 +250,9 @@ pub struct TrainConfig {
     /// Checkpoints to keep, the newest ones (0 = all)
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: usize,
+    /// Memory that the run may take; a plan beyond it is refused [default: what is available]
+    #[arg(long, value_name = "MIB", help_heading = "Run")]
+    pub memory_mib: Option<u64>,
     /// Same seed, same run
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,
@@ -389,6 +392,27 @@ impl TrainConfig {
             Some(LayerChoice::Layer(layer)) => layer,
             Some(LayerChoice::Auto) | None => (3 * n_layer).div_ceil(4),
         }
+    }
+
+    /// Settings from the words of a command line, the first of which is `train`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with clap's words for what is no option of `train`.
+    pub fn from_words(words: &[String]) -> Result<TrainConfig> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            config: TrainConfig,
+        }
+        let wrong = |got: String| {
+            Error::invalid("--plan", "train and its options", got, "see train --help")
+        };
+        if words.first().is_none_or(|word| word != "train") {
+            return Err(wrong(words.join(" ")));
+        }
+        <Line as clap::Parser>::try_parse_from(words)
+            .map(|line| line.config)
+            .map_err(|e| wrong(e.to_string().lines().next().unwrap_or_default().into()))
     }
 
     /// The settings that stood on the command line, as `config.toml` names them, for those of a run to be

@@ -26,10 +26,11 @@ mod critic;
 mod evaluate;
 mod layers;
 mod loss;
+pub mod memory;
 mod micro_batch;
 mod objective;
 mod optimizer;
-pub mod plan;
+mod plan;
 mod preset;
 mod probe;
 mod record;
@@ -57,6 +58,7 @@ pub use loss::{
 };
 pub use objective::{Algorithm, Defaults};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use plan::{Part, Plan};
 pub use preset::{Applied, Preset};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
@@ -122,6 +124,8 @@ pub struct Trainer<'m> {
     accuracy_before: f64,
     /// Of all processes that had a part in the run.
     seconds: f64,
+    /// When the run began, in seconds of Unix time: the date that chat templates write, to the end.
+    began: f64,
 }
 
 /// The critic of a run that has one: a value head at the internal layer, and one at the last.
@@ -185,6 +189,8 @@ impl<'m> Trainer<'m> {
         if config.drop_long_prompts {
             problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
         }
+        let began = crate::data::chat::unix_now_s() as f64;
+        encoder.set_now(began as i64);
         let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
@@ -223,6 +229,7 @@ impl<'m> Trainer<'m> {
             silent_steps: 0,
             accuracy_before: f64::NAN,
             seconds: 0.0,
+            began,
             probe_set: Vec::new(),
         };
         if trainer.choose_layer()? {
@@ -247,6 +254,7 @@ impl<'m> Trainer<'m> {
             silent_steps,
             accuracy_before,
             seconds,
+            began,
             critic,
             // Given at the start.
             model: _,
@@ -279,6 +287,7 @@ impl<'m> Trainer<'m> {
         state.counter("silent_steps", silent_steps);
         state.number("accuracy_before", accuracy_before);
         state.number("seconds", seconds);
+        state.number("began_unix_s", began);
         state
     }
 

@@ -1,14 +1,214 @@
-//! What a run will take of memory, known before it begins.
+//! What a run will take of memory, by part, before it begins.
+//!
+//! Sizes come from the constants and graphs of the code that will take the memory; where llama.cpp takes
+//! it, from its graphs as they are known (`decoding`). `tests/plan.rs` holds the sum against the
+//! measured peak.
 
-/// Largest resident memory of this process so far, bytes (`VmHWM`); 0 where the system does not say.
-pub fn peak_bytes() -> u64 {
-    status("VmHWM:")
+use serde::Serialize;
+
+use super::memory::resident_besides;
+use super::{Algorithm, TrainConfig};
+use crate::gguf::AdapterFile;
+use crate::model::{Lora, Model, activations};
+use crate::ops::logprob_tiles_bytes;
+use crate::rollout::RolloutOptions;
+use crate::{Error, Result};
+
+/// The system's allocator keeps freed blocks of up to this size (glibc's largest mmap threshold): the
+/// forward's intermediate results, about half of the backward's, stay when these take their place.
+const HEAP_KEEPS: usize = 32 << 20;
+
+/// One use of memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// Short name.
+    pub name: &'static str,
+    /// Bytes.
+    pub bytes: u64,
+    /// Whether a graphics card would hold it in its own memory.
+    pub on_gpu: bool,
+    /// What it is made of.
+    pub what: String,
+    /// What makes it smaller.
+    #[serde(skip)]
+    pub advice: &'static str,
 }
 
-/// A size from `/proc/self/status`, bytes; 0 where there is none.
-fn status(key: &str) -> u64 {
-    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = text.lines().find_map(|line| line.strip_prefix(key));
-    line.and_then(|l| l.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
-        .map_or(0, |k| k << 10)
+/// All uses of memory of a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Plan {
+    /// Parts, in the order in which they are taken.
+    pub parts: Vec<Part>,
+    /// Their sum: the peak on the CPU, bytes.
+    pub total_bytes: u64,
+    /// Those that a graphics card would hold, bytes; an estimate, its libraries' own not counted.
+    pub gpu_bytes: u64,
+}
+
+impl Plan {
+    /// Reckons a run of these settings on an open model.
+    ///
+    /// # Errors
+    /// Settings that do not fit the model, or an adapter that cannot be read.
+    pub fn new(model: &Model, config: &TrainConfig) -> Result<Plan> {
+        let c = config.clone().resolved(model.config().n_layer);
+        let m = model.config();
+        let rank = match &c.adapter {
+            Some(path) => AdapterFile::read(path)?.pairs.first().map_or(c.rank, |p| p.rank),
+            None => c.rank,
+        };
+        let threads = c.threads.unwrap_or(1);
+
+        let longest = c.max_prompt + c.max_response;
+        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib << 20 };
+        let sizes = options.sizes(&model.engine().hparams()?)?;
+        let running = sizes.n_seq.min(c.prompts_per_step * c.group);
+
+        // The largest micro batch: of a mini batch, or of the rest that is scored before the updates.
+        let group_tokens = c.max_prompt + c.group * c.max_response;
+        let groups = c.mini_batch().max(c.prompts_per_step - c.mini_batch());
+        let tokens = c.micro_batch_tokens.min(groups * group_tokens);
+        let scored = tokens.min(groups * c.group * c.max_response);
+        let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
+        let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
+        let acts = activations(model, &c.targets, rank, depth, tokens, scored)?;
+        let adapter = 4 * Lora::count_params(model, &c.targets, rank);
+
+        let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
+        let weights: u64 = files.map(|f| f.len()).sum();
+        let part = |name, bytes: usize, on_gpu, what, advice| Part {
+            name,
+            bytes: bytes as u64,
+            on_gpu,
+            what,
+            advice,
+        };
+        let parts = vec![
+            part(
+                "program",
+                resident_besides(model.files()) as usize,
+                false,
+                "code, vocabulary, what is open now".into(),
+                "",
+            ),
+            part(
+                "weights",
+                weights as usize,
+                true,
+                format!("{} layers, one copy, mapped", m.n_layer),
+                "use a smaller quantisation",
+            ),
+            part(
+                "kv cache",
+                sizes.n_seq * sizes.sequence_bytes,
+                true,
+                format!("{} sequences of {} tokens, F16", sizes.n_seq, sizes.n_ctx_seq),
+                "lower --kv-mib or --max-response",
+            ),
+            part(
+                "decoding",
+                decoding_bytes(model, &c, running, sizes.n_batch, threads),
+                true,
+                format!("llama.cpp's graph, logits of {running} sequences, sampling"),
+                "lower --kv-mib or --max-prompt",
+            ),
+            part(
+                "activations",
+                acts.kept + acts.scratch + (acts.scratch / 2).min(HEAP_KEEPS),
+                true,
+                format!("{tokens} tokens: residuals of {depth} layers and one layer's graph"),
+                "lower --micro-batch-tokens",
+            ),
+            part(
+                "logprob tiles",
+                logprob_tiles_bytes(m.n_embd, scored, threads),
+                true,
+                format!("{threads} threads, never the vocabulary whole"),
+                "lower --threads",
+            ),
+            part(
+                "adapter",
+                4 * adapter,
+                true,
+                format!("rank {rank}: masters, gradients, two moments, F32"),
+                "lower --rank",
+            ),
+        ];
+        let total_bytes = parts.iter().map(|p| p.bytes).sum();
+        let gpu_bytes = parts.iter().filter(|p| p.on_gpu).map(|p| p.bytes).sum();
+        Ok(Plan { parts, total_bytes, gpu_bytes })
+    }
+
+    /// Bytes that are still to be taken.
+    pub fn missing_bytes(&self) -> u64 {
+        let taken = self.parts.iter().filter(|p| p.name == "program").map(|p| p.bytes);
+        self.total_bytes - taken.sum::<u64>()
+    }
+
+    /// Refuses a plan that does not fit.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] with the largest parts and what makes them smaller.
+    pub fn check(&self, available: u64) -> Result<()> {
+        let needed = self.missing_bytes();
+        if needed <= available {
+            return Ok(());
+        }
+        let mut largest: Vec<&Part> = self.parts.iter().filter(|p| !p.advice.is_empty()).collect();
+        largest.sort_by_key(|p| std::cmp::Reverse(p.bytes));
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let advice: Vec<_> = largest
+            .iter()
+            .take(3)
+            .map(|p| format!("{} ({} takes {} MiB)", p.advice, p.name, mib(p.bytes)))
+            .collect();
+        Err(Error::invalid(
+            "memory",
+            format!("{} MiB for this run", mib(needed)),
+            format!("{} MiB available", mib(available)),
+            format!("{}; --memory-mib N sets another limit", advice.join(", ")),
+        ))
+    }
+
+    /// The plan as a table, with what is available beside it.
+    pub fn table(&self, available: Option<u64>) -> String {
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let mut text = String::from("memory of a run    CPU MiB   GPU MiB\n");
+        for p in &self.parts {
+            let gpu = if p.on_gpu { format!("{:.1}", mib(p.bytes)) } else { "-".into() };
+            text += &format!("  {:<14}  {:>9.1} {gpu:>9}  {}\n", p.name, mib(p.bytes), p.what);
+        }
+        let (cpu, gpu) = (mib(self.total_bytes), mib(self.gpu_bytes));
+        text += &format!("  {:<14}  {cpu:>9.1} {gpu:>9.1}", "peak");
+        if let Some(available) = available {
+            text += &format!("  ({:.0} MiB available to the CPU)", mib(available));
+        }
+        text
+    }
+
+    /// The plan in one line.
+    pub fn line(&self) -> String {
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let parts: Vec<_> =
+            self.parts.iter().map(|p| format!("{} {}", p.name, mib(p.bytes))).collect();
+        format!("memory: {} MiB planned ({})", mib(self.total_bytes), parts.join(", "))
+    }
+}
+
+/// What llama.cpp and sampling take while they decode: the FFN is the widest place of its graph, and logits
+/// of all running sequences stand in the graph, in the context, and once more as a prompt's first ones.
+fn decoding_bytes(
+    model: &Model,
+    c: &TrainConfig,
+    running: usize,
+    n_batch: usize,
+    threads: usize,
+) -> usize {
+    let m = model.config();
+    let tokens = n_batch.min(c.prompts_per_step * c.max_prompt).max(running);
+    let graph = 4 * tokens * (3 * m.n_ff + 4 * m.n_embd);
+    let quantised_rows = 2 * tokens * m.n_ff.max(m.n_embd);
+    let mask = 6 * tokens * c.max_prompt.next_multiple_of(256);
+    let logits = 4 * m.n_vocab * (2 * running + c.prompts_per_step);
+    graph + quantised_rows + mask + logits + threads * 8 * m.n_vocab
 }

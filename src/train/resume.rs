@@ -40,7 +40,7 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 10] = [
+const HARMLESS: [&str; 11] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
@@ -50,6 +50,7 @@ const HARMLESS: [&str; 10] = [
     "reward-timeout",
     "checkpoint-every",
     "keep-checkpoints",
+    "memory-mib",
     "out",
 ];
 /// Settings that the adapter of a checkpoint has already.
@@ -196,6 +197,7 @@ impl Resume {
             return Err(Error::invalid("--resume", expected, change, advice));
         }
         checkpoint.restore(&mut trainer.state())?;
+        trainer.encoder.set_now(trainer.began as i64);
         Ok(trainer)
     }
 
@@ -255,7 +257,8 @@ mod tests {
     #[test]
     fn every_setting_counts_as_inexact_unless_it_is_known_to_be_harmless() {
         let table = toml::Table::try_from(TrainConfig::default().resolved(8)).unwrap();
-        for name in HARMLESS.into_iter().filter(|n| !["eval-data", "out"].contains(n)) {
+        for name in HARMLESS.into_iter().filter(|n| !["eval-data", "memory-mib", "out"].contains(n))
+        {
             assert!(table.contains_key(name), "{name} is no setting");
         }
         let old = TrainConfig::default();

@@ -86,7 +86,7 @@ impl Trainer<'_> {
             accuracy_after,
             steps: self.steps_done,
             seconds: self.seconds,
-            peak_bytes: super::plan::peak_bytes(),
+            peak_bytes: super::memory::peak_bytes(),
             interrupted,
             adapter: keeper.dir.adapter(),
         })
@@ -219,8 +219,15 @@ impl Trainer<'_> {
         self.inputs.insert("model".into(), sums);
         let c = &self.config;
         let data = crate::data::source::files(&c.data)?;
-        for (name, files) in [("data", data), ("tokenizer", c.tokenizer.iter().cloned().collect())]
-        {
+        let template: Vec<_> = Some(std::path::PathBuf::from(&c.template))
+            .filter(|t| t.is_file())
+            .into_iter()
+            .collect();
+        for (name, files) in [
+            ("data", data),
+            ("tokenizer", c.tokenizer.iter().cloned().collect()),
+            ("template", template),
+        ] {
             let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;
             if !sums.is_empty() {
                 self.inputs.insert(name.into(), sums.join(" "));

@@ -112,6 +112,13 @@ impl RunDir {
                 return Err(Error::Io { action: "lock", path: place, source: e });
             }
         }
+        // What a killed run was writing; nobody else writes here now.
+        for entry in fs::read_dir(path).map_err(Error::io("read folder", path))? {
+            let entry = entry.map_err(Error::io("read folder", path))?;
+            if is_leftover(&entry.file_name()) {
+                fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+            }
+        }
         // For people; the lock itself is the system's.
         let _ = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
         Ok(RunDir { path: path.into(), logs: BTreeMap::new(), lock })
@@ -126,7 +133,8 @@ impl RunDir {
         for entry in entries {
             let entry = entry.map_err(Error::io("read folder", path))?;
             // A run that was killed at its very start leaves no more than this.
-            if entry.file_name() != LOCK {
+            let name = entry.file_name();
+            if name != LOCK && !is_leftover(&name) {
                 return Err(Error::invalid(
                     format!("--out {}", path.display()),
                     "an empty or new folder",
@@ -266,6 +274,11 @@ impl RunDir {
         odd.extend(missing.map(|name| format!("{name} is gone: its lines are lost")));
         Ok(odd)
     }
+}
+
+/// Whether a name is that of a file which `gguf::write_atomically` had not finished.
+fn is_leftover(name: &std::ffi::OsStr) -> bool {
+    name.to_string_lossy().starts_with(".partial-")
 }
 
 #[cfg(unix)]

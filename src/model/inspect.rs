@@ -1,0 +1,226 @@
+//! What a model file holds, read from its header alone: llama.cpp is not asked, nothing is loaded.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{Arch, DEMO, DEMO_BYTES, Target, precheck};
+use crate::Result;
+use crate::gguf::{GgufFile, Value, split_paths};
+
+/// Where the entropies of a layer's internal policies are taken (PAPER section 1).
+const TAPS: [&str; 6] = ["layer_in", "attn_in", "attn_out", "ffn_in", "ffn_out", "layer_out"];
+
+/// Tensors of one type.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TypeUse {
+    /// How many.
+    pub tensors: usize,
+    /// Elements.
+    pub parameters: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// One kind of weight that an adapter can be trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Trainable {
+    /// Name on the command line: `q`, `gate`, ...
+    pub target: &'static str,
+    /// Name in the file, `blk.N.` before it.
+    pub tensor: String,
+    /// Inputs and outputs.
+    pub shape: [u64; 2],
+    /// Layers that have it.
+    pub layers: usize,
+    /// Types of those.
+    pub types: Vec<&'static str>,
+}
+
+/// A model file described.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Description {
+    /// Path as given.
+    pub model: String,
+    /// `general.name`.
+    pub name: Option<String>,
+    /// `general.architecture`.
+    pub architecture: String,
+    /// Files: 1, or the parts of a split set.
+    pub files: usize,
+    /// Bytes of all files.
+    pub file_bytes: u64,
+    /// All elements of all tensors.
+    pub parameters: u64,
+    /// Layers, L.
+    pub layers: Option<u64>,
+    /// Width of the residual, D.
+    pub width: Option<u64>,
+    /// Width of the FFN.
+    pub ffn_width: Option<u64>,
+    /// Query and key/value heads.
+    pub heads: [Option<u64>; 2],
+    /// Size of a head.
+    pub head_size: Option<u64>,
+    /// Tokens.
+    pub vocabulary: Option<u64>,
+    /// Context the model was trained on, tokens.
+    pub context: Option<u64>,
+    /// Base of the rotary embedding, and its scaling.
+    pub rope: String,
+    /// Whether there is a chat template.
+    pub chat_template: bool,
+    /// Whether the embedding is the unembedding too.
+    pub tied: bool,
+    /// Tensor types.
+    pub types: BTreeMap<&'static str, TypeUse>,
+    /// Taps of each layer.
+    pub taps: Vec<&'static str>,
+    /// What an adapter can be trained on.
+    pub trainable: Vec<Trainable>,
+    /// Why this program cannot open the model; none where it can.
+    pub refused: Option<String>,
+}
+
+impl Description {
+    /// Reads the header of a GGUF file (of a split set: of all parts), or of the embedded model.
+    ///
+    /// # Errors
+    /// When it is no sound GGUF file.
+    pub fn read(path: &Path) -> Result<Description> {
+        let files = if path.as_os_str() == DEMO {
+            vec![GgufFile::from_bytes(DEMO_BYTES, DEMO)?]
+        } else {
+            let paths = split_paths(path)?;
+            paths.iter().map(|p| GgufFile::open(p)).collect::<Result<Vec<_>>>()?
+        };
+        let first = &files[0];
+        let architecture = first.architecture()?.to_owned();
+        let arch = Arch::parse(&architecture);
+        let refused = arch
+            .as_ref()
+            .map_err(ToString::to_string)
+            .and_then(|arch| precheck::check(first, *arch).map_err(|e| e.to_string()));
+        let get = |key: &str| first.get(&format!("{architecture}.{key}"));
+        let size =
+            |key: &str| get(key).and_then(Value::integer).and_then(|n| u64::try_from(n).ok());
+        let mut types: BTreeMap<&'static str, TypeUse> = BTreeMap::new();
+        let tensors = || files.iter().flat_map(|f| f.tensors());
+        for tensor in tensors() {
+            let entry = types.entry(tensor.ty.name()).or_default();
+            entry.tensors += 1;
+            entry.parameters += tensor.n_elements();
+            entry.bytes += tensor.n_bytes();
+        }
+        let scaling = get("rope.scaling.type").map(|v| v.to_string());
+        let llama3 = tensors().any(|t| t.name == "rope_freqs.weight");
+        let scaling = scaling.unwrap_or_else(|| if llama3 { "llama3" } else { "none" }.into());
+        let base = get("rope.freq_base").map_or("10000".into(), ToString::to_string);
+        let width = size("embedding_length");
+        let heads = [size("attention.head_count"), size("attention.head_count_kv")];
+        let derived = width.zip(heads[0]).and_then(|(d, n)| d.checked_div(n));
+        let vocabulary = match first.get("tokenizer.ggml.tokens") {
+            Some(Value::Array(tokens)) => Some(tokens.len() as u64),
+            _ => None,
+        };
+        Ok(Description {
+            model: path.display().to_string(),
+            name: first.find::<&str>("general.name").ok().flatten().map(str::to_owned),
+            files: files.len(),
+            file_bytes: files.iter().map(GgufFile::n_bytes).sum(),
+            parameters: types.values().map(|t| t.parameters).sum(),
+            layers: size("block_count"),
+            width,
+            ffn_width: size("feed_forward_length"),
+            heads: [heads[0], heads[1].or(heads[0])],
+            head_size: size("attention.key_length").or(derived),
+            vocabulary,
+            context: size("context_length"),
+            rope: format!("base {base}, scaling {scaling}"),
+            chat_template: first.get("tokenizer.chat_template").is_some(),
+            tied: !tensors().any(|t| t.name == "output.weight"),
+            types,
+            taps: TAPS.to_vec(),
+            trainable: if arch.is_ok() { trainable(&files) } else { Vec::new() },
+            refused: refused.err(),
+            architecture,
+        })
+    }
+}
+
+fn trainable(files: &[GgufFile]) -> Vec<Trainable> {
+    let mut found = Vec::new();
+    for target in Target::ALL {
+        let suffix = format!(".{}.weight", target.gguf_name());
+        let tensors: Vec<_> = files
+            .iter()
+            .flat_map(|f| f.tensors())
+            .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(&suffix))
+            .filter(|t| t.shape.len() == 2 && t.ty.can_dequantize())
+            .collect();
+        let Some(first) = tensors.first() else { continue };
+        let mut types: Vec<_> = tensors.iter().map(|t| t.ty.name()).collect();
+        types.sort();
+        types.dedup();
+        found.push(Trainable {
+            target: target.name(),
+            tensor: format!("{}.weight", target.gguf_name()),
+            shape: [first.shape[0], first.shape[1]],
+            layers: tensors.len(),
+            types,
+        });
+    }
+    found
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let number = |n: Option<u64>| n.map_or("?".into(), |n| n.to_string());
+        let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
+        let name = self.name.as_deref().unwrap_or("no name");
+        writeln!(f, "model         {}: {} ({name})", self.model, self.architecture)?;
+        let (million, size) = (self.parameters as f64 / 1e6, mib(self.file_bytes));
+        let plural = if self.files == 1 { "" } else { "s" };
+        writeln!(
+            f,
+            "size          {million:.1} M parameters, {size:.1} MiB in {} file{plural}",
+            self.files
+        )?;
+        writeln!(
+            f,
+            "layers        {} of width {}, FFN {}, {} heads ({} key/value) of {}",
+            number(self.layers),
+            number(self.width),
+            number(self.ffn_width),
+            number(self.heads[0]),
+            number(self.heads[1]),
+            number(self.head_size)
+        )?;
+        let tied = if self.tied { "tied" } else { "apart" };
+        writeln!(f, "vocabulary    {} tokens, unembedding {tied}", number(self.vocabulary))?;
+        writeln!(f, "context       {} tokens; rope {}", number(self.context), self.rope)?;
+        let template = if self.chat_template { "in the file" } else { "none" };
+        writeln!(f, "chat template {template}")?;
+        writeln!(f, "types         tensors  parameters        MiB")?;
+        for (name, ty) in &self.types {
+            let (n, parameters, size) = (ty.tensors, ty.parameters, mib(ty.bytes));
+            writeln!(f, "  {name:<10}  {n:>8}  {parameters:>10}  {size:>9.1}")?;
+        }
+        writeln!(f, "taps          {} (each layer)", self.taps.join(", "))?;
+        writeln!(f, "trainable     weight              inputs  outputs  layers  type")?;
+        for t in &self.trainable {
+            let ([n_in, n_out], types) = (t.shape, t.types.join(", "));
+            let (target, tensor, layers) = (t.target, &t.tensor, t.layers);
+            writeln!(
+                f,
+                "  {target:<10}  {tensor:<18}  {n_in:>6}  {n_out:>7}  {layers:>6}  {types}"
+            )?;
+        }
+        match &self.refused {
+            Some(reason) => write!(f, "refused       {reason}"),
+            None => write!(f, "opens         yes"),
+        }
+    }
+}

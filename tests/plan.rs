@@ -1,0 +1,128 @@
+//! What `inspect` says of a model, and how far the planned memory is from the measured peak.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn run(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
+}
+
+fn json(args: &[&str]) -> Value {
+    let out = run(args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
+}
+
+/// Plans a run, makes it, and compares; both in processes of their own.
+#[cfg(target_os = "linux")]
+fn planned_against_measured(model: &str, options: &str) -> (f64, f64) {
+    let dir = tempfile::tempdir().unwrap();
+    // Prompts and completions as long as the plan has to assume.
+    let data = dir.path().join("data.jsonl");
+    let row =
+        serde_json::json!({"prompt": "count the words of this line ".repeat(40), "answer": "7"});
+    std::fs::write(&data, format!("{row}\n").repeat(8)).unwrap();
+    let out = dir.path().join("run");
+    let mut words: Vec<&str> = options.split_whitespace().collect();
+    words.extend(["--data", data.to_str().unwrap()]);
+    let plan = json(&[&["inspect", model, "--json", "--plan", "train"], &words[..]].concat());
+    let extra = ["--out", out.to_str().unwrap(), "--json"];
+    let summary = json(&[&["train", model], &words[..], &extra].concat());
+    let number = |v: &Value| v.as_f64().unwrap();
+    (number(&plan["plan"]["total_bytes"]), number(&summary["peak_bytes"]))
+}
+
+#[cfg(target_os = "linux")]
+fn within_15_percent(model: &str, options: &str) {
+    let (planned, measured) = planned_against_measured(model, options);
+    let off = planned / measured - 1.0;
+    let mib = |bytes: f64| bytes / (1 << 20) as f64;
+    println!(
+        "{model} {options}: {:.0} planned, {:.0} MiB measured, {:+.1} %",
+        mib(planned),
+        mib(measured),
+        100.0 * off
+    );
+    assert!(
+        off.abs() <= 0.15,
+        "{model} {options}: {:.0} planned, {:.0} MiB measured",
+        mib(planned),
+        mib(measured)
+    );
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn planned_memory_is_the_measured_peak_within_15_percent() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = dir.path().join("tiny.gguf");
+    let tiny = tiny.to_str().unwrap();
+    json(&["synth", "tiny", "--out", tiny, "--json"]);
+    // Rewards differ so that updates are computed: the answer is a common token's.
+    let common = "--steps 1 --threads 1 --reward boxed --algo grpo --kl-coef 0.01";
+    within_15_percent(
+        tiny,
+        &format!(
+            "{common} --prompts-per-step 4 --mini-batch 4 --group 4 --max-prompt 192 --max-response 64 --micro-batch-tokens 2048 --kv-mib 64"
+        ),
+    );
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn planned_memory_of_a_published_width() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q.gguf");
+    let path = path.to_str().unwrap();
+    json(&["synth", "qwen3-0.6b", "--layers", "4", "--vocab", "20000", "--out", path, "--json"]);
+    within_15_percent(
+        path,
+        "--steps 1 --threads 1 --algo grpo --kl-coef 0.01 --prompts-per-step 1 --mini-batch 1 --group 2 --max-prompt 128 --max-response 8 --micro-batch-tokens 256 --kv-mib 64 --rank 8",
+    );
+}
+
+#[test]
+fn inspect_describes_and_refuses() {
+    let all = json(&["inspect", "demo", "--json", "--plan", "train", "--rank", "8"]);
+    let model = &all["model"];
+    assert_eq!((&model["architecture"], &model["layers"]), (&"qwen3".into(), &8.into()));
+    assert_eq!(model["refused"], Value::Null);
+    assert_eq!(model["taps"].as_array().unwrap().len(), 6);
+    let trainable: Vec<_> = model["trainable"].as_array().unwrap().iter().collect();
+    assert_eq!(trainable.len(), 7);
+    assert!(trainable.iter().all(|t| t["layers"] == 8));
+    let sum: u64 =
+        all["plan"]["parts"].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
+    assert_eq!(all["plan"]["total_bytes"], sum);
+    let text = String::from_utf8(run(&["inspect", "demo"]).stdout).unwrap();
+    assert!(text.contains("ffn_down.weight") && text.ends_with("opens         yes\n"), "{text}");
+
+    // What llama.cpp would abort on is said, not met.
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden/qwen3-f32.gguf");
+    let mut bytes = std::fs::read(golden).unwrap();
+    let at = bytes.windows(17).position(|w| w == b"qwen3.block_count").unwrap() + 17 + 4;
+    bytes[at..at + 4].copy_from_slice(&100_000u32.to_le_bytes());
+    let dir = tempfile::tempdir().unwrap();
+    let bad = dir.path().join("bad.gguf");
+    std::fs::write(&bad, bytes).unwrap();
+    let said = json(&["inspect", bad.to_str().unwrap(), "--json"]);
+    let refused = said["model"]["refused"].as_str().unwrap();
+    assert!(refused.contains("block_count") && refused.contains("1 to 512"), "{refused}");
+    let out = run(&["train", bad.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(1));
+}
+
+#[test]
+fn what_cannot_fit_is_refused_with_advice() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let refused = run(&["train", "demo", "--memory-mib", "20", "--out", out.to_str().unwrap()]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success());
+    assert!(said.contains("memory: ") && said.contains("planned"), "the plan comes first: {said}");
+    let error = said.lines().find(|l| l.starts_with("error: ")).unwrap();
+    assert!(error.contains("20 MiB available") && error.contains("--kv-mib"), "{error}");
+    assert!(!out.exists(), "nothing was written");
+}
