@@ -1,5 +1,7 @@
 //! Whether two answers mean the same, form by form; `docs/VERIFIER.md` has the rules in words.
 
+use dashu::rational::RBig;
+
 use super::answer::Answer;
 use super::equal::{self, Finding};
 use super::eval::Steps;
@@ -390,6 +392,9 @@ fn quantities(
     if let Some(finding) = bases(gold, answer) {
         return finding;
     }
+    if is_number(gold) && is_undone(answer) {
+        return Err("arithmetic that is left to do".into());
+    }
     if !gold_unit.is_label() && !unit.is_label() {
         if !gold_unit.measures_like(unit) {
             return Err("another unit".into());
@@ -416,6 +421,38 @@ fn quantities(
         _ => "degree",
     };
     equal::expressions(&a, &b, at.steps).map(|why| format!("{why}, the {name} sign aside"))
+}
+
+/// A number as one writes it down: an integer, a decimal or a fraction, with its sign.
+fn is_number(value: &Expr) -> bool {
+    match value {
+        Expr::Num(_) => true,
+        Expr::Inverse(inner) | Expr::Percent(inner) | Expr::Degrees(inner) => is_number(inner),
+        Expr::Product(factors) => {
+            factors.iter().all(is_number)
+                && factors.iter().filter(|factor| is_literal(factor)).count() <= 1
+        }
+        _ => false,
+    }
+}
+
+/// Whether numbers stand in it that are still to be added or multiplied, as in `17 \times 23`: where the
+/// answer is a number, that is the question again. Fractions, powers and scientific notation are numbers.
+fn is_undone(value: &Expr) -> bool {
+    match value {
+        Expr::Sum(terms) => terms.iter().filter(|term| is_number(term)).count() > 1,
+        Expr::Product(factors) => {
+            factors.iter().filter(|factor| is_literal(factor)).count() > 1
+                || factors.iter().any(is_undone)
+        }
+        Expr::Inverse(inner) | Expr::Percent(inner) | Expr::Degrees(inner) => is_undone(inner),
+        _ => false,
+    }
+}
+
+/// A number that is more than the sign of a product.
+fn is_literal(factor: &Expr) -> bool {
+    matches!(factor, Expr::Num(n) if *n != RBig::NEG_ONE)
 }
 
 /// Digits with a base: the base may be left out in the answer, and may not be changed.
