@@ -7,6 +7,7 @@ mod config;
 mod engine;
 mod layer;
 mod lora;
+mod memo;
 mod policy;
 mod precheck;
 mod taps;

@@ -153,10 +153,15 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
+        let mut engine = Engine::new(pool)?;
+        engine.keep_up_to(match config.memory {
+            Some(mib) => mib << 20,
+            None => plan::available_bytes() as usize / 2,
+        });
         Ok(Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw())?,
             gradients: lora.zeros_like()?,
-            engine: Engine::new(pool)?,
+            engine,
             stop: Arc::default(),
             model,
             config,

@@ -40,8 +40,15 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 6] =
-    ["eval-data", "eval-problems", "eval-every", "checkpoint-every", "keep-checkpoints", "out"];
+const HARMLESS: [&str; 7] = [
+    "eval-data",
+    "eval-problems",
+    "eval-every",
+    "checkpoint-every",
+    "keep-checkpoints",
+    "memory",
+    "out",
+];
 /// Settings that the adapter of a checkpoint has already.
 const SETTLED: [&str; 4] = ["adapter", "rank", "alpha", "targets"];
 
