@@ -1,6 +1,7 @@
 // The only file that sees llama.cpp internals. Contract: ggml-ext.h.
 
 #include "ggml-ext.h"
+#include "internal.h"
 
 #include "llama-adapter.h"
 #include "llama-ext.h"
@@ -9,30 +10,21 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
 
-namespace {
+using bupo::fail;
+using bupo::guarded;
 
-thread_local std::string last_error;
+static thread_local std::string last_error;
 
-bupo_status fail(bupo_status status, const std::string & words) {
+bupo_status bupo::fail(bupo_status status, const std::string & words) {
     last_error = words;
     return status;
 }
 
-// Runs `body`, which returns a status; whatever it throws becomes one.
-template <typename F> bupo_status guarded(F && body) {
-    try {
-        return body();
-    } catch (const std::exception & e) {
-        return fail(BUPO_ERR_EXCEPTION, e.what());
-    } catch (...) {
-        return fail(BUPO_ERR_EXCEPTION, "unknown exception");
-    }
-}
+namespace {
 
 bupo_status check_pair(const llama_model & model, const bupo_lora_pair & pair) {
     const std::string name = pair.weight ? pair.weight : "";

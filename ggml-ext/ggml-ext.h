@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
 
@@ -18,6 +19,7 @@ enum bupo_status {
     BUPO_OK            = 0,
     BUPO_ERR_ARGUMENT  = 1, // an argument is null, out of range or of the wrong shape
     BUPO_ERR_EXCEPTION = 2, // llama.cpp threw; bupo_last_error() has its words
+    BUPO_ERR_DEVICE    = 3, // CUDA or its driver refused
 };
 
 // The last failure of this thread; valid until the next failing call of this thread.
@@ -42,8 +44,12 @@ enum bupo_op {
     BUPO_OP_SCALE_ROWS     = 11,
     BUPO_OP_POLICIES       = 12, // entropy, KL, rank and top tokens of many policies in one pass
     BUPO_OP_TAKEN_LOGITS   = 13, // one logit per hidden state
+    BUPO_OP_SUM_SQUARES    = 14, // of each run of BUPO_SUM_SQUARES_RUN values
+    BUPO_OP_ADAMW          = 15, // a step of the optimiser, in place
     BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
 };
+
+#define BUPO_SUM_SQUARES_RUN 4096
 
 struct bupo_linear_params {
     uint32_t op;       // BUPO_OP_LINEAR, BUPO_OP_LINEAR_BACK or BUPO_OP_OUTER
@@ -83,6 +89,56 @@ struct bupo_attention_params {
     uint32_t n_segments;
     const struct bupo_segment * segments; // in token order, without gaps; a prefix stands before its segment
 };
+
+struct bupo_norm_params {
+    uint32_t op; // BUPO_OP_RMS_NORM or BUPO_OP_RMS_NORM_BACK
+    float    eps;
+};
+
+struct bupo_adamw_params {
+    uint32_t op;
+    float    learning_rate;
+    float    beta1;
+    float    beta2;
+    float    eps;
+    float    weight_decay;
+    float    clip;    // factor of the gradient
+    float    unbias1; // 1 / (1 - beta1^t)
+    float    unbias2;
+};
+
+// ---------------------------------------------------------------------------------------------
+// Backends that run ggml's own nodes on another backend and ours by the kernels of ops/*.cu (backend.cpp).
+
+// `precise`: weights and activations are multiplied in F32 instead of F16. The caller frees `*out` with
+// ggml_backend_free. A failure while computing gives GGML_STATUS_FAILED, and bupo_last_error() has the op, its shape
+// and what went wrong.
+
+// The kernels on the host (ops/emulate.h), ggml's nodes on the CPU with `n_threads`: slow, for tests.
+enum bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend_t * out);
+
+// GPU `index` of bupo_cuda_count.
+enum bupo_status bupo_backend_cuda(int index, bool precise, ggml_backend_t * out);
+
+// Scratch memory of our ops in a backend made here, bytes.
+size_t bupo_backend_scratch_bytes(ggml_backend_t backend);
+
+// Whether this build has the CUDA kernels.
+bool bupo_cuda_built(void);
+
+struct bupo_gpu {
+    char     name[256];
+    uint32_t compute_capability; // 86 for 8.6
+    uint64_t bytes_free;
+    uint64_t bytes_total;
+};
+
+// GPUs that the driver shows; BUPO_ERR_DEVICE with CUDA's words when there is no driver.
+enum bupo_status bupo_cuda_count(int * n);
+enum bupo_status bupo_cuda_info(int index, struct bupo_gpu * out);
+
+// What allocates memory on a GPU.
+enum bupo_status bupo_cuda_buffer_type(int index, ggml_backend_buffer_type_t * out);
 
 // ---------------------------------------------------------------------------------------------
 // Bridge to llama.cpp internals (bridge.cpp is the only file that sees them).

@@ -6,9 +6,6 @@
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
 
-#[cfg(feature = "cuda")]
-compile_error!("the CUDA backend is not there yet; build without the feature `cuda`");
-
 pub mod error;
 
 #[allow(unsafe_code)]

@@ -145,7 +145,10 @@ fn columns_can_be_named() {
     let path = dir.path().join("d.csv");
     std::fs::write(&path, "q,a,hard\n\"1,000 + 1?\",\"#### 1,001\",Level 2\n").unwrap();
     let error = problems(&path).unwrap_err().to_string();
-    assert!(error.contains("d.csv:2: `prompt`") && error.contains("got q, a, hard"), "{error}");
+    assert!(
+        error.contains("d.csv, row 1: `prompt`") && error.contains("got q, a, hard"),
+        "{error}"
+    );
     let columns = |p: &str, a: &str, d: &str| Columns {
         prompt: Some(p.into()),
         answer: Some(a.into()),

@@ -20,6 +20,7 @@ fn keep() -> MergeOptions {
     MergeOptions {
         ty: TypeChoice::Keep,
         only_adapted: false,
+        plain_rounding: false,
         keep_delta: None,
         split_max_bytes: None,
     }
@@ -119,6 +120,67 @@ fn merged_weights_are_pytorchs() {
         }
     }
     assert_eq!(checked, 18, "three weights of six models");
+}
+
+/// What an adapter sees of its input, A x, comes out nearer to right with error feedback than by rounding
+/// to nearest; and a raised type keeps the rest, at a cost that is told.
+#[test]
+fn small_changes_outlive_few_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let adapter = golden("llama-q4_0.lora.gguf");
+    let file = AdapterFile::read(&adapter).unwrap();
+    let base = GgufFile::open(&golden("llama-q4_0.gguf")).unwrap();
+    let inside = |factor: f32, options: &MergeOptions| {
+        let spec = format!("{}:{factor}", adapter.display());
+        let report = merge(&golden("llama-q4_0.gguf"), &[&spec], &out, options);
+        let merged = GgufFile::open(&out).unwrap();
+        let (mut left, mut all) = (0f64, 0f64);
+        for pair in &file.pairs {
+            let read =
+                |file: &GgufFile| file.dequantize(file.tensor(&pair.weight).unwrap()).unwrap();
+            let (w, q) = (read(&base), read(&merged));
+            let scale = factor * file.scale(pair);
+            for row in 0..pair.n_out {
+                // (Q - W - s B A) A^T and s B A A^T of one row.
+                let mut delta = vec![0f64; pair.n_in];
+                for r in 0..pair.rank {
+                    let b = scale * pair.b[row * pair.rank + r];
+                    for (d, a) in delta.iter_mut().zip(&pair.a[r * pair.n_in..]) {
+                        *d += (b * a) as f64;
+                    }
+                }
+                for a in pair.a.chunks(pair.n_in) {
+                    let (mut e, mut d) = (0f64, 0f64);
+                    for k in 0..pair.n_in {
+                        let i = row * pair.n_in + k;
+                        e += (q[i] as f64 - w[i] as f64 - delta[k]) * a[k] as f64;
+                        d += delta[k] * a[k] as f64;
+                    }
+                    left += e * e;
+                    all += d * d;
+                }
+            }
+        }
+        ((left / all).sqrt(), report)
+    };
+    // From a tenth of the golden adapter, far below the grid of Q4_0, to the whole.
+    for (factor, most) in [(0.1, 0.9), (0.3, 0.75), (1.0, 1.0)] {
+        let (plain, report) = inside(factor, &MergeOptions { plain_rounding: true, ..keep() });
+        let (fed_back, _) = inside(factor, &keep());
+        println!("{factor}: wrong by {plain} plainly, by {fed_back} with feedback");
+        assert!(fed_back < most * plain, "{factor}: {plain} {fed_back}");
+        assert_eq!(report.raised_bytes, 0);
+    }
+    let (raised, report) = inside(0.1, &MergeOptions { keep_delta: Some(0.5), ..keep() });
+    assert!(raised < 0.5, "{raised}");
+    assert!(report.error_to_delta.unwrap() <= 0.5 && report.delta_kept.unwrap() > 0.9);
+    let grown =
+        report.bytes as i64 - std::fs::metadata(golden("llama-q4_0.gguf")).unwrap().len() as i64;
+    assert!(
+        report.raised_bytes > 0 && (grown - report.raised_bytes as i64).abs() < 2048,
+        "{grown}"
+    );
 }
 
 /// A llama of 8 layers in F16, GQA of `n_head / 2`. With 4 heads the rows of attn_output are too short for

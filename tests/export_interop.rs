@@ -18,7 +18,13 @@ fn merge(case: &str, ty: &str, out: &Path) {
     let base = golden_dir().join(format!("{case}.gguf"));
     let merger = Merger::new(&base, case, &[spec], None).unwrap();
     let ty: TypeChoice = ty.parse().unwrap();
-    let options = MergeOptions { ty, only_adapted: false, keep_delta: None, split_max_bytes: None };
+    let options = MergeOptions {
+        ty,
+        only_adapted: false,
+        plain_rounding: false,
+        keep_delta: None,
+        split_max_bytes: None,
+    };
     merger.write(out, &options, &mut |_, _| ()).unwrap();
 }
 

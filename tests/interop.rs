@@ -28,10 +28,10 @@ fn stock_llama_cpp_gives_the_trainers_logprobs() {
         engine.score(&golden.model, &batch, policy, 1.0, true).unwrap();
         let cotangents = vec![-1.0; completion.len()];
         engine.backward(&golden.model, &lora, &mut gradients, &batch, policy, &cotangents).unwrap();
-        let config =
-            AdamWConfig { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, clip_norm: 1.0 };
+        let config = AdamWConfig::default();
         let mut optimizer = AdamW::new(&lora, policy.depth(), config).unwrap();
-        assert!(optimizer.step(&mut lora, &gradients, policy.depth(), 1e-2).applied);
+        let step = optimizer.step(engine.executor(), &mut lora, &gradients, policy.depth(), 1e-2);
+        assert!(step.unwrap().applied);
 
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("adapter.gguf");

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use bupo_gguf::ggml::ThreadPool;
 use bupo_gguf::model::{Batch, Engine, Lora, Model, Policy, Targets};
 use bupo_gguf::rollout::{Request, RolloutOptions, Rollouts, Sampling};
-use bupo_gguf::train::{Algorithm, Silent};
+use bupo_gguf::train::{Algorithm, LayerChoice, Silent};
 use bupo_gguf::{TrainConfig, Trainer};
 use common::{Golden, relative_error};
 
@@ -50,7 +50,7 @@ fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
     let before = greedy_logprobs(&mut rollouts, prompt);
     assert_ne!(base, before, "the adapter has a say");
     assert_eq!(before, greedy_logprobs(&mut rollouts, prompt), "and nothing else has");
-    for value in lora.tensors_mut().values_mut(1) {
+    for value in lora.tensors_mut().values_mut(1).iter_mut() {
         *value += 0.05;
     }
     assert_ne!(before, greedy_logprobs(&mut rollouts, prompt), "the tensors are the same ones");
@@ -130,7 +130,8 @@ fn shared_prefixes_change_nothing_but_the_work() {
 #[test]
 fn the_internal_phase_builds_nothing_above_its_layer() {
     let model = Model::open("demo".as_ref()).unwrap();
-    let config = TrainConfig { internal_layer: Some(3), internal_steps: 1, ..small() };
+    let config =
+        TrainConfig { internal_layer: Some(LayerChoice::Layer(3)), internal_steps: 1, ..small() };
     let mut trainer = Trainer::new(&model, config).unwrap();
     let before: Vec<Vec<f32>> = values(trainer.lora());
     let mut worked = None;

@@ -14,6 +14,11 @@ has_libclang() {
         grep -E 'libclang(-[0-9.]+)?\.so' >/dev/null
 }
 has_libclang || missing+=(libclang-dev)
+# The tests of the report page look at it in a browser; only CI insists on one.
+if [ -n "${BUPO_REQUIRE_BROWSER:-}" ]; then
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+        missing+=(chromium)
+fi
 # Not needed, but it makes a second build of llama.cpp a matter of seconds.
 command -v ccache >/dev/null || missing+=(ccache)
 

@@ -7,6 +7,7 @@
 //! measure    batch -> figures of every layer at every token
 //! dump       figures -> entropy.jsonl, entropy.parquet, running sums
 //! summary    sums -> means, standard errors, the boundary layer
+//! report     means and a few completions -> report.html, SVG
 //! ```
 
 mod dump;
@@ -15,7 +16,9 @@ mod measure;
 mod outcome;
 mod pack;
 mod parquet;
+mod probe;
 mod record;
+pub mod report;
 mod rows;
 mod samples;
 mod summary;
@@ -24,6 +27,7 @@ pub use dump::{Conduct, Findings, Settings, Side, Unwatched, Watcher, dump};
 pub use measure::{Look, Measured, cosine, measure};
 pub use outcome::{Difference, Means, Outcome};
 pub use pack::{Packed, Pick, pack};
+pub use probe::{Probe, probe, sums};
 pub use record::{Figure, Record, Tap, Top};
 pub use rows::{Answerer, Answering, Sample};
 pub use samples::{Gallery, Glance, View};
@@ -58,5 +62,6 @@ pub fn entropy<'m>(
             .and_then(|()| w.write_all(b"\n"))
             .map_err(Error::io("write", &path))
     })?;
+    report::write(&report::of_dump(&outcome, &findings.gallery), &conduct.out)?;
     Ok(outcome)
 }

@@ -204,7 +204,10 @@ pub fn boundary(layers: &[LayerMeans]) -> Boundary {
                 m.margin()
             );
             if below_final(boundary) != boundary {
-                why += "; its policy is the final policy, so the layer below is taken";
+                why += &format!(
+                    "; its policy is the final policy, so layer {}, the one below, is taken",
+                    below_final(boundary)
+                );
             }
             (below_final(boundary), why)
         }

@@ -78,7 +78,7 @@ impl Bench<'_> {
         let rank = self.options.rank;
         let mut lora = Lora::new(self.model, &Targets::default(), rank, 2.0 * rank as f32, 1)?;
         for slot in 0..lora.slots().len() {
-            let b = lora.tensors_mut().values_mut(2 * slot + 1);
+            let mut b = lora.tensors_mut().values_mut(2 * slot + 1);
             b.iter_mut().enumerate().for_each(|(i, x)| *x = ((i * 31 % 17) as f32 - 8.0) * 1e-4);
         }
         Ok(lora)

@@ -60,6 +60,10 @@ pub struct ExportArgs {
     /// Importance matrix of llama-imatrix (GGUF or .dat), which quantisers weigh columns by
     #[arg(long, value_name = "FILE")]
     imatrix: Option<PathBuf>,
+    /// Round to nearest only; else, in types of less than 8 bits, rounding errors within the rows of A are
+    /// fed back, so that changes smaller than a step are not lost
+    #[arg(long)]
+    plain_rounding: bool,
     /// Raise the type of tensors until rounding is at most X times as large as the change
     #[arg(
         long,
@@ -111,6 +115,7 @@ fn merge(args: &ExportArgs, model: &Path, out: &Path) -> Result<()> {
     let options = MergeOptions {
         ty: args.r#type.parse()?,
         only_adapted: args.only_adapted,
+        plain_rounding: args.plain_rounding,
         keep_delta: args.keep_delta,
         split_max_bytes: args.split_max_size,
     };
@@ -170,6 +175,12 @@ fn print(report: &MergeReport) -> Result<()> {
     ))?;
     if let (Some(kept), Some(error)) = (report.delta_kept, report.error_to_delta) {
         print_line(&format!("change     {:.1} % kept, error {error:.2}", 100.0 * kept))?;
+    }
+    if report.error_to_delta.is_some_and(|error| error > 0.5) && report.raised_bytes == 0 {
+        eprintln!(
+            "note: rounding is large beside the change; --check DATA measures what it costs, --keep-delta \
+             raises the types of the tensors concerned"
+        );
     }
     if report.raised_bytes > 0 {
         print_line(&format!("raised     {} bytes in all", report.raised_bytes))?;

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use super::{ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
+use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
 use crate::data::Prompt;
 use crate::ggml::ThreadPool;
 use crate::rollout::{Encoder, Request, RolloutOptions, Rollouts, Sampling};
@@ -56,6 +56,8 @@ pub struct GenerateArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// One JSON object on stdout: text, tokens and log-probs of every completion
     #[arg(long)]
     json: bool,
@@ -73,7 +75,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             return Err(Error::invalid(option, expected, "another value", "leave it out"));
         }
     }
-    let model = args.model.open()?;
+    let model = args.device.open(&args.model)?;
     let mut lora = open_adapter(&model, &args.adapter)?;
     let encoder = Encoder::new(&model, None, args.system.clone())?;
     let context = model.config().n_ctx_train;

@@ -7,9 +7,11 @@ mod eval;
 mod export;
 mod generate;
 mod import_peft;
+mod report;
 mod score;
 mod synth;
 mod train;
+mod verify;
 mod watch;
 
 use std::path::PathBuf;
@@ -19,7 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::model::{Lora, Model};
+use crate::ggml::DeviceChoice;
+use crate::model::{Lora, Model, Placement};
 use crate::{Error, Result};
 
 /// Look inside quantised GGUF models and train LoRA adapters on them with Bottom-up Policy
@@ -38,8 +41,10 @@ struct Cli {
 enum Command {
     Train(Box<train::TrainArgs>),
     Entropy(Box<entropy::EntropyArgs>),
+    Report(report::ReportArgs),
     Score(score::ScoreArgs),
     Generate(generate::GenerateArgs),
+    Verify(verify::VerifyArgs),
     Synth(synth::SynthArgs),
     Bench(bench::BenchArgs),
     Eval(Box<eval::EvalArgs>),
@@ -54,6 +59,27 @@ struct ModelArgs {
     /// GGUF file, or `demo`
     #[arg(value_name = "MODEL")]
     model: PathBuf,
+}
+
+/// Where to compute.
+#[derive(Args, Clone, Debug)]
+struct DeviceArgs {
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
+    #[arg(long, value_name = "N")]
+    gpu_layers: Option<usize>,
+    /// On a GPU: multiply in F32 instead of F16
+    #[arg(long)]
+    precise: bool,
+}
+
+impl DeviceArgs {
+    fn open(&self, model: &ModelArgs) -> Result<Model> {
+        let device = self.device.resolve(self.precise)?;
+        Model::open_on(&model.model, Placement { device, gpu_layers: self.gpu_layers })
+    }
 }
 
 impl ModelArgs {
@@ -79,8 +105,10 @@ pub fn run() -> ExitCode {
     let outcome = match cli.command {
         Command::Train(args) => train::run(*args, given),
         Command::Entropy(args) => entropy::run(*args),
+        Command::Report(args) => report::run(args),
         Command::Score(args) => score::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
         Command::Synth(args) => synth::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Eval(args) => eval::run(*args),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use super::{ModelArgs, open_adapter, print_json};
+use super::{DeviceArgs, ModelArgs, open_adapter, print_json};
 use crate::data::{CompletionContent, rollouts};
 use crate::ggml::ThreadPool;
 use crate::model::{Batch, Engine, Policy};
@@ -42,6 +42,8 @@ pub struct ScoreArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 pub fn run(args: ScoreArgs) -> Result<()> {
@@ -49,12 +51,12 @@ pub fn run(args: ScoreArgs) -> Result<()> {
         let got = args.temperature.to_string();
         return Err(Error::invalid("--temperature", "above 0", got, "leave it out for 1"));
     }
-    let model = args.model.open()?;
+    let model = args.device.open(&args.model)?;
     let n_layer = model.config().n_layer;
     let policy = Policy::internal(args.layer.unwrap_or(n_layer), n_layer, args.final_norm)?;
     let lora = open_adapter(&model, &args.adapter)?;
     let encoder = Encoder::new(&model, None, args.system.clone())?;
-    let mut engine = Engine::new(Arc::new(ThreadPool::with(args.threads)?))?;
+    let mut engine = Engine::on(model.device(), Arc::new(ThreadPool::with(args.threads)?))?;
     let mut any = false;
     for (row, read) in rollouts(&args.data)?.enumerate() {
         let read = read?;

@@ -7,10 +7,10 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Algorithm, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{Preset, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
-/// Train a LoRA adapter with BuPO or GRPO.
+/// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin.
 ///
 /// Each step samples a group of completions for every prompt with llama.cpp under the live adapter,
 /// rewards them, and updates the adapter: in the first --internal-steps steps so that the policy of an
@@ -28,6 +28,11 @@ use crate::{Error, Result};
 ///   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl --eval-data held-out.jsonl
 ///       --max-prompt 512 --max-response 1024 --micro-batch-tokens 4096 --lr 1e-5
 ///
+///   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --preset bupo-paper --data deepmath-5k.parquet
+///       --eval-data math500.parquet
+///
+///   bupo-gguf train demo --algo bupo --objective gspo --reward "boxed + 0.2*format"
+///
 ///   bupo-gguf train --resume runs/demo-bupo-1
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
@@ -44,6 +49,10 @@ pub struct TrainArgs {
     /// of an uninterrupted run
     #[arg(long, requires = "resume", help_heading = "Run")]
     allow_change: bool,
+    /// Settings of a published experiment; options beside it stand. bupo-paper: the paper's reference runs, with
+    /// LoRA instead of all weights
+    #[arg(long, value_enum, conflicts_with = "resume", help_heading = "Run")]
+    preset: Option<Preset>,
     /// Take these rows (JSON lines with prompt, completions and rewards) as the one step's rollouts
     /// instead of sampling
     #[arg(long, value_name = "FILE", help_heading = "Run")]
@@ -56,18 +65,23 @@ pub struct TrainArgs {
     json: bool,
 }
 
-pub fn run(args: TrainArgs, given: &ArgMatches) -> Result<()> {
+pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     if let Some(folder) = &args.resume {
         let mut resume = Resume::open(folder)?;
         let settings = args.config.given(given)?;
         resume.change(args.model.clone(), &settings, args.allow_change)?;
-        let model = Model::open(&resume.config().model)?;
+        let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
         let mut trainer = resume.trainer(&model)?;
         return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
     }
     args.config.check()?;
     let path = args.model.as_deref().expect("clap wants it where there is no --resume");
-    let model = Model::open(path)?;
+    let model = Model::open_on(path, args.config.placement()?)?;
+    if let Some(preset) = args.preset {
+        let applied = preset.apply(model.config(), &args.config.given(given)?)?;
+        applied.notes.iter().for_each(|note| eprintln!("preset: {note}"));
+        args.config = applied.config;
+    }
     if let Some(path) = &args.rollouts {
         let rows = read_rollouts(path)?;
         let mut trainer = Trainer::new(&model, args.config.clone())?;
@@ -103,8 +117,7 @@ fn watched<'m>(
 /// `runs/<model>-<algo>-<seed>`
 fn default_out(model: &Path, config: &TrainConfig) -> PathBuf {
     let model = model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
-    let algo = if config.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
-    PathBuf::from("runs").join(format!("{model}-{algo}-{}", config.seed))
+    PathBuf::from("runs").join(format!("{model}-{}-{}", config.algo.name(), config.seed))
 }
 
 fn describe(summary: &Summary) -> String {

@@ -21,6 +21,7 @@ pub struct CsvRows<R> {
     reader: Reader<Bounded<R>>,
     names: Vec<String>,
     used: Arc<AtomicUsize>,
+    row: usize,
     done: bool,
 }
 
@@ -40,32 +41,32 @@ impl<R: Read> CsvRows<R> {
         let used = Arc::new(AtomicUsize::new(0));
         let bounded = Bounded { inner: source, used: used.clone() };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).from_reader(bounded);
-        let header = reader.headers().map_err(|e| refused(path, 1, e))?;
+        let header = reader.headers().map_err(|e| refused(path, 0, e))?;
         let names: Vec<String> = header.iter().map(|name| name.trim().to_owned()).collect();
         for (i, name) in names.iter().enumerate() {
             if name.is_empty() || names[..i].contains(name) {
-                let place = format!("{}:1", path.display());
+                let place = place(path, 0);
                 let got = format!("{:?} in column {}", shorten(name, 40), i + 1);
                 let advice = "name every column once in the first line";
                 return Err(Error::invalid(place, "column names, each once", got, advice));
             }
         }
-        Ok(CsvRows { path: path.to_path_buf(), reader, names, used, done: false })
+        Ok(CsvRows { path: path.to_path_buf(), reader, names, used, row: 0, done: false })
     }
 
     fn next_row(&mut self) -> Result<Option<Row>> {
         let mut record = StringRecord::new();
         // What was read ahead stays below the reader's buffer, which is small beside the bound.
         self.used.store(0, Ordering::Relaxed);
-        let before = self.reader.position().line() as usize;
-        if !self.reader.read_record(&mut record).map_err(|e| refused(&self.path, before, e))? {
+        self.row += 1;
+        let read = self.reader.read_record(&mut record);
+        if !read.map_err(|e| refused(&self.path, self.row, e))? {
             return Ok(None);
         }
-        let line = record.position().map_or(before, |p| p.line() as usize);
         let values = self.names.iter().zip(record.iter()).filter(|(_, value)| !value.is_empty());
         let object: Map<String, Value> =
             values.map(|(name, value)| (name.clone(), Value::from(value))).collect();
-        Ok(Some(Row { place: format!("{}:{line}", self.path.display()), line, object }))
+        Ok(Some(Row { place: place(&self.path, self.row), line: self.row, object }))
     }
 }
 
@@ -103,9 +104,16 @@ impl<R: Read> Read for Bounded<R> {
 #[error("a longer one, perhaps for a quote that is not closed")]
 struct TooLong;
 
-fn refused(path: &Path, line: usize, error: ::csv::Error) -> Error {
-    let at = error.position().map_or(line, |p| p.line() as usize);
-    let place = format!("{}:{}", path.display(), at.max(1));
+/// Rows are counted, for a quoted value may hold line breaks; row 0 is the header.
+fn place(path: &Path, row: usize) -> String {
+    match row {
+        0 => format!("{}, header", path.display()),
+        row => format!("{}, row {row}", path.display()),
+    }
+}
+
+fn refused(path: &Path, row: usize, error: ::csv::Error) -> Error {
+    let place = place(path, row);
     match error.into_kind() {
         ErrorKind::Io(e) if e.get_ref().is_some_and(|e| e.is::<TooLong>()) => {
             let expected = format!("a row of at most {MAX_LINE_BYTES} bytes");
@@ -147,17 +155,20 @@ mod tests {
             texts,
             [r#"{"question":"1, \"2\"\nor 3?","answer":"2"}"#, r#"{"question":"x"}"#]
         );
-        assert_eq!((rows[0].line, rows[1].place.as_str()), (2, "d.csv:4"));
+        assert_eq!((rows[0].line, rows[1].place.as_str()), (1, "d.csv, row 2"));
         assert!(read(b"").unwrap().is_empty());
     }
 
     #[test]
     fn bad_files_are_named_with_their_line() {
         for (text, expected) in [
-            (&b"a,a\n1,2"[..], "d.csv:1: expected column names, each once, got \"a\" in column 2"),
-            (b"a,\n1,2", "d.csv:1: expected column names, each once, got \"\" in column 2"),
-            (b"a,b\n1,2\n3\n", "d.csv:3: expected 2 values, as in the first line, got 1"),
-            (b"a,b\n1,\xff\n", "d.csv:2: expected UTF-8, got an invalid byte in column 2"),
+            (
+                &b"a,a\n1,2"[..],
+                "d.csv, header: expected column names, each once, got \"a\" in column 2",
+            ),
+            (b"a,\n1,2", "d.csv, header: expected column names, each once, got \"\" in column 2"),
+            (b"a,b\n1,2\n3\n", "d.csv, row 2: expected 2 values, as in the first line, got 1"),
+            (b"a,b\n1,\xff\n", "d.csv, row 1: expected UTF-8, got an invalid byte in column 2"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{error}");

@@ -18,7 +18,7 @@ pub const MAX_LINE_BYTES: usize = 16 << 20;
 pub struct Row {
     /// `train.jsonl:12`, `train.parquet, row 12`.
     pub place: String,
-    /// Line in the file (of a Parquet file the row), from 1.
+    /// Line in the file (of Parquet and CSV the row), from 1.
     pub line: usize,
     /// The object.
     pub object: Map<String, Value>,

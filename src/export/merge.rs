@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::adapters::{AdapterSpec, Adapters};
+use super::feedback::Feedback;
 use super::imatrix::Imatrix;
 use super::plan::{self, TypeChoice};
 use super::provenance;
@@ -27,6 +28,8 @@ pub struct MergeOptions {
     pub ty: TypeChoice,
     /// Leave every tensor that no adapter has as it is, whatever `ty` says.
     pub only_adapted: bool,
+    /// Round to nearest only, without the error feedback that keeps small changes in types of few bits.
+    pub plain_rounding: bool,
     /// Raise the type of a tensor until `||rounding|| <= X ||delta||`.
     pub keep_delta: Option<f32>,
     /// Files of at most so many bytes.
@@ -129,7 +132,7 @@ impl Merger {
             }
             if let (Some(most), true) = (options.keep_delta, adapted) {
                 let before = types[i];
-                types[i] = self.raise(i, before, options.ty, most)?;
+                types[i] = self.raise(i, before, options, most)?;
                 let size = |ty: Type| ty.row_bytes(info.n_elements() as usize).unwrap_or(0) as u64;
                 raised[i] = size(types[i]).saturating_sub(size(before));
             }
@@ -151,7 +154,7 @@ impl Merger {
         let mut copied = 0;
         for (i, (file, info)) in self.base.tensors().enumerate() {
             let (to, raised_bytes) = (types[i], raised[i]);
-            let conversion = self.conversion(i, to, options.ty)?;
+            let conversion = self.conversion(i, to, options)?;
             copied += conversion.is_none() as usize;
             let (reports, done) = (&reports, &done);
             writer.tensor(&info.name, to, &info.shape, move |sink| {
@@ -204,7 +207,7 @@ impl Merger {
         &self,
         index: usize,
         to: Type,
-        choice: TypeChoice,
+        options: &MergeOptions,
     ) -> Result<Option<Conversion<'_>>> {
         let (file, info) = self.base.tensors().nth(index).expect("an index of this base");
         let deltas = self.adapters.deltas(&info.name);
@@ -224,7 +227,7 @@ impl Merger {
             Some(imatrix) => imatrix.of(&info.name, info.shape[0] as usize)?,
             None => None,
         };
-        if importance.is_none() && plan::needs_importance(&info.name, to, choice) {
+        if importance.is_none() && plan::needs_importance(&info.name, to, options.ty) {
             return Err(Error::invalid(
                 format!("{}, to be written as {to}", place()),
                 "an importance matrix that has it",
@@ -232,13 +235,17 @@ impl Merger {
                 "give --imatrix FILE, or choose another --type",
             ));
         }
-        Ok(Some(Conversion { file, info, to, deltas, importance }))
+        // From eight bits on, rounding to nearest keeps what there is to keep.
+        let few_bits = to.block_bytes() < to.block_size();
+        let feedback =
+            if few_bits && !options.plain_rounding { Feedback::new(&deltas) } else { None };
+        Ok(Some(Conversion { file, info, to, deltas, importance, feedback }))
     }
 
     /// The first type from `ty` upwards in which rounding stays below `most` times the change.
-    fn raise(&self, index: usize, mut ty: Type, choice: TypeChoice, most: f32) -> Result<Type> {
+    fn raise(&self, index: usize, mut ty: Type, options: &MergeOptions, most: f32) -> Result<Type> {
         loop {
-            let Some(conversion) = self.conversion(index, ty, choice)? else { return Ok(ty) };
+            let Some(conversion) = self.conversion(index, ty, options)? else { return Ok(ty) };
             let sums = conversion.run(&mut |_| Ok(()))?;
             if sums.error.sqrt() <= most as f64 * sums.delta.sqrt() {
                 return Ok(ty);

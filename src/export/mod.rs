@@ -13,6 +13,7 @@
 mod adapter;
 mod adapters;
 mod diff;
+mod feedback;
 mod imatrix;
 mod merge;
 mod peft;

@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::adapters::Delta;
+use super::feedback::Feedback;
 use crate::ggml::Type;
 use crate::gguf::{GgufFile, TensorInfo};
 use crate::ops::add_low_rank;
@@ -10,6 +11,11 @@ use crate::{Error, Result};
 
 /// Floats that one thread works on at a time: 1 MiB.
 const PIECE: usize = 256 * 1024;
+
+/// Rounds of error feedback.
+const FEEDBACK_STEPS: usize = 16;
+/// The squared error of rounding may grow to so many times itself.
+const FEEDBACK_NOISE: f64 = 4.0;
 
 /// What becomes of a tensor whose data change.
 pub(super) struct Conversion<'a> {
@@ -23,6 +29,8 @@ pub(super) struct Conversion<'a> {
     pub deltas: Vec<Delta<'a>>,
     /// Importance of its columns, `[ne0]`.
     pub importance: Option<&'a [f32]>,
+    /// Error feedback within the rows of A.
+    pub feedback: Option<Feedback>,
 }
 
 /// Sums over a tensor, from which the loss by rounding is told. W: base, W': with the low-rank terms, Q:
@@ -91,19 +99,15 @@ impl Conversion<'_> {
         for Delta { pair, scale } in &self.deltas {
             add_low_rank(&mut values, rows.clone(), (&pair.a, &pair.b), pair.rank, *scale);
         }
-        let mut out = vec![0u8; rows.len() * self.row_bytes(self.to, width)?];
-        let quantised = self.to.quantize(&values, width, self.importance, &mut out);
-        quantised.map_err(|got| {
-            Error::invalid(
-                format!("{}: tensor '{}' as {}", self.file.name(), self.info.name, self.to),
-                "finite numbers that the type can hold",
-                got,
-                "choose another --type, or check model and adapter",
-            )
-        })?;
+        let row_bytes = self.row_bytes(self.to, width)?;
+        let mut out = vec![0u8; rows.len() * row_bytes];
+        self.quantise(&values, width, &mut out)?;
         let Some(base) = base else { return Ok((out, Sums::default())) };
         let mut back = vec![0f32; values.len()];
         self.to.dequantize(&out, &mut back);
+        if let Some(feedback) = &self.feedback {
+            self.feed_back(feedback, &values, width, &mut out, &mut back)?;
+        }
         let mut sums = Sums::default();
         for ((w, new), q) in base.iter().zip(&values).zip(&back) {
             let (w, new, q) = (*w as f64, *new as f64, *q as f64);
@@ -112,6 +116,48 @@ impl Conversion<'_> {
             sums.kept += (q - w) * (new - w);
         }
         Ok((out, sums))
+    }
+
+    /// Improves `out` (`back`: the same, dequantised) by error feedback, see [`Feedback`].
+    fn feed_back(
+        &self,
+        feedback: &Feedback,
+        values: &[f32],
+        width: usize,
+        out: &mut Vec<u8>,
+        back: &mut Vec<f32>,
+    ) -> Result<()> {
+        let rows = values.len() / width;
+        let (mut target, mut trial) = (values.to_vec(), back.clone());
+        let mut bytes = out.clone();
+        let mut best = f64::INFINITY;
+        let mut plain = None;
+        for _ in 0..=FEEDBACK_STEPS {
+            let error: Vec<f32> = values.iter().zip(&trial).map(|(t, q)| t - q).collect();
+            let whole: f64 = error.iter().map(|e| *e as f64 * *e as f64).sum();
+            let (u, inside) = feedback.project(&error);
+            let allowed = FEEDBACK_NOISE * *plain.get_or_insert(whole);
+            if inside < best && whole <= allowed {
+                best = inside;
+                out.clone_from(&bytes);
+                back.clone_from(&trial);
+            }
+            add_low_rank(&mut target, 0..rows, (feedback.a(), &u), feedback.rank(), 1.0);
+            self.quantise(&target, width, &mut bytes)?;
+            self.to.dequantize(&bytes, &mut trial);
+        }
+        Ok(())
+    }
+
+    fn quantise(&self, values: &[f32], width: usize, out: &mut [u8]) -> Result<()> {
+        self.to.quantize(values, width, self.importance, out).map_err(|got| {
+            Error::invalid(
+                format!("{}: tensor '{}' as {}", self.file.name(), self.info.name, self.to),
+                "finite numbers that the type can hold",
+                got,
+                "choose another --type, or check model and adapter",
+            )
+        })
     }
 
     fn row_bytes(&self, ty: Type, width: usize) -> Result<usize> {

@@ -1,4 +1,4 @@
-//! The CPU backend: threads, buffers, and running a graph.
+//! Threads, and running a graph on a device.
 
 use std::cell::Cell;
 use std::ptr::NonNull;
@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use ggml_sys as sys;
 
-use super::{Arena, Shape, Tensor, Type};
+use super::device::{Device, last_error};
+use super::{Arena, Tensor};
 use crate::{Error, Result};
 
 /// Worker threads that computations share. Idle ones sleep.
@@ -62,12 +63,13 @@ impl Drop for ThreadPool {
     }
 }
 
-/// Runs graphs on the CPU; owns the memory of their intermediate results, which is kept and reused.
+/// Runs graphs on a device; owns the memory of their intermediate results, which is kept and reused.
 pub struct Executor {
     backend: sys::ggml_backend_t,
     allocator: sys::ggml_gallocr_t,
     // The graph that the memory belongs to at the moment.
     current: *const sys::ggml_cgraph,
+    device: Device,
     pool: Arc<ThreadPool>,
 }
 
@@ -88,7 +90,38 @@ impl Executor {
             sys::ggml_backend_cpu_set_threadpool(backend, pool.raw());
             sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type())
         };
-        Ok(Executor { backend, allocator, current: std::ptr::null(), pool })
+        Ok(Executor { backend, allocator, current: std::ptr::null(), device: Device::Cpu, pool })
+    }
+
+    /// An executor on `device`, with these threads for what is done on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] with CUDA's words when the GPU is not to be had.
+    pub fn new(device: Device, pool: Arc<ThreadPool>) -> Result<Executor> {
+        let mut backend = std::ptr::null_mut();
+        // SAFETY: a place for the result, which is set on BUPO_OK alone.
+        let status = match device {
+            Device::Cpu => return Executor::cpu(pool),
+            Device::Gpu { index, precise } => unsafe {
+                sys::bupo_backend_cuda(index as i32, precise, &mut backend)
+            },
+            Device::Emulated { precise } => unsafe {
+                sys::bupo_backend_emulated(pool.n_threads() as i32, precise, &mut backend)
+            },
+        };
+        if status != sys::BUPO_OK {
+            let call = format!("starting {device}");
+            return Err(Error::engine(call, last_error(), "use --device cpu"));
+        }
+        // SAFETY: a live backend.
+        let allocator =
+            unsafe { sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(backend)) };
+        Ok(Executor { backend, allocator, current: std::ptr::null(), device, pool })
+    }
+
+    /// Where graphs run.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Number of threads.
@@ -96,10 +129,16 @@ impl Executor {
         self.pool.n_threads()
     }
 
-    /// Bytes that intermediate results take at the moment.
+    /// Bytes that intermediate results take at the moment, and on a device the tiles of our ops.
     pub fn scratch_bytes(&self) -> usize {
-        // SAFETY: a live allocator with one buffer.
-        unsafe { sys::ggml_gallocr_get_buffer_size(self.allocator, 0) }
+        // SAFETY: a live allocator with one buffer; the backend is one of ours unless it is the CPU's.
+        unsafe {
+            let tiles = match self.device {
+                Device::Cpu => 0,
+                _ => sys::bupo_backend_scratch_bytes(self.backend),
+            };
+            sys::ggml_gallocr_get_buffer_size(self.allocator, 0) + tiles
+        }
     }
 
     /// Gives the graph's tensors memory, fills its inputs, computes it. The same graph may run again
@@ -127,6 +166,13 @@ impl Executor {
                 "lower --micro-batch-tokens",
             ));
         }
+        if self.device == Device::Cpu
+            && let Some(far) = graph.sources().find(|source| !source.is_host())
+        {
+            // The CPU's kernels would read the GPU's addresses.
+            let reason = format!("{far:?} lies on a GPU");
+            return Err(Error::engine("computing on the CPU", reason, "use --device cpu"));
+        }
         for (tensor, input) in inputs {
             match input {
                 Input::F32(values) => tensor.write_f32(values),
@@ -137,9 +183,13 @@ impl Executor {
         // SAFETY: every tensor of the graph has memory now; kernels were given by this crate.
         let status = unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
         if status != sys::GGML_STATUS_SUCCESS {
+            let reason = match self.device {
+                Device::Cpu => format!("status {status}"),
+                _ => last_error(),
+            };
             return Err(Error::engine(
-                "computing a graph",
-                format!("status {status}"),
+                format!("computing on {}", self.device),
+                reason,
                 "report it",
             ));
         }
@@ -220,131 +270,21 @@ impl<'g> Graph<'g> {
         self.add(copy);
     }
 
+    /// What its nodes read.
+    fn sources(&self) -> impl Iterator<Item = Tensor<'g>> {
+        (0..self.n_nodes()).flat_map(|i| {
+            // SAFETY: a node of a valid graph; sources that are not null are valid headers for 'g.
+            unsafe {
+                let node = sys::ggml_graph_node(self.raw, i as i32);
+                let sources = (*node).src.into_iter().filter(|source| !source.is_null());
+                sources.map(|source| Tensor::from_raw(source))
+            }
+        })
+    }
+
     /// Number of nodes.
     pub fn n_nodes(&self) -> usize {
         // SAFETY: a valid graph.
         unsafe { sys::ggml_graph_n_nodes(self.raw) as usize }
-    }
-}
-
-/// Tensors with memory of their own, zeroed: parameters, gradients, moments, kept activations.
-pub struct TensorSet {
-    tensors: Vec<NonNull<sys::ggml_tensor>>,
-    memory: Arc<Memory>,
-}
-
-// SAFETY: headers and buffer are owned; writing goes through `Executor` or `&mut` of the owner.
-unsafe impl Send for TensorSet {}
-// SAFETY: as above.
-unsafe impl Sync for TensorSet {}
-
-/// Headers and data of a [`TensorSet`]; null without tensors.
-struct Memory {
-    buffer: sys::ggml_backend_buffer_t,
-    arena: Arena,
-}
-
-// SAFETY: nothing in it is bound to a thread, and the arena is not changed after `TensorSet::zeros`.
-unsafe impl Send for Memory {}
-// SAFETY: as above.
-unsafe impl Sync for Memory {}
-
-impl TensorSet {
-    /// Allocates F32 tensors in host memory, zeroed.
-    ///
-    /// # Errors
-    /// [`Error::Engine`] with the size when there is not that much memory.
-    pub fn zeros(shapes: &[(String, Shape)]) -> Result<TensorSet> {
-        let arena = Arena::new(shapes.len());
-        let tensors: Vec<_> = shapes
-            .iter()
-            .map(|(name, shape)| {
-                let tensor = arena.tensor(Type::F32, shape);
-                arena.set_name(tensor, name);
-                NonNull::new(tensor.raw()).expect("a new header")
-            })
-            .collect();
-        let mut buffer = std::ptr::null_mut();
-        if !shapes.is_empty() {
-            // SAFETY: the arena's tensors have no memory yet; the result is checked.
-            buffer = unsafe {
-                sys::ggml_backend_alloc_ctx_tensors_from_buft(
-                    arena.context(),
-                    sys::ggml_backend_cpu_buffer_type(),
-                )
-            };
-            if buffer.is_null() {
-                let bytes: usize =
-                    shapes.iter().map(|(_, s)| s.iter().product::<usize>() * 4).sum();
-                return Err(Error::engine(
-                    format!("allocating {} MiB", bytes >> 20),
-                    "out of memory",
-                    "lower --rank or --micro-batch-tokens",
-                ));
-            }
-            // SAFETY: a live buffer.
-            unsafe { sys::ggml_backend_buffer_clear(buffer, 0) };
-        }
-        Ok(TensorSet { tensors, memory: Arc::new(Memory { buffer, arena }) })
-    }
-
-    /// Number of tensors.
-    pub fn len(&self) -> usize {
-        self.tensors.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.tensors.is_empty()
-    }
-
-    /// Tensor `index`, in the order given at creation.
-    pub fn get(&self, index: usize) -> Tensor<'_> {
-        self.memory.arena.wrap(self.tensors[index].as_ptr())
-    }
-
-    /// All values of tensor `index`.
-    pub fn values(&self, index: usize) -> &[f32] {
-        let tensor = self.get(index);
-        // SAFETY: contiguous F32 in host memory that this set owns; shared while borrowed.
-        unsafe { std::slice::from_raw_parts(tensor.data().cast(), tensor.len()) }
-    }
-
-    /// All values of tensor `index`, to change.
-    pub fn values_mut(&mut self, index: usize) -> &mut [f32] {
-        let tensor = self.get(index);
-        // SAFETY: contiguous F32 in host memory that this set owns, borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(tensor.data().cast(), tensor.len()) }
-    }
-
-    /// Sets everything to zero.
-    pub fn clear(&mut self) {
-        if !self.memory.buffer.is_null() {
-            // SAFETY: a live buffer.
-            unsafe { sys::ggml_backend_buffer_clear(self.memory.buffer, 0) }
-        }
-    }
-
-    /// Holds headers and data alive for whoever keeps pointers to them (`llama::LiveAdapter`).
-    pub(crate) fn keep_alive(&self) -> Arc<dyn std::any::Any + Send + Sync> {
-        self.memory.clone()
-    }
-
-    /// Bytes of all tensors, padding included.
-    pub fn n_bytes(&self) -> usize {
-        if self.memory.buffer.is_null() {
-            return 0;
-        }
-        // SAFETY: a live buffer.
-        unsafe { sys::ggml_backend_buffer_get_size(self.memory.buffer) }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if !self.buffer.is_null() {
-            // SAFETY: made in `zeros`, freed once.
-            unsafe { sys::ggml_backend_buffer_free(self.buffer) }
-        }
     }
 }

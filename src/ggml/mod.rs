@@ -1,14 +1,18 @@
-//! Safe wrappers over ggml: types, tensors, graphs, the CPU backend.
+//! Safe wrappers over ggml: types, tensors, graphs, devices.
 
 mod backend;
+mod device;
 mod mmap;
 mod nodes;
 mod quantize;
+mod set;
 mod tensor;
 mod types;
 
-pub use backend::{Computed, Executor, Graph, Input, TensorSet, ThreadPool};
+pub use backend::{Computed, Executor, Graph, Input, ThreadPool};
+pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;
 pub use nodes::Rope;
+pub use set::{TensorSet, ValuesMut};
 pub use tensor::{Arena, Shape, Tensor};
 pub use types::Type;

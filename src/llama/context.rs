@@ -88,7 +88,7 @@ impl Context {
             params.kv_unified = false;
             params.no_perf = true;
 
-            params.offload_kqv = false;
+            params.offload_kqv = !model.device().is_host();
             // Logits are kept for one token per sequence: [n_batch, V] would be gigabytes.
             params.n_outputs_max = options.n_seq as u32;
             if options.kv_f32 {

@@ -7,15 +7,37 @@ use std::ptr::NonNull;
 use ggml_sys as sys;
 
 use super::{Vocab, check, log};
-use crate::ggml::Tensor;
+use crate::ggml::{Device, Tensor};
 use crate::{Error, Result};
 
 /// Hyperparameters as llama.cpp read them from the file (fields: `ggml-ext/ggml-ext.h`).
 pub type Hparams = sys::bupo_hparams;
 
+/// Where a model's weights go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// The device that computes.
+    pub device: Device,
+    /// With a GPU: how many layers, from the last one down, lie in its memory; none means all. Training
+    /// copies the blocks of the others over the bus for each use, decoding computes them on the CPU.
+    pub gpu_layers: Option<usize>,
+}
+
+impl Placement {
+    /// As llama.cpp counts: -1 means all.
+    fn n_gpu_layers(self) -> i32 {
+        match self.gpu_layers {
+            _ if self.device.is_host() => 0,
+            Some(n) => n.min(i32::MAX as usize) as i32,
+            None => -1,
+        }
+    }
+}
+
 /// A model in memory: mapped weights in plain blocks, one copy for decoding and training.
 pub struct Model {
     raw: NonNull<sys::llama_model>,
+    device: Device,
 }
 
 // SAFETY: after loading, a llama_model is only read, apart from the list of its adapters, which
@@ -31,8 +53,8 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::Engine`] with llama.cpp's own words.
-    pub fn load(path: &Path) -> Result<Model> {
-        Model::load_with(path, true)
+    pub fn load(path: &Path, placement: Placement) -> Result<Model> {
+        Model::load_with(path, placement, true)
     }
 
     /// Reads everything but the weights, for which no memory is taken: such a model can be asked for its
@@ -41,10 +63,10 @@ impl Model {
     /// # Errors
     /// Those of [`Model::load`].
     pub fn load_outline(path: &Path) -> Result<Model> {
-        Model::load_with(path, false)
+        Model::load_with(path, Placement::default(), false)
     }
 
-    fn load_with(path: &Path, weights: bool) -> Result<Model> {
+    fn load_with(path: &Path, placement: Placement, weights: bool) -> Result<Model> {
         log::start();
         let text = path.to_str().and_then(|p| CString::new(p).ok()).ok_or_else(|| {
             Error::invalid(
@@ -54,10 +76,14 @@ impl Model {
                 "rename it",
             )
         })?;
+        // The GPU, if any, and the end of the list.
+        let mut devices =
+            [placement.device.raw_device()?.unwrap_or(std::ptr::null_mut()), std::ptr::null_mut()];
         // SAFETY: default parameters with plain fields changed; a NUL-terminated path.
         let raw = unsafe {
             let mut params = sys::llama_model_default_params();
-            params.n_gpu_layers = 0;
+            params.n_gpu_layers = placement.n_gpu_layers();
+            params.devices = devices.as_mut_ptr();
             params.load_mode =
                 if weights { sys::LLAMA_LOAD_MODE_MMAP } else { sys::LLAMA_LOAD_MODE_NONE };
             params.no_alloc = !weights;
@@ -68,11 +94,16 @@ impl Model {
             let call = format!("loading {}", path.display());
             Error::engine(call, log::take_last_words(), "check the file with `bupo-gguf inspect`")
         })?;
-        Ok(Model { raw })
+        Ok(Model { raw, device: placement.device })
     }
 
     pub(super) fn raw(&self) -> *mut sys::llama_model {
         self.raw.as_ptr()
+    }
+
+    /// Where it is computed.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Sizes and settings.

@@ -11,7 +11,9 @@ use super::layer::{Adapter, LayerBlocks};
 use super::memo::{Activations, Memo};
 use super::{Batch, Lora, Model, Policy, Target};
 use crate::Result;
-use crate::ggml::{Arena, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type};
+use crate::ggml::{
+    Arena, Device, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type,
+};
 use crate::ops;
 
 /// Room for the nodes of a layer's forward and backward.
@@ -63,15 +65,21 @@ struct Kept {
 }
 
 impl Kept {
-    fn allocate(d: usize, depth: usize, tokens: usize, scored: usize) -> Result<Kept> {
+    fn allocate(
+        device: Device,
+        d: usize,
+        depth: usize,
+        tokens: usize,
+        scored: usize,
+    ) -> Result<Kept> {
         let named = |name: &str, i: usize, n: usize| -> (String, Shape) {
             (format!("{name}-{i}"), [d, n, 1, 1])
         };
         let mut shapes: Vec<_> = (0..=depth).map(|l| named("residual", l, tokens)).collect();
         shapes.extend((0..2).map(|i| named("d_residual", i, tokens)));
         Ok(Kept {
-            residuals: TensorSet::zeros(&shapes)?,
-            head: TensorSet::zeros(&[named("head", 0, scored.max(1))])?,
+            residuals: TensorSet::zeros(device, &shapes)?,
+            head: TensorSet::zeros(device, &[named("head", 0, scored.max(1))])?,
             depth,
             tokens,
             scored,
@@ -89,10 +97,18 @@ impl Kept {
 }
 
 impl Engine {
-    /// An engine on these threads.
+    /// An engine on the CPU, on these threads.
     pub fn new(pool: Arc<ThreadPool>) -> Result<Engine> {
+        Engine::on(Device::Cpu, pool)
+    }
+
+    /// An engine on a device: the model's ([`Model::device`]).
+    ///
+    /// # Errors
+    /// See [`Executor::new`].
+    pub fn on(device: Device, pool: Arc<ThreadPool>) -> Result<Engine> {
         Ok(Engine {
-            executor: Executor::cpu(pool)?,
+            executor: Executor::new(device, pool)?,
             kept: None,
             activations: Activations::default(),
             work: Work::default(),
@@ -127,6 +143,7 @@ impl Engine {
         if !self.kept.as_ref().is_some_and(fits) {
             let before = self.kept.take().map_or((0, 0, 0), |k| (k.depth, k.tokens, k.scored));
             self.kept = Some(Kept::allocate(
+                self.executor.device(),
                 d,
                 depth.max(before.0),
                 tokens.max(before.1),
@@ -165,7 +182,7 @@ impl Engine {
             + 2 * c.n_ff
             + Target::ALL.len() * lora.rank();
         let floats = per_token * batch.len() + 16 * 16;
-        self.activations.reserve(depth, floats)?;
+        self.activations.reserve(self.executor.device(), depth, floats)?;
         self.layers(model, Some(lora), batch, depth, floats)
     }
 
@@ -328,14 +345,15 @@ impl Engine {
         Ok(())
     }
 
-    pub(super) fn executor(&mut self) -> &mut Executor {
+    /// What runs its graphs: the optimiser's run there too.
+    pub fn executor(&mut self) -> &mut Executor {
         &mut self.executor
     }
 
     /// Residual H^layer of the last forward, `[D, tokens]`.
-    pub fn residual(&self, layer: usize, tokens: usize) -> &[f32] {
+    pub fn residual(&self, layer: usize, tokens: usize) -> Vec<f32> {
         let kept = self.kept.as_ref().expect("residual follows forward");
         let d = kept.residuals.get(layer).shape()[0];
-        &kept.residuals.values(layer)[..d * tokens]
+        kept.residuals.values(layer)[..d * tokens].to_vec()
     }
 }

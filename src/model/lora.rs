@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
 use super::Model;
-use crate::ggml::{Shape, Tensor, TensorSet};
+use crate::ggml::{Device, Shape, Tensor, TensorSet};
 use crate::gguf::{AdapterFile, AdapterPair, Value};
 use crate::llama::LiveAdapter;
 use crate::{Error, Result};
@@ -139,6 +139,7 @@ pub struct Slot {
 pub struct Lora {
     // Dropped before the tensors it borrows.
     live: Option<Arc<LiveAdapter>>,
+    device: Device,
     rank: usize,
     alpha: f32,
     slots: Vec<Slot>,
@@ -168,11 +169,11 @@ impl Lora {
                 "choose another",
             ));
         }
-        let mut lora = Lora::zeros(slots, rank, alpha)?;
+        let mut lora = Lora::zeros(model.device(), slots, rank, alpha)?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for slot in 0..lora.slots.len() {
             let scale = 1.0 / (lora.slots[slot].n_in as f32).sqrt();
-            for value in lora.tensors.values_mut(2 * slot) {
+            for value in lora.tensors.values_mut(2 * slot).iter_mut() {
                 let normal: f32 = StandardNormal.sample(&mut rng);
                 *value = scale * normal;
             }
@@ -222,7 +223,7 @@ impl Lora {
         found.sort_by_key(|(slot, _)| (slot.layer, slot.target));
         let rank = found.first().map_or(0, |(_, pair)| pair.rank);
         let slots = found.iter().map(|(slot, _)| slot.clone()).collect();
-        let mut lora = Lora::zeros(slots, rank, file.alpha)?;
+        let mut lora = Lora::zeros(model.device(), slots, rank, file.alpha)?;
         for (i, (_, pair)) in found.iter().enumerate() {
             lora.tensors.values_mut(2 * i).copy_from_slice(&pair.a);
             lora.tensors.values_mut(2 * i + 1).copy_from_slice(&pair.b);
@@ -246,14 +247,14 @@ impl Lora {
         AdapterFile { arch, name: None, alpha: self.alpha, pairs, extra }.write(path)
     }
 
-    fn zeros(slots: Vec<Slot>, rank: usize, alpha: f32) -> Result<Lora> {
-        let tensors = TensorSet::zeros(&shapes(&slots, rank))?;
-        Ok(Lora { live: None, rank, alpha, slots, tensors })
+    fn zeros(device: Device, slots: Vec<Slot>, rank: usize, alpha: f32) -> Result<Lora> {
+        let tensors = TensorSet::zeros(device, &shapes(&slots, rank))?;
+        Ok(Lora { live: None, device, rank, alpha, slots, tensors })
     }
 
     /// Tensors of the same names and shapes, zeroed: gradients or moments.
     pub fn zeros_like(&self) -> Result<TensorSet> {
-        TensorSet::zeros(&shapes(&self.slots, self.rank))
+        TensorSet::zeros(self.device, &shapes(&self.slots, self.rank))
     }
 
     /// The adapter that llama.cpp decodes with; it reads this adapter's own tensors.

@@ -8,7 +8,7 @@
 use std::cell::{Cell, RefCell};
 
 use crate::Result;
-use crate::ggml::{Arena, Graph, Shape, Tensor, TensorSet};
+use crate::ggml::{Arena, Device, Graph, Shape, Tensor, TensorSet};
 
 /// Kept parts begin at multiples of this many floats: a cache line.
 const ALIGN: usize = 16;
@@ -74,7 +74,7 @@ impl Activations {
     }
 
     /// Room for as many of `depth` layers as the budget allows, each with `floats` at most.
-    pub(super) fn reserve(&mut self, depth: usize, floats: usize) -> Result<()> {
+    pub(super) fn reserve(&mut self, device: Device, depth: usize, floats: usize) -> Result<()> {
         self.forget();
         let n = depth.min(self.budget / (4 * floats.max(1)));
         // What was made for a larger batch may stay, unless it leaves much of the budget unused.
@@ -87,7 +87,7 @@ impl Activations {
         // Given back first, so that never both exist.
         self.memory = None;
         let shapes: Vec<_> = (0..n).map(|i| (format!("kept-{i}"), [floats, 1, 1, 1])).collect();
-        self.memory = Some(TensorSet::zeros(&shapes)?);
+        self.memory = Some(TensorSet::zeros(device, &shapes)?);
         Ok(())
     }
 

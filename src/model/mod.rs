@@ -26,8 +26,10 @@ pub(crate) use precheck::check as check_values;
 pub use taps::{LayerTaps, Question, Walk};
 pub use weights::{Layer, Linear, Weights};
 
+use crate::ggml::Device;
 use crate::gguf::GgufSet;
 use crate::llama;
+pub use crate::llama::Placement;
 use crate::{Error, Result};
 
 /// The small model inside the program, by this name on the command line.
@@ -85,12 +87,21 @@ impl Model {
     /// Missing, truncated or non-GGUF files, unsupported architectures, tensors or types; llama.cpp's
     /// own words when it refuses.
     pub fn open(path: &Path) -> Result<Model> {
+        Model::open_on(path, Placement::default())
+    }
+
+    /// [`Model::open`] with weights where `placement` says; what is made for the model, adapters say, lies
+    /// there too.
+    ///
+    /// # Errors
+    /// Those of [`Model::open`], and too little memory on the GPU.
+    pub fn open_on(path: &Path, placement: Placement) -> Result<Model> {
         let file = ModelFile::find(path)?;
         // Everything that llama.cpp would abort on is checked by our own reader first.
         let files = GgufSet::open(file.path())?;
         let arch = Arch::parse(files.head().architecture()?)?;
         precheck::check(files.head(), arch)?;
-        let engine = Arc::new(llama::Model::load(file.path())?);
+        let engine = Arc::new(llama::Model::load(file.path(), placement)?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
         let model = Model { engine, config, file, files: files.paths().to_vec() };
         Weights::collect(&model.engine, &model.config, model.name())?;
@@ -100,6 +111,11 @@ impl Model {
     /// Sizes and settings.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Where it is computed.
+    pub fn device(&self) -> Device {
+        self.engine.device()
     }
 
     /// llama.cpp's model.

@@ -90,14 +90,6 @@ impl<'m> Taker<'m> {
                 supported: supported.join(", "),
             });
         }
-        if !tensor.is_host() {
-            return Err(Error::invalid(
-                place,
-                "weights in host memory",
-                "a device buffer",
-                "use --device cpu",
-            ));
-        }
         Ok(Some(tensor))
     }
 
@@ -121,7 +113,15 @@ impl<'m> Weights<'m> {
     /// A tensor is missing, has another shape or a type without a converter to F32, or is one that the
     /// computation here would leave out (a bias or scale that llama.cpp would add).
     pub fn collect(engine: &'m llama::Model, config: &Config, file: &str) -> Result<Weights<'m>> {
-        let tensors = engine.tensors().map(|t| (t.name(), t)).collect();
+        // On a GPU a model that ties its embeddings has them twice: in host memory, where tokens are looked up,
+        // and on the GPU, where the unembedding wants them.
+        let mut tensors: HashMap<&str, Tensor<'_>> = HashMap::new();
+        for tensor in engine.tensors() {
+            let known = tensors.entry(tensor.name()).or_insert(tensor);
+            if known.is_host() {
+                *known = tensor;
+            }
+        }
         let mut taker = Taker { tensors, file: file.into() };
         let (d, v, hd) = (config.n_embd, config.n_vocab, config.head_size);
         let (q, kv) = (hd * config.n_head, hd * config.n_head_kv);

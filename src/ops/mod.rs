@@ -4,6 +4,7 @@
 //! every thread of the backend runs), and the vjp. `tests/gradient.rs` holds each against a slow, plain
 //! reference and against finite differences.
 
+mod adamw;
 mod attention;
 mod divergence;
 mod exp;
@@ -18,6 +19,7 @@ mod rows;
 mod swiglu;
 mod yardstick;
 
+pub use adamw::{AdamWStep, adamw, sum_squares};
 pub use attention::{
     AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
 };

@@ -9,14 +9,10 @@
 use std::ffi::{c_int, c_void};
 
 use ggml_sys as sys;
+use sys::bupo_norm_params as NormParams;
 
 use super::rows::{dot, rows_of, source_rows};
 use crate::ggml::{Arena, Tensor, Type};
-
-struct NormParams {
-    _op: u32,
-    eps: f32,
-}
 
 fn check(x: Tensor<'_>, weight: Tensor<'_>) {
     assert!(x.ty() == Type::F32 && x.is_contiguous(), "rms_norm of {x:?}");
@@ -27,7 +23,7 @@ fn check(x: Tensor<'_>, weight: Tensor<'_>) {
 /// `x: [n, ..]` normalised per row and scaled by `weight: [n]`, both F32 and contiguous.
 pub fn rms_norm<'a>(arena: &'a Arena, x: Tensor<'a>, weight: Tensor<'a>, eps: f32) -> Tensor<'a> {
     check(x, weight);
-    let params = NormParams { _op: sys::BUPO_OP_RMS_NORM, eps };
+    let params = NormParams { op: sys::BUPO_OP_RMS_NORM, eps };
     arena.custom(x.shape(), &[x, weight], forward, params)
 }
 
@@ -47,7 +43,7 @@ pub fn rms_norm_back<'a>(
             "rms_norm_back: {t:?}"
         );
     }
-    let params = NormParams { _op: sys::BUPO_OP_RMS_NORM_BACK, eps };
+    let params = NormParams { op: sys::BUPO_OP_RMS_NORM_BACK, eps };
     match add {
         Some(add) => arena.custom(x.shape(), &[x, weight, dy, add], backward, params),
         None => arena.custom(x.shape(), &[x, weight, dy], backward, params),

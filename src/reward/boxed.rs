@@ -3,7 +3,7 @@
 //! Everything is linear in the lengths of the texts, but for fractions, whose parts are short (see
 //! [`Number`](super::number::Number)).
 
-use super::{Verdict, number::Number, quoted};
+use super::{Verdict, math::closed, number::Number, quoted};
 
 /// 1 when the last box equals the answer.
 pub(super) fn score(answer: &str, completion: &str) -> Verdict {
@@ -54,22 +54,6 @@ pub fn last_boxed(text: &str) -> Option<&str> {
         }
     };
     Some(content.trim()).filter(|content| !content.is_empty())
-}
-
-/// What stands before the brace that closes a group whose opening brace was read.
-fn closed(group: &str) -> Option<&str> {
-    let mut depth = 0usize;
-    let mut bytes = group.bytes().enumerate();
-    while let Some((at, byte)) = bytes.next() {
-        match byte {
-            b'\\' => drop(bytes.next()),
-            b'{' => depth += 1,
-            b'}' if depth == 0 => return Some(&group[..at]),
-            b'}' => depth -= 1,
-            _ => {}
-        }
-    }
-    None
 }
 
 /// Without blanks and the dollars of TeX's mathematics around.

@@ -3,12 +3,14 @@
 mod boxed;
 mod exact;
 mod judge;
+pub mod math;
 mod number;
 mod parts;
 mod pool;
 mod program;
 
 use crate::{Error, Result, data::Problem};
+use math::{Mode, Rule};
 
 pub use boxed::last_boxed;
 pub use judge::{Attempt, Judge, JudgeOptions, Judgement};
@@ -18,6 +20,10 @@ pub use program::Program;
 /// A rule that compares a completion's answer with the right one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reward {
+    /// The answer that these rules find in the completion, compared by meaning: [`math`].
+    Math(Vec<Rule>),
+    /// The last `\boxed{..}`, compared after the string normalisation of the MATH data set: the paper's.
+    Hendrycks,
     /// The last `\boxed{..}` of the completion, compared with the answer as a number or as text.
     Boxed,
     /// The whole completion, compared with the answer as text.
@@ -35,11 +41,16 @@ pub struct Verdict {
 
 impl Reward {
     /// What [`Reward::parse`] knows.
-    pub const SUPPORTED: &str = "boxed, exact";
+    pub const SUPPORTED: &str = "math, math:RULES, hendrycks, boxed, exact";
 
     /// Reads the value of `--reward`.
     pub fn parse(spec: &str) -> Result<Reward> {
+        if let Some(rules) = spec.strip_prefix("math:") {
+            return Ok(Reward::Math(Rule::parse_list(rules)?));
+        }
         match spec {
+            "math" => Ok(Reward::Math(Rule::ALL.to_vec())),
+            "hendrycks" => Ok(Reward::Hendrycks),
             "boxed" => Ok(Reward::Boxed),
             "exact" => Ok(Reward::Exact),
             _ => Err(Error::Unsupported {
@@ -53,6 +64,8 @@ impl Reward {
     /// The name that [`Reward::parse`] reads.
     pub fn name(&self) -> &'static str {
         match self {
+            Reward::Math(_) => "math",
+            Reward::Hendrycks => "hendrycks",
             Reward::Boxed => "boxed",
             Reward::Exact => "exact",
         }
@@ -61,6 +74,8 @@ impl Reward {
     /// The answer that this rule reads in a completion; none where there is none.
     pub fn answer(&self, completion: &str) -> Option<String> {
         let answer = match self {
+            Reward::Math(rules) => math::extract(completion, rules)?.text,
+            Reward::Hendrycks => math::extract(completion, Mode::Hendrycks.rules())?.text,
             Reward::Boxed => last_boxed(completion)?,
             Reward::Exact => completion.trim(),
         };
@@ -70,6 +85,8 @@ impl Reward {
     /// Whether two answers (of [`Reward::answer`]) are the same to this rule.
     pub fn same(&self, a: &str, b: &str) -> bool {
         match self {
+            Reward::Math(_) => math::judge(a, b, Mode::Math).equal,
+            Reward::Hendrycks => math::judge(a, b, Mode::Hendrycks).equal,
             Reward::Boxed => boxed::same(a, b),
             Reward::Exact => a == b,
         }
@@ -79,7 +96,12 @@ impl Reward {
     ///
     /// A wrong answer is a verdict; an error is a rule that could not judge.
     pub fn score(&self, problem: &Problem, completion: &str) -> Result<Verdict> {
+        let gold = &problem.answer;
         Ok(match self {
+            Reward::Math(rules) => math::score(gold, completion, Mode::Math, rules),
+            Reward::Hendrycks => {
+                math::score(gold, completion, Mode::Hendrycks, Mode::Hendrycks.rules())
+            }
             Reward::Boxed => boxed::score(&problem.answer, completion),
             Reward::Exact => exact::score(&problem.answer, completion),
         })
@@ -108,11 +130,16 @@ mod tests {
 
     #[test]
     fn names_are_read_back_and_unknown_ones_list_the_known() {
-        for reward in [Reward::Boxed, Reward::Exact] {
+        for reward in
+            [Reward::Math(Rule::ALL.to_vec()), Reward::Hendrycks, Reward::Boxed, Reward::Exact]
+        {
             assert_eq!(Reward::parse(reward.name()).unwrap(), reward);
         }
         let error = Reward::parse("magic").unwrap_err().to_string();
-        assert_eq!(error, "reward 'magic' is not supported; supported: boxed, exact");
+        assert_eq!(
+            error,
+            "reward 'magic' is not supported; supported: math, math:RULES, hendrycks, boxed, exact"
+        );
     }
 
     #[test]
@@ -128,6 +155,19 @@ mod tests {
             (Reward::Boxed, "so \\boxed{42.0}", 1.0, "\"42.0\" equals \"42\" as a number"),
             (Reward::Boxed, "\\boxed{24}", 0.0, "\"24\" is not \"42\""),
             (Reward::Boxed, "42", 0.0, "no \\boxed{..}"),
+            (Reward::Math(vec![Rule::Boxed]), "42", 0.0, "no answer found"),
+            (
+                Reward::Math(Rule::ALL.to_vec()),
+                "so \\boxed{84/2}",
+                1.0,
+                "\"84/2\" equals \"42\": the same number",
+            ),
+            (
+                Reward::Hendrycks,
+                "so \\boxed{42.0}",
+                0.0,
+                "\"42.0\" is not \"42\": another text after normalisation",
+            ),
             (Reward::Exact, " 42\n", 1.0, "the same text"),
             (Reward::Exact, "42.0", 0.0, "\"42.0\" is not \"42\""),
         ] {

@@ -179,7 +179,7 @@ impl View for Stored<'_> {
     }
 
     fn data_len(&self) -> usize {
-        4 * self.set.values(self.index).len()
+        4 * self.set.get(self.index).len()
     }
 }
 
@@ -393,8 +393,8 @@ impl Checkpoint {
                     let got = format!("{:?} {:?}", tensor.dtype(), tensor.shape());
                     return Err(refuse(&key, format!("F32 {expected:?}"), got));
                 }
-                let values = set.values_mut(index).iter_mut();
-                for (value, bytes) in values.zip(tensor.data().as_chunks::<4>().0) {
+                let mut values = set.values_mut(index);
+                for (value, bytes) in values.iter_mut().zip(tensor.data().as_chunks::<4>().0) {
                     *value = f32::from_le_bytes(*bytes);
                 }
                 known.push(key);

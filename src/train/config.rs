@@ -1,85 +1,154 @@
 //! All settings of a run: one struct that the command line and `config.toml` both fill.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::advantage::Baseline;
-use super::loss::{Aggregation, LossConfig};
+use super::advantage::{Baseline, Gae};
+use super::critic::CriticConfig;
+use super::layers::LayerChoice;
+use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
+use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
-use crate::model::Targets;
+use crate::data::{Columns, SourceOptions, source};
+use crate::ggml::DeviceChoice;
+use crate::model::{Placement, Targets};
+use crate::reward::JudgeOptions;
 use crate::rollout::Sampling;
 use crate::{Error, Result};
-
-/// The algorithm of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Algorithm {
-    /// Internal layer policy first, then GRPO on the final policy.
-    Bupo,
-    /// GRPO on the final policy throughout.
-    Grpo,
-}
 
 /// Settings of a training run. Defaults suit the demo model on two cores; for a real model raise
 /// `--max-prompt`, `--max-response` and lower `--lr`.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct TrainConfig {
-    /// Problems: a JSON-lines file with `prompt` (text or messages) and `answer`, or a generated task
-    /// (task:add, task:sub, task:max)
+    /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max), with
+    /// commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a, without weights all
+    /// rows make one pool
     #[arg(
         long,
         default_value = "task:add",
-        value_name = "FILE|task:NAME",
+        value_name = "FILES|task:NAME",
         help_heading = "Data and reward"
     )]
     pub data: String,
+    /// Column of the prompt [default: prompt, question or problem]; a dot leads into a struct
+    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
+    pub prompt_column: Option<String>,
+    /// Column of the right answer [default: reward_model.ground_truth, final_answer or answer]
+    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
+    pub answer_column: Option<String>,
+    /// Column of the difficulty [default: difficulty or level]
+    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
+    pub difficulty_column: Option<String>,
+    /// Easy problems first, by difficulty, in every epoch
+    #[arg(long, help_heading = "Data and reward")]
+    pub curriculum: bool,
+    /// Leave out problems whose prompt is longer than --max-prompt, instead of cutting its beginning
+    #[arg(long, help_heading = "Data and reward")]
+    pub drop_long_prompts: bool,
     /// Held-out problems for the accuracy before and after; a task has its own held-out split
-    #[arg(long, value_name = "FILE", help_heading = "Data and reward")]
-    pub eval_data: Option<PathBuf>,
-    /// Held-out problems to evaluate on (one sample each)
+    #[arg(long, value_name = "FILES", help_heading = "Data and reward")]
+    pub eval_data: Option<String>,
+    /// Held-out problems to evaluate on, a seeded sample where there are more
     #[arg(long, default_value_t = 400, value_name = "N", help_heading = "Data and reward")]
     pub eval_problems: usize,
+    /// Completions of each held-out problem; the accuracy is the mean over them
+    #[arg(long, default_value_t = 1, value_name = "K", help_heading = "Data and reward")]
+    pub eval_samples: usize,
     /// Evaluate every N steps, besides before and after (0 = only then)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub eval_every: u64,
-    /// boxed: the last \boxed{} compared as number or text; exact: the whole completion as text
-    #[arg(long, default_value = "boxed", value_name = "NAME", help_heading = "Data and reward")]
+    /// Look at every layer's policy every N steps, on fixed completions of the base model: entropies, KL,
+    /// cosines, perplexity in metrics.jsonl and on the page of `report` (0 = never)
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
+    pub entropy_every: u64,
+    /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
+    /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
+    /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as text; regex:PATTERN; format:boxed, format:think;
+    /// overlong:N: DAPO's penalty over the last N tokens; cmd:PROG: a program, JSON lines in and out
+    #[arg(long, default_value = "boxed", value_name = "SPEC", help_heading = "Data and reward")]
     pub reward: String,
-    /// System message put before text prompts
+    /// Threads that judge while others sample; each has its own reward program
+    #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
+    pub reward_workers: usize,
+    /// Longest time a reward program may take for one completion
+    #[arg(long, default_value_t = 30.0, value_name = "SECONDS", help_heading = "Data and reward")]
+    pub reward_timeout: f32,
+    /// chat (the GGUF's own), qwen3, qwen3-no-think, octothinker, plain, or a Jinja file
+    #[arg(
+        long,
+        default_value = "chat",
+        value_name = "NAME|FILE",
+        help_heading = "Data and reward"
+    )]
+    pub template: String,
+    /// System message, in place of the one that a prompt brings along
     #[arg(long, value_name = "TEXT", help_heading = "Data and reward")]
     pub system: Option<String>,
     /// tokenizer.json to encode with instead of the GGUF's vocabulary; refused where ids differ
     #[arg(long, value_name = "FILE", help_heading = "Data and reward")]
     pub tokenizer: Option<PathBuf>,
 
-    /// bupo: the internal policy of one layer first, then GRPO; grpo: GRPO throughout
+    /// bupo: the internal policy of one layer first, then the model's; the others: the model's throughout.
+    /// Each is a choice of the settings below, which can be set apart
     #[arg(long, value_enum, default_value = "bupo", help_heading = "Algorithm")]
     pub algo: Algorithm,
-    /// Layer of the internal phase, 1..L [default: three quarters of L]
-    #[arg(long, value_name = "N", help_heading = "Algorithm")]
-    pub internal_layer: Option<usize>,
+    /// With bupo: the objective of both phases, any other --algo [default: grpo]
+    #[arg(long, value_enum, value_name = "ALGO", help_heading = "Algorithm")]
+    pub objective: Option<Algorithm>,
+    /// Layer of the internal phase, 1..L; auto: the boundary layer, the last whose FFN raises the entropy of
+    /// the model's answers to training prompts (see `entropy`) [default: three quarters of L]
+    #[arg(long, value_name = "auto|N", help_heading = "Algorithm")]
+    pub internal_layer: Option<LayerChoice>,
+    /// How the internal layer was chosen where it was left to the program.
+    #[arg(skip)]
+    pub internal_layer_why: Option<String>,
     /// Steps of the internal phase
     #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Algorithm")]
     pub internal_steps: u64,
     /// Apply the final norm before the unembedding in the internal phase (the paper's ablation)
     #[arg(long, help_heading = "Algorithm")]
     pub final_norm: bool,
-    /// How a group's rewards become advantages
-    #[arg(long, value_enum, default_value = "group-std", help_heading = "Algorithm")]
-    pub baseline: Baseline,
-    /// How token losses become one number
-    #[arg(long, value_enum, default_value = "token-mean", help_heading = "Algorithm")]
-    pub loss_agg: Aggregation,
-    /// The ratio may fall to 1 - X
-    #[arg(long, default_value_t = 0.2, value_name = "X", help_heading = "Algorithm")]
-    pub clip_low: f32,
-    /// The ratio may rise to 1 + X
-    #[arg(long, default_value_t = 0.2, value_name = "X", help_heading = "Algorithm")]
-    pub clip_high: f32,
+    /// Layers 1..N get no update (the paper's control)
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Algorithm")]
+    pub freeze_layers: usize,
+    /// Learning rate of the layers above --internal-layer, times this (the paper's control)
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR", help_heading = "Algorithm")]
+    pub lr_above: f32,
+    /// What rewards are compared with [default: the algorithm's, grpo: group-std]
+    #[arg(long, value_enum, help_heading = "Algorithm")]
+    pub baseline: Option<Baseline>,
+    /// Whose probability ratio weights a token [default: the algorithm's, grpo: token]
+    #[arg(long, value_enum, help_heading = "Algorithm")]
+    pub ratio: Option<Ratio>,
+    /// What the ratio does to the loss [default: the algorithm's, grpo: clip]
+    #[arg(long, value_enum, help_heading = "Algorithm")]
+    pub surrogate: Option<Surrogate>,
+    /// How token losses become one number [default: the algorithm's, grpo: token-mean]
+    #[arg(long, value_enum, help_heading = "Algorithm")]
+    pub loss_agg: Option<Aggregation>,
+    /// The ratio may fall to 1 - X [default: the algorithm's, grpo: 0.2]
+    #[arg(long, value_name = "X", help_heading = "Algorithm")]
+    pub clip_low: Option<f32>,
+    /// The ratio may rise to 1 + X [default: the algorithm's, grpo: 0.2]
+    #[arg(long, value_name = "X", help_heading = "Algorithm")]
+    pub clip_high: Option<f32>,
+    /// Replace groups whose rewards are all equal, up to N times a step [default: the algorithm's, dapo: 10]
+    #[arg(long, value_name = "N", help_heading = "Algorithm")]
+    pub resample: Option<u64>,
+    /// PPO: discount of later rewards
+    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Algorithm")]
+    pub gamma: f32,
+    /// PPO: weight of longer estimates of the advantage
+    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Algorithm")]
+    pub gae_lambda: f32,
+    /// PPO: learning rate of the value head
+    #[arg(long, default_value_t = 5e-3, value_name = "X", help_heading = "Algorithm")]
+    pub value_lr: f32,
     /// Dual clip: a token with a negative advantage costs at most X times its size
     #[arg(long, default_value_t = 10.0, value_name = "X", help_heading = "Algorithm")]
     pub clip_c: f32,
@@ -190,9 +259,15 @@ pub struct TrainConfig {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub threads: Option<usize>,
-    /// Where to compute; this build knows cpu
-    #[arg(long, default_value = "cpu", value_name = "cpu", help_heading = "Run")]
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     pub device: String,
+    /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
+    #[arg(long, value_name = "N", help_heading = "Run")]
+    pub gpu_layers: Option<usize>,
+    /// On a GPU: multiply in F32 instead of F16
+    #[arg(long, help_heading = "Run")]
+    pub precise: bool,
 }
 
 impl Default for TrainConfig {
@@ -208,24 +283,81 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
-    /// Settings of the token loss.
+    /// What the objective's name stands for.
+    pub fn defaults(&self) -> Defaults {
+        self.objective.unwrap_or(self.algo).defaults()
+    }
+
+    /// What rewards are compared with.
+    pub fn baseline(&self) -> Baseline {
+        self.baseline.unwrap_or(self.defaults().baseline)
+    }
+
+    /// How token losses become one number.
+    pub fn aggregation(&self) -> Aggregation {
+        self.loss_agg.unwrap_or(self.defaults().aggregation)
+    }
+
+    /// Times that a step replaces groups without signal.
+    pub fn resample(&self) -> u64 {
+        self.resample.unwrap_or(self.defaults().resample)
+    }
+
+    /// Settings of the loss.
     pub fn loss(&self) -> LossConfig {
+        let named = self.defaults();
         LossConfig {
-            clip_low: self.clip_low,
-            clip_high: self.clip_high,
+            ratio: self.ratio.unwrap_or(named.ratio),
+            surrogate: self.surrogate.unwrap_or(named.surrogate),
+            clip_low: self.clip_low.unwrap_or(named.clip_low),
+            clip_high: self.clip_high.unwrap_or(named.clip_high),
             clip_c: self.clip_c,
             kl_coef: self.kl_coef,
         }
     }
 
-    /// Settings of the optimiser.
-    pub fn adamw(&self) -> AdamWConfig {
+    /// Settings of advantage estimation with a value head.
+    pub fn gae(&self) -> Gae {
+        Gae { gamma: self.gamma, lambda: self.gae_lambda }
+    }
+
+    /// Settings of the value head.
+    pub fn critic(&self) -> CriticConfig {
+        CriticConfig { lr: self.value_lr, beta1: self.beta1, beta2: self.beta2, eps: self.adam_eps }
+    }
+
+    /// Settings of the optimiser for a model of `n_layer` layers.
+    pub fn adamw(&self, n_layer: usize) -> AdamWConfig {
         AdamWConfig {
             beta1: self.beta1,
             beta2: self.beta2,
             eps: self.adam_eps,
             weight_decay: self.weight_decay,
             clip_norm: self.clip_norm,
+            freeze_layers: self.freeze_layers,
+            slow_above: self.internal_layer(n_layer),
+            slow_factor: self.lr_above,
+        }
+    }
+
+    /// How data files are read.
+    pub fn source(&self) -> SourceOptions {
+        SourceOptions {
+            seed: self.seed,
+            columns: Columns {
+                prompt: self.prompt_column.clone(),
+                answer: self.answer_column.clone(),
+                difficulty: self.difficulty_column.clone(),
+            },
+            curriculum: self.curriculum,
+        }
+    }
+
+    /// What a judge must know beside `reward`.
+    pub fn judging(&self) -> JudgeOptions {
+        JudgeOptions {
+            max_response: self.max_response,
+            timeout: Duration::from_secs_f32(self.reward_timeout),
         }
     }
 
@@ -249,9 +381,12 @@ impl TrainConfig {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
     }
 
-    /// Layer of the internal phase for a model of `n_layer` layers.
+    /// Layer of the internal phase for a model of `n_layer` layers; of `auto`, before it is found, the default.
     pub fn internal_layer(&self, n_layer: usize) -> usize {
-        self.internal_layer.unwrap_or((3 * n_layer).div_ceil(4))
+        match self.internal_layer {
+            Some(LayerChoice::Layer(layer)) => layer,
+            Some(LayerChoice::Auto) | None => (3 * n_layer).div_ceil(4),
+        }
     }
 
     /// The settings that stood on the command line, as `config.toml` names them, for those of a run to be
@@ -276,11 +411,15 @@ impl TrainConfig {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
             Ok(())
         };
-        [&mut self.eval_data, &mut self.tokenizer, &mut self.adapter, &mut self.out]
+        [&mut self.tokenizer, &mut self.adapter, &mut self.out]
             .into_iter()
             .flatten()
             .try_for_each(absolute)?;
-        self.data = crate::data::source::absolute(&self.data)?;
+        self.data = source::absolute(&self.data)?;
+        self.eval_data = self.eval_data.as_deref().map(source::absolute).transpose()?;
+        if std::path::Path::new(&self.template).is_file() {
+            self.template = source::absolute(&self.template)?;
+        }
         Ok(self)
     }
 
@@ -289,10 +428,28 @@ impl TrainConfig {
     pub fn resolved(mut self, n_layer: usize) -> TrainConfig {
         let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
         self.threads = Some(self.threads.unwrap_or_else(cores));
-        self.internal_layer = Some(self.internal_layer(n_layer));
+        if self.internal_layer != Some(LayerChoice::Auto) {
+            self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
+        }
         self.mini_batch = Some(self.mini_batch());
         self.alpha = Some(self.alpha());
+        let loss = self.loss();
+        self.ratio = Some(loss.ratio);
+        self.surrogate = Some(loss.surrogate);
+        (self.clip_low, self.clip_high) = (Some(loss.clip_low), Some(loss.clip_high));
+        self.baseline = Some(self.baseline());
+        self.loss_agg = Some(self.aggregation());
+        self.resample = Some(self.resample());
         self
+    }
+
+    /// Where the model is to be opened.
+    ///
+    /// # Errors
+    /// The device is not there (see [`DeviceChoice::resolve`]).
+    pub fn placement(&self) -> Result<Placement> {
+        let choice: DeviceChoice = self.device.parse()?;
+        Ok(Placement { device: choice.resolve(self.precise)?, gpu_layers: self.gpu_layers })
     }
 
     /// Refuses settings that cannot work, before anything is loaded or written.
@@ -303,13 +460,24 @@ impl TrainConfig {
         let refuse = |option: &str, expected: &str, got: String, advice: &str| {
             Err(Error::invalid(option, expected, got, advice))
         };
-        if self.device != "cpu" {
-            let advice = "this build computes on the CPU; leave --device out";
-            return refuse("--device", "cpu", self.device.clone(), advice);
-        }
-        if self.group < 2 {
+        self.placement()?;
+        let alone = matches!(self.baseline(), Baseline::Batch | Baseline::Value);
+        if self.group < 2 && !(alone && self.group == 1) {
             let advice = "advantages compare completions of one prompt; try 8";
             return refuse("--group", "at least 2", self.group.to_string(), advice);
+        }
+        if self.objective.is_some() && self.algo != Algorithm::Bupo {
+            let advice = "leave --objective out, or choose --algo bupo";
+            return refuse("--objective", "--algo bupo beside it", self.algo.name(), advice);
+        }
+        if self.objective == Some(Algorithm::Bupo) {
+            let advice = "leave it out for grpo";
+            return refuse("--objective", "another algorithm than bupo", "bupo".into(), advice);
+        }
+        if !(1..=256).contains(&self.reward_workers) {
+            let advice = "leave it out for the default";
+            let got = self.reward_workers.to_string();
+            return refuse("--reward-workers", "1 to 256", got, advice);
         }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
@@ -318,6 +486,7 @@ impl TrainConfig {
             ("--max-prompt", self.max_prompt),
             ("--max-response", self.max_response),
             ("--eval-problems", self.eval_problems),
+            ("--eval-samples", self.eval_samples),
             ("--steps", self.steps as usize),
             ("--kv-mib", self.kv_mib),
         ] {
@@ -339,13 +508,19 @@ impl TrainConfig {
             let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);
             return refuse("--mini-batch", &expected, self.mini_batch().to_string(), "lower it");
         }
+        let loss = self.loss();
         for (option, value, ok, expected) in [
             ("--temperature", self.temperature, self.temperature > 0.0, "above 0"),
             ("--top-p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0, at most 1"),
             ("--min-p", self.min_p, (0.0..1.0).contains(&self.min_p), "0 to below 1"),
             ("--lr", self.lr, self.lr > 0.0, "above 0"),
-            ("--clip-low", self.clip_low, (0.0..1.0).contains(&self.clip_low), "0 to below 1"),
-            ("--clip-high", self.clip_high, self.clip_high >= 0.0, "at least 0"),
+            ("--clip-low", loss.clip_low, (0.0..=1.0).contains(&loss.clip_low), "0 to 1"),
+            ("--clip-high", loss.clip_high, loss.clip_high >= 0.0, "at least 0"),
+            ("--gamma", self.gamma, (0.0..=1.0).contains(&self.gamma), "0 to 1"),
+            ("--gae-lambda", self.gae_lambda, (0.0..=1.0).contains(&self.gae_lambda), "0 to 1"),
+            ("--value-lr", self.value_lr, self.value_lr > 0.0, "above 0"),
+            ("--lr-above", self.lr_above, self.lr_above >= 0.0, "at least 0"),
+            ("--reward-timeout", self.reward_timeout, self.reward_timeout > 0.0, "above 0"),
             ("--clip-c", self.clip_c, self.clip_c > 1.0, "above 1"),
             ("--kl-coef", self.kl_coef, self.kl_coef >= 0.0, "at least 0"),
             ("--tis-cap", self.tis_cap, self.tis_cap >= 0.0, "at least 0"),

@@ -1,4 +1,5 @@
-//! Training: BuPO and GRPO with LoRA on a quantised model (PAPER section 2).
+//! Training: BuPO with LoRA on a quantised model (PAPER section 2), and the algorithms it is measured against,
+//! each of which can be the objective of both of its phases (`objective.rs`).
 //!
 //! ```text
 //! for step s in 1..=steps
@@ -19,12 +20,17 @@
 
 mod advantage;
 mod checkpoint;
+mod collect;
 mod config;
+mod critic;
 mod evaluate;
+mod layers;
 mod loss;
 mod micro_batch;
+mod objective;
 mod optimizer;
 pub mod plan;
+mod preset;
 mod probe;
 mod record;
 mod replay;
@@ -41,25 +47,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-pub use advantage::{Baseline, advantages};
+pub use advantage::{Baseline, Gae, advantages, assign, estimate};
 pub use checkpoint::{Checkpoint, Damaged};
-pub use config::{Algorithm, TrainConfig};
-pub use loss::{Aggregation, LossConfig, TokenContext, TokenLoss, token_loss};
+pub use collect::Sample;
+pub use config::TrainConfig;
+pub use layers::LayerChoice;
+pub use loss::{
+    Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
+};
+pub use objective::{Algorithm, Defaults};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use preset::{Applied, Preset};
 pub use record::{Phase, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
 pub use resume::{Change, Effect, Resume};
 pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
 pub use state::State;
+pub use update::{Response, ResponseGroup};
 
-use crate::data::{Problem, ProblemSource};
-use crate::ggml::{TensorSet, ThreadPool};
+use crate::data::{Problem, ProblemSource, Template};
+use crate::ggml::{Device, TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::reward::Reward;
-use crate::rollout::{Encoder, Finish, Progress, Request, RolloutOptions, Rollouts};
+use crate::reward::{Judge, JudgePool};
+use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
 use crate::{Error, Result};
-use update::{Learner, Response, ResponseGroup, Tally, UpdateConfig};
+use critic::Critic;
+use update::{Learner, Tally, UpdateConfig};
 
 /// Whoever watches a run. All methods may do nothing.
 pub trait Observer {
@@ -90,8 +104,11 @@ pub struct Trainer<'m> {
     encoder: Encoder<'m>,
     problems: ProblemSource,
     held_out: Vec<Problem>,
-    reward: Reward,
+    judges: JudgePool,
+    critic: Option<Critic>,
     stop: Arc<AtomicBool>,
+    /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
+    probe_set: Vec<crate::analysis::Sample>,
     /// SHA-256 of the model and of the data; empty until a run begins.
     inputs: BTreeMap<String, String>,
     /// Whether a step has begun to change the adapter and is not complete.
@@ -105,6 +122,18 @@ pub struct Trainer<'m> {
     accuracy_before: f64,
     /// Of all processes that had a part in the run.
     seconds: f64,
+}
+
+/// The critic of a run that has one: a value head at the internal layer, and one at the last.
+fn new_critic(config: &TrainConfig, model: &Model) -> Result<Option<Critic>> {
+    let (n_layer, d) = (model.config().n_layer, model.config().n_embd);
+    match config.baseline() {
+        Baseline::Value => {
+            let depths = [config.internal_layer(n_layer), n_layer];
+            Critic::new(&depths, d, config.critic()).map(Some)
+        }
+        _ => Ok(None),
+    }
 }
 
 impl<'m> Trainer<'m> {
@@ -127,6 +156,18 @@ impl<'m> Trainer<'m> {
         let n_layer = model.config().n_layer;
         let mut config = config.resolved(n_layer);
         Policy::internal(config.internal_layer(n_layer), n_layer, config.final_norm)?;
+        let reaches = match config.algo {
+            Algorithm::Bupo if config.internal_steps > 0 => config.internal_layer(n_layer),
+            _ => n_layer,
+        };
+        if config.freeze_layers >= reaches {
+            return Err(Error::invalid(
+                "--freeze-layers",
+                format!("below {reaches}, the lowest layer whose policy is optimised"),
+                config.freeze_layers.to_string(),
+                "nothing would be learnt; lower it",
+            ));
+        }
         let needs = config.max_prompt + config.max_response;
         if needs > model.config().n_ctx_train {
             return Err(Error::invalid(
@@ -136,10 +177,14 @@ impl<'m> Trainer<'m> {
                 "lower one of them",
             ));
         }
-        let problems = ProblemSource::open(&config.data, config.seed)?;
+        let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let reward = Reward::parse(&config.reward)?;
-        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?;
+        let judge = Judge::parse(&config.reward, config.judging())?;
+        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
+            .with_template(&Template::parse(&config.template)?)?;
+        if config.drop_long_prompts {
+            problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
+        }
         let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
@@ -153,13 +198,17 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
-        let mut engine = Engine::new(pool)?;
+        let mut engine = Engine::on(model.device(), pool)?;
         engine.keep_up_to(match config.memory {
             Some(mib) => mib << 20,
+            // What is free on the host says nothing of another device.
+            None if model.device() != Device::Cpu => 0,
             None => plan::available_bytes() as usize / 2,
         });
-        Ok(Trainer {
-            optimizer: AdamW::new(&lora, n_layer, config.adamw())?,
+        let critic = new_critic(&config, model)?;
+        let judges = JudgePool::new(judge, config.reward_workers)?;
+        let mut trainer = Trainer {
+            optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
             engine,
             stop: Arc::default(),
@@ -170,7 +219,8 @@ impl<'m> Trainer<'m> {
             encoder,
             problems,
             held_out,
-            reward,
+            judges,
+            critic,
             inputs: BTreeMap::new(),
             mid_step: false,
             steps_done: 0,
@@ -180,7 +230,15 @@ impl<'m> Trainer<'m> {
             silent_steps: 0,
             accuracy_before: f64::NAN,
             seconds: 0.0,
-        })
+            probe_set: Vec::new(),
+        };
+        if trainer.choose_layer()? {
+            // These depend on the layer.
+            let config = &trainer.config;
+            trainer.optimizer = AdamW::new(&trainer.lora, n_layer, config.adamw(n_layer))?;
+            trainer.critic = new_critic(config, model)?;
+        }
+        Ok(trainer)
     }
 
     /// What the trainer carries from one step to the next. Every field is named here, state or not: a new
@@ -196,25 +254,31 @@ impl<'m> Trainer<'m> {
             silent_steps,
             accuracy_before,
             seconds,
+            critic,
             // Given at the start.
             model: _,
             config: _,
             encoder: _,
             problems: _,
             held_out: _,
-            reward: _,
+            judges: _,
             stop: _,
             inputs: _,
             // Cleared or filled anew by every update, rollout or forward.
             gradients: _,
             engine: _,
             rollouts: _,
+            // The same whenever it is sampled.
+            probe_set: _,
             // False whenever a checkpoint is written.
             mid_step: _,
         } = self;
         let mut state = State::default();
         state.tensors("adapter", lora.tensors_mut());
         optimizer.state(&mut state);
+        if let Some(critic) = critic {
+            critic.state(&mut state);
+        }
         state.counter("steps_done", steps_done);
         state.counter("updates", updates);
         state.counter("skipped", skipped);
@@ -253,18 +317,10 @@ impl<'m> Trainer<'m> {
     ) -> Result<(StepRecord, Vec<Sample>)> {
         let start = Instant::now();
         let (phase, policy) = self.phase(step)?;
-        let problems = self.batch(step);
-        let (mut groups, samples) = self.rollout(step, &problems, observer)?;
+        let (mut groups, samples) = self.collect(step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
         let sampled: usize = samples.iter().map(|s| s.tokens).sum();
 
-        for group in &mut groups {
-            let rewards: Vec<f32> = group.responses.iter().map(|r| r.reward).collect();
-            let advantages = advantages(&rewards, self.config.baseline);
-            for (response, advantage) in group.responses.iter_mut().zip(advantages) {
-                response.advantage = advantage;
-            }
-        }
         let learning_rate = self.config.lr
             * self.config.schedule.factor(step, self.config.steps, self.config.warmup);
         let update_start = Instant::now();
@@ -278,13 +334,15 @@ impl<'m> Trainer<'m> {
         let per_token = |sum: f64| (tally.tokens > 0).then(|| (sum / tally.tokens as f64) as f32);
         let per_update =
             |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
-        let with_signal = groups.iter().filter(|g| g.responses.iter().any(|r| r.advantage != 0.0));
+        let with_signal = groups.iter().filter(|g| g.responses.iter().any(Response::has_signal));
         let record = StepRecord {
             step,
             phase,
             layer: policy.depth(),
             reward: mean(&|s| s.reward),
+            reward_parts: self.mean_parts(&samples),
             groups_with_signal: with_signal.count() as f32 / groups.len() as f32,
+            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.config.group,
             response_tokens: mean(&|s| s.tokens as f32),
             truncated: mean(&|s| s.truncated as u8 as f32),
             entropy_nats: per_token(tally.entropy),
@@ -293,6 +351,8 @@ impl<'m> Trainer<'m> {
             gradient_norm: per_update(tally.gradient_norm),
             drift_nats: if phase == Phase::Final { per_token(tally.drift) } else { None },
             kl_nats: if self.config.kl_coef > 0.0 { per_token(tally.kl) } else { None },
+            value_loss: self.critic.is_some().then(|| per_update(tally.value_loss)).flatten(),
+            explained_variance: critic::explained_variance(&groups),
             learning_rate,
             updates: self.updates,
             updates_skipped: self.skipped,
@@ -300,6 +360,8 @@ impl<'m> Trainer<'m> {
             update_tokens_per_s: work.backward_tokens as f32 / update_seconds,
             seconds: start.elapsed().as_secs_f32(),
             accuracy: None,
+            evaluation: None,
+            probe: None,
         };
         Ok((record, samples))
     }
@@ -315,64 +377,6 @@ impl<'m> Trainer<'m> {
         Ok((Phase::Final, Policy::full(n_layer)))
     }
 
-    fn batch(&self, step: u64) -> Vec<Problem> {
-        let n = self.config.prompts_per_step as u64;
-        ((step - 1) * n..step * n).map(|index| self.problems.problem(index)).collect()
-    }
-
-    /// Samples a group for each problem from the final policy, and rewards it.
-    fn rollout(
-        &mut self,
-        step: u64,
-        problems: &[Problem],
-        observer: &mut dyn Observer,
-    ) -> Result<(Vec<ResponseGroup>, Vec<Sample>)> {
-        let c = &self.config;
-        let mut requests = Vec::with_capacity(problems.len());
-        for (i, problem) in problems.iter().enumerate() {
-            requests.push(Request {
-                prompt_tokens: self.encoder.prompt(&problem.prompt, c.max_prompt)?,
-                n: c.group,
-                seed_stream: (step - 1) * problems.len() as u64 + i as u64,
-                max_tokens: c.max_response,
-            });
-        }
-        let sampled = self.rollouts.generate(
-            &requests,
-            &c.sampling(),
-            c.seed,
-            &mut |progress| observer.rollout("rollout", progress),
-            &self.stop,
-        )?;
-        let mut groups = Vec::with_capacity(problems.len());
-        let mut samples = Vec::with_capacity(problems.len() * c.group);
-        for ((problem, request), completions) in problems.iter().zip(requests).zip(sampled) {
-            let mut responses = Vec::with_capacity(completions.len());
-            for completion in completions {
-                let text = self.encoder.text(&completion.tokens);
-                let verdict = self.reward.score(problem, &text)?;
-                samples.push(Sample {
-                    step,
-                    problem: problem.id.clone(),
-                    answer: problem.answer.clone(),
-                    reward: verdict.reward,
-                    reason: verdict.reason,
-                    tokens: completion.tokens.len(),
-                    truncated: completion.finish == Finish::Length,
-                    completion: text,
-                });
-                responses.push(Response {
-                    tokens: completion.tokens,
-                    rollout: completion.logprobs,
-                    reward: verdict.reward,
-                    ..Response::default()
-                });
-            }
-            groups.push(ResponseGroup { prompt: request.prompt_tokens, responses });
-        }
-        Ok((groups, samples))
-    }
-
     /// What holds for all mini batches of a step.
     fn update_config(&self, phase: Phase, policy: Policy) -> UpdateConfig {
         let c = &self.config;
@@ -380,7 +384,7 @@ impl<'m> Trainer<'m> {
             policy,
             temperature: c.temperature,
             loss: c.loss(),
-            aggregation: c.loss_agg,
+            aggregation: c.aggregation(),
             max_response: c.max_response,
             // Rollouts are the final policy's: their log-probs say nothing of an internal one.
             tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
@@ -405,11 +409,19 @@ impl<'m> Trainer<'m> {
             engine: &mut self.engine,
             gradients: &mut self.gradients,
             optimizer: &mut self.optimizer,
+            critic: self.critic.as_mut(),
         };
-        // Before the first update the policy is the one that `old` means, so the first mini batch
-        // needs no pass of its own for it.
-        let first = mini_batch.min(groups.len());
-        learner.fill_old(&mut groups[first..], &config)?;
+        let (baseline, gae) = (self.config.baseline(), self.config.gae());
+        if learner.critic.is_some() {
+            learner.fill_old(groups, &config)?;
+            assign(groups, baseline, gae);
+        } else {
+            assign(groups, baseline, gae);
+            // Before the first update the policy is the one that `old` means, so the first mini batch
+            // needs no pass of its own for it.
+            let first = mini_batch.min(groups.len());
+            learner.fill_old(&mut groups[first..], &config)?;
+        }
         if config.loss.kl_coef > 0.0 {
             learner.fill_base(groups, &config)?;
         }
@@ -443,25 +455,4 @@ impl<'m> Trainer<'m> {
         }
         Ok(())
     }
-}
-
-/// One line of `completions.jsonl`.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct Sample {
-    /// Step.
-    pub step: u64,
-    /// Which problem.
-    pub problem: String,
-    /// The right answer.
-    pub answer: String,
-    /// Reward.
-    pub reward: f32,
-    /// Why.
-    pub reason: String,
-    /// Length.
-    pub tokens: usize,
-    /// Whether it hit the length limit.
-    pub truncated: bool,
-    /// Text, control tokens left out.
-    pub completion: String,
 }

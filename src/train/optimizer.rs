@@ -4,14 +4,14 @@
 //! `p -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay p)`.
 //!
 //! Layers above the policy's have no part in a step: their tensors, moments and step counts stay as they
-//! are (PAPER section 2). So `t` counts per layer.
-
-use rayon::prelude::*;
+//! are (PAPER section 2). So `t` counts per layer. The same holds for frozen layers, and layers above a
+//! boundary may learn more slowly (the paper's controls).
 
 use super::state::State;
 use crate::Result;
-use crate::ggml::TensorSet;
+use crate::ggml::{Arena, Executor, Graph, TensorSet};
 use crate::model::Lora;
+use crate::ops::{self, AdamWStep};
 
 /// Settings of AdamW.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,6 +26,28 @@ pub struct AdamWConfig {
     pub weight_decay: f32,
     /// Gradients are scaled down to this global norm; 0 is off.
     pub clip_norm: f32,
+    /// Layers 1 to this have no part in any step.
+    pub freeze_layers: usize,
+    /// Layers above this one..
+    pub slow_above: usize,
+    /// ..learn with the learning rate times this.
+    pub slow_factor: f32,
+}
+
+impl Default for AdamWConfig {
+    /// PyTorch's, clipped at a norm of 1, all layers alike.
+    fn default() -> AdamWConfig {
+        AdamWConfig {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip_norm: 1.0,
+            freeze_layers: 0,
+            slow_above: usize::MAX,
+            slow_factor: 1.0,
+        }
+    }
 }
 
 /// The optimiser's state: moments in the layout of the adapter's tensors, steps per layer.
@@ -51,43 +73,49 @@ impl AdamW {
         Ok(AdamW { config, m: lora.zeros_like()?, v: lora.zeros_like()?, steps: vec![0; n_layer] })
     }
 
-    /// One step over the layers up to `depth`; `gradients` is left as it is.
+    /// One step over the layers up to `depth`, on the device that has the tensors; `gradients` is left as
+    /// it is.
+    ///
+    /// # Errors
+    /// See [`Executor::run`].
     pub fn step(
         &mut self,
+        executor: &mut Executor,
         lora: &mut Lora,
         gradients: &TensorSet,
         depth: usize,
         learning_rate: f32,
-    ) -> Stepped {
+    ) -> Result<Stepped> {
+        let layers = self.config.freeze_layers + 1..=depth;
         let active: Vec<usize> =
-            (0..gradients.len()).filter(|&i| lora.tensor_layer(i) <= depth).collect();
-        let gradient_norm = norm(active.iter().map(|&i| gradients.values(i)));
+            (0..gradients.len()).filter(|&i| layers.contains(&lora.tensor_layer(i))).collect();
+        let gradient_norm = global_norm(executor, gradients, &active)?;
         if !gradient_norm.is_finite() {
-            return Stepped { gradient_norm, applied: false };
+            return Ok(Stepped { gradient_norm, applied: false });
         }
-        let AdamWConfig { beta1, beta2, eps, weight_decay, clip_norm } = self.config;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, clip_norm, .. } = self.config;
         let clip = if clip_norm > 0.0 && gradient_norm > clip_norm {
             // 1e-6 as PyTorch's clip_grad_norm_ has it
             clip_norm / (gradient_norm + 1e-6)
         } else {
             1.0
         };
-        self.steps[..depth].iter_mut().for_each(|t| *t += 1);
+        layers.for_each(|layer| self.steps[layer - 1] += 1);
+        // A graph has room for as many leaves as its arena has headers: p, g, m and v of each tensor.
+        let arena = Arena::new(4 * active.len() + 1);
+        let mut graph = Graph::new(&arena);
+        let lora = &*lora;
         for i in active {
-            let t = self.steps[lora.tensor_layer(i) - 1] as f64;
-            let unbias1 = (1.0 / (1.0 - (beta1 as f64).powf(t))) as f32;
-            let unbias2 = (1.0 / (1.0 - (beta2 as f64).powf(t))) as f32;
-            let (p, g) = (lora.tensors_mut().values_mut(i), gradients.values(i));
-            let (m, v) = (self.m.values_mut(i), self.v.values_mut(i));
-            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                let g = g * clip;
-                *m = beta1 * *m + (1.0 - beta1) * g;
-                *v = beta2 * *v + (1.0 - beta2) * g * g;
-                let update = *m * unbias1 / ((*v * unbias2).sqrt() + eps);
-                *p -= learning_rate * (update + weight_decay * *p);
-            }
+            let layer = lora.tensor_layer(i);
+            let slow = layer > self.config.slow_above;
+            let learning_rate = learning_rate * if slow { self.config.slow_factor } else { 1.0 };
+            let t = self.steps[layer - 1];
+            let step = AdamWStep { learning_rate, beta1, beta2, eps, weight_decay, clip, t };
+            let (p, g) = (lora.tensors().get(i), gradients.get(i));
+            graph.add(ops::adamw(&arena, p, g, self.m.get(i), self.v.get(i), &step));
         }
-        Stepped { gradient_norm, applied: true }
+        executor.run(&graph, &[])?;
+        Ok(Stepped { gradient_norm, applied: true })
     }
 
     /// Moments and step counts, all of the optimiser's state.
@@ -99,10 +127,13 @@ impl AdamW {
     }
 }
 
-/// Euclidean norm over several tensors, summed in f64.
-pub fn norm<'a>(tensors: impl Iterator<Item = &'a [f32]>) -> f32 {
-    let tensors: Vec<_> = tensors.collect();
-    let squares: Vec<f64> =
-        tensors.par_iter().map(|t| t.iter().map(|&x| (x as f64) * (x as f64)).sum()).collect();
-    squares.iter().sum::<f64>().sqrt() as f32
+/// Euclidean norm over the tensors `indices` of a set, summed in f64.
+pub fn global_norm(executor: &mut Executor, set: &TensorSet, indices: &[usize]) -> Result<f32> {
+    let arena = Arena::new(indices.len() + 1);
+    let mut graph = Graph::new(&arena);
+    let sums: Vec<_> = indices.iter().map(|&i| ops::sum_squares(&arena, set.get(i))).collect();
+    sums.iter().for_each(|&sum| graph.output(sum));
+    let computed = executor.run(&graph, &[])?;
+    let squares = sums.iter().flat_map(|&sum| computed.f32(sum));
+    Ok(squares.map(|x| x as f64).sum::<f64>().sqrt() as f32)
 }

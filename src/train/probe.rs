@@ -8,7 +8,6 @@
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::optimizer::norm;
 use crate::model::{Batch, Engine, Lora, Model, Policy};
 use crate::{Error, Result};
 
@@ -29,7 +28,7 @@ pub fn probe(
     let mut rng = ChaCha8Rng::seed_from_u64(0x9a0be);
     let kept: Vec<Vec<f32>> = bs(lora).map(|i| lora.tensors().values(i).to_vec()).collect();
     for i in bs(lora) {
-        for value in lora.tensors_mut().values_mut(i) {
+        for value in lora.tensors_mut().values_mut(i).iter_mut() {
             *value += rng.random_range(-PROBE_B..PROBE_B);
         }
     }
@@ -61,7 +60,7 @@ fn gradients(
     let cotangents: Vec<f32> = completion.iter().map(|_| rng.random_range(-1.0..1.0)).collect();
     engine.backward(model, lora, &mut gradients, &batch, policy, &cotangents)?;
     for i in 0..gradients.len() {
-        let size = norm(std::iter::once(gradients.values(i)));
+        let size = gradients.values(i).iter().map(|&g| g as f64 * g as f64).sum::<f64>().sqrt();
         let reached = lora.tensor_layer(i) <= policy.depth();
         let advice = if !size.is_finite() {
             "the model's weights hold values that are not finite; fetch the file again"

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::analysis::Probe;
+use crate::eval::Report;
+
 /// Which policy a step optimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -25,8 +28,13 @@ pub struct StepRecord {
     pub layer: usize,
     /// Mean reward of the step's completions.
     pub reward: f32,
+    /// Mean of each part of the reward before its weight, where there are several.
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    pub reward_parts: serde_json::Map<String, serde_json::Value>,
     /// Share of groups whose rewards differ, so that they teach something.
     pub groups_with_signal: f32,
+    /// Groups that were replaced because their rewards were equal, with --resample.
+    pub groups_dropped: usize,
     /// Mean length of completions, tokens.
     pub response_tokens: f32,
     /// Share of completions that hit the length limit.
@@ -44,6 +52,12 @@ pub struct StepRecord {
     pub drift_nats: Option<f32>,
     /// Mean KL estimate against the base, nats, with --kl-coef.
     pub kl_nats: Option<f32>,
+    /// Mean loss of the value head, with --algo ppo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value_loss: Option<f32>,
+    /// Share of the variance of returns that the value head explains, before the step's updates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub explained_variance: Option<f32>,
     /// Learning rate.
     pub learning_rate: f32,
     /// Optimiser steps done.
@@ -58,6 +72,12 @@ pub struct StepRecord {
     pub seconds: f32,
     /// Accuracy on held-out problems, when it was measured at this step.
     pub accuracy: Option<f32>,
+    /// What the layers think, when it was looked at after this step (--entropy-every).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
+    /// All figures of that evaluation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<Report>,
 }
 
 /// The end of a run.

@@ -5,7 +5,7 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::update::{Learner, Response, ResponseGroup, Tally, UpdateConfig};
-use super::{Trainer, advantages};
+use super::{Trainer, assign};
 use crate::data::{CompletionContent, RolloutRow};
 use crate::ggml::TensorSet;
 use crate::model::Lora;
@@ -48,7 +48,12 @@ impl Trainer<'_> {
             engine: &mut self.engine,
             gradients: &mut self.gradients,
             optimizer: &mut self.optimizer,
+            critic: self.critic.as_mut(),
         };
+        if learner.critic.is_some() {
+            learner.fill_old(&mut groups, &config)?;
+        }
+        assign(&mut groups, self.config.baseline(), self.config.gae());
         if config.loss.kl_coef > 0.0 {
             learner.fill_base(&mut groups, &config)?;
         }
@@ -96,12 +101,6 @@ impl Trainer<'_> {
             }
             let old = completion.old_logprobs.clone();
             responses.push(Response { tokens, reward, old, ..Response::default() });
-        }
-        let rewards: Vec<f32> = responses.iter().map(|r| r.reward).collect();
-        for (response, advantage) in
-            responses.iter_mut().zip(advantages(&rewards, self.config.baseline))
-        {
-            response.advantage = advantage;
         }
         Ok(ResponseGroup { prompt, responses })
     }

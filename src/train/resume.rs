@@ -40,10 +40,14 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 7] = [
+const HARMLESS: [&str; 11] = [
     "eval-data",
     "eval-problems",
+    "eval-samples",
     "eval-every",
+    "entropy-every",
+    "reward-workers",
+    "reward-timeout",
     "checkpoint-every",
     "keep-checkpoints",
     "memory",

@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::checkpoint::{self, Parts};
 use super::resume::{Resume, model_path};
 use super::run_dir::{RunConfig, RunDir};
-use super::{Algorithm, Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
+use super::{Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
 use crate::gguf::Value;
 use crate::{Error, Result};
 
@@ -111,7 +111,7 @@ impl Trainer<'_> {
     ) -> Result<Option<f32>> {
         let before = self.seconds;
         if self.steps_done == 0 && self.accuracy_before.is_nan() {
-            let accuracy = self.evaluate("before", observer)?;
+            let accuracy = self.accuracy("before", observer)?;
             self.accuracy_before = accuracy.map_or(f64::NAN, f64::from);
         }
         observer.note(&match self.accuracy_before {
@@ -120,6 +120,10 @@ impl Trainer<'_> {
             }
             a => format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len()),
         });
+        if let (0, Some(why)) = (self.steps_done, &self.config.internal_layer_why) {
+            let layer = self.config.internal_layer(self.model.config().n_layer);
+            observer.note(&format!("internal layer {layer}, {why}"));
+        }
         for step in self.steps_done + 1..=self.config.steps {
             let (mut record, samples) = self.guarded_step(step, observer)?;
             let silent = record.groups_with_signal == 0.0;
@@ -127,7 +131,18 @@ impl Trainer<'_> {
             let mut interrupted = false;
             if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
                 match self.evaluate("held-out", observer) {
-                    Ok(accuracy) => record.accuracy = accuracy,
+                    Ok(report) => {
+                        record.accuracy = report.as_ref().map(|r| r.avg_at_k as f32);
+                        record.evaluation = report;
+                    }
+                    Err(Error::Interrupted) => interrupted = true,
+                    Err(error) => return Err(error),
+                }
+            }
+            let every = self.config.entropy_every;
+            if every > 0 && step % every == 0 && !interrupted {
+                match self.probe_layers() {
+                    Ok(probe) => record.probe = Some(probe),
                     Err(Error::Interrupted) => interrupted = true,
                     Err(error) => return Err(error),
                 }
@@ -155,7 +170,7 @@ impl Trainer<'_> {
                 return Err(Error::Interrupted);
             }
         }
-        self.evaluate("after", observer)
+        self.accuracy("after", observer)
     }
 
     /// A step whose panic, in whichever thread, is an error: the run ends as with any other.
@@ -248,12 +263,14 @@ impl Trainer<'_> {
     fn save(&self, path: &Path) -> Result<()> {
         let c = &self.config;
         let text = |s: &str| Value::String(s.into());
-        let algo = if c.algo == Algorithm::Bupo { "bupo" } else { "grpo" };
         let base = Path::new(self.model.name()).file_name().unwrap_or_default();
         let extra = vec![
-            ("bupo.algorithm".into(), text(algo)),
+            ("bupo.algorithm".into(), text(&c.algo.name())),
             ("bupo.base".into(), text(&base.to_string_lossy())),
-            ("bupo.internal_layer".into(), Value::U32(c.internal_layer.unwrap_or(0) as u32)),
+            (
+                "bupo.internal_layer".into(),
+                Value::U32(c.internal_layer(self.model.config().n_layer) as u32),
+            ),
             ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
             ("bupo.steps".into(), Value::U64(self.steps_done)),
             ("bupo.seed".into(), Value::U64(c.seed)),

@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bupo_gguf::ggml::ThreadPool;
-use bupo_gguf::model::{Engine, Lora, Model};
+use bupo_gguf::ggml::{Device, DeviceChoice, ThreadPool};
+use bupo_gguf::model::{Engine, Lora, Model, Placement};
 use serde_json::Value;
 
 /// `tests/fixtures/golden`.
@@ -25,6 +25,14 @@ pub fn shared() -> Option<PathBuf> {
         path.display()
     );
     there.then_some(path)
+}
+
+/// The device that tests of the GPU's kernels run on: the emulated one, or what `BUPO_TEST_DEVICE` says
+/// (`cuda`, `cuda:1`).
+pub fn device(precise: bool) -> Device {
+    let Ok(name) = std::env::var("BUPO_TEST_DEVICE") else { return Device::Emulated { precise } };
+    let choice: DeviceChoice = name.parse().unwrap();
+    choice.resolve(precise).unwrap()
 }
 
 /// `||a - b|| / ||b||`.
@@ -64,19 +72,24 @@ pub struct Golden {
 
 impl Golden {
     pub fn load(name: &str) -> Golden {
+        Golden::load_on(name, Device::Cpu)
+    }
+
+    pub fn load_on(name: &str, device: Device) -> Golden {
+        let placement = Placement { device, gpu_layers: None };
         let dir = golden_dir();
         let read =
             |file: String| std::fs::read(dir.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}"));
         Golden {
             name: name.into(),
-            model: Model::open(&dir.join(format!("{name}.gguf"))).unwrap(),
+            model: Model::open_on(&dir.join(format!("{name}.gguf")), placement).unwrap(),
             json: serde_json::from_slice(&read(format!("{name}.json"))).unwrap(),
             gradients: read(format!("{name}.grads.safetensors")),
         }
     }
 
     pub fn engine(&self) -> Engine {
-        Engine::new(Arc::new(ThreadPool::new(2).unwrap())).unwrap()
+        Engine::on(self.model.device(), Arc::new(ThreadPool::new(2).unwrap())).unwrap()
     }
 
     pub fn lora_path(&self) -> PathBuf {
@@ -85,6 +98,12 @@ impl Golden {
 
     pub fn lora(&self) -> Lora {
         Lora::load(&self.model, &self.lora_path()).unwrap()
+    }
+
+    /// What `make_figures.py` adds: cosines, divergences, ranks.
+    pub fn figures(&self) -> Value {
+        let path = golden_dir().join(format!("{}.figures.json", self.name));
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
     }
 
     pub fn ints(&self, key: &str) -> Vec<i32> {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use bupo_gguf::ggml::{Arena, Executor, Graph, Input, Tensor, ThreadPool, Type};
+use bupo_gguf::ggml::{Arena, Device, Executor, Graph, Input, Tensor, ThreadPool, Type};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -71,6 +71,25 @@ pub fn run(
         assert!(same, "output {i} differs when computed again in memory that holds NaN");
     }
     first
+}
+
+/// The values of the tensors that `build` makes of `sources`, computed once on `device`.
+#[allow(dead_code)] // for tests/kernels.rs
+pub fn run_on(
+    device: Device,
+    sources: &[Source],
+    build: impl for<'a> Fn(&'a Arena, &[Tensor<'a>]) -> Vec<Tensor<'a>>,
+) -> Vec<Vec<f32>> {
+    let mut executor = Executor::new(device, Arc::new(ThreadPool::new(1).unwrap())).unwrap();
+    let arena = Arena::new(256);
+    let inputs: Vec<Tensor> = sources.iter().map(|s| s.tensor(&arena)).collect();
+    let outputs = build(&arena, &inputs);
+    let mut graph = Graph::new(&arena);
+    outputs.iter().for_each(|&node| graph.output(node));
+    inputs.iter().for_each(|&input| graph.add(input));
+    let inputs: Vec<_> = inputs.into_iter().zip(sources.iter().map(Source::input)).collect();
+    let results = executor.run(&graph, &inputs).unwrap();
+    outputs.iter().map(|&node| results.f32(node)).collect()
 }
 
 /// Fills the executor's memory with NaN.

@@ -1,14 +1,25 @@
 //! Finds the llama.cpp sources that the pinned `llama-cpp-sys-2` carries, generates bindings for
 //! the public headers the project uses and for our own `ggml-ext.h`, and compiles `ggml-ext/`
-//! against them. No llama.cpp source is copied.
+//! against them: the bridge and the kernels as host code, and with the feature `cuda` the kernels for GPUs.
+//! No llama.cpp source is copied.
 
-use std::{env, path::PathBuf, process::Command};
+#[path = "build/cuda.rs"]
+mod cuda;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The crate that carries and builds llama.cpp; `Cargo.toml` pins its version.
 const CARRIER: &str = "llama-cpp-sys-2";
 
+/// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
+const KERNELS: [&str; 8] =
+    ["activations", "linear", "logprob", "attention", "norm", "swiglu", "rows", "adamw"];
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=build");
     let source = llama_source();
     let ext = PathBuf::from("../../ggml-ext");
     println!("cargo:rerun-if-changed={}", ext.display());
@@ -39,19 +50,47 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     bindings.write_to_file(out.join("bindings.rs")).expect("write bindings.rs");
 
-    // llama.cpp's own headers come in as system headers: their warnings are not ours to mend.
-    cc::Build::new()
+    let kernels: Vec<PathBuf> = KERNELS.map(|op| ext.join(format!("ops/{op}.cu"))).to_vec();
+    let with_cuda = env::var_os("CARGO_FEATURE_CUDA").is_some();
+    if with_cuda {
+        cuda::compile(&ext, &source, &kernels);
+    }
+
+    // The kernels again for the host, where the tests run them.
+    let mut emulated = cpp(&ext, &source);
+    emulated
+        .files(["ops/emulate.cpp", "ops/device-host.cpp", "backend.cpp"].map(|file| ext.join(file)))
+        .define("BUPO_EMULATE", None)
+        .opt_level(3);
+    if with_cuda {
+        emulated.define("BUPO_CUDA", None);
+    }
+    let objects = cpp(&ext, &source)
+        .define("BUPO_EMULATE", None)
+        .opt_level(3)
+        .flag("-xc++")
+        .files(&kernels)
+        .compile_intermediates();
+    emulated.objects(objects).compile("bupo-ggml-emulated");
+    // After what uses it: bridge.cpp holds the last error.
+    cpp(&ext, &source).file(ext.join("bridge.cpp")).compile("bupo-ggml-ext");
+}
+
+/// A C++ compilation whose warnings are errors; llama.cpp's headers come in as system headers, for their
+/// warnings are not ours to mend.
+fn cpp(ext: &Path, source: &Path) -> cc::Build {
+    let mut build = cc::Build::new();
+    build
         .cpp(true)
         .std("c++17")
-        .file(ext.join("bridge.cpp"))
-        .include(&ext)
-        .flag(format!("-isystem{}", include.display()))
-        .flag(format!("-isystem{}", ggml_include.display()))
-        .flag(format!("-isystem{}", source.join("src").display()))
+        .include(ext)
         .warnings(true)
         .extra_warnings(true)
-        .warnings_into_errors(true)
-        .compile("bupo-ggml-ext");
+        .warnings_into_errors(true);
+    for folder in ["include", "ggml/include", "ggml/src", "src"] {
+        build.flag(format!("-isystem{}", source.join(folder).display()));
+    }
+    build
 }
 
 /// `<registry>/llama-cpp-sys-2-<version>/llama.cpp`, from `cargo metadata`.

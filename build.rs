@@ -1,0 +1,9 @@
+//! With the feature `cuda` llama.cpp comes as shared libraries: the program finds them beside itself, and cuBLAS in
+//! the toolkit it was built with.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    if let Some(lib) = std::env::var_os("DEP_GGML_SYS_CUDA_LIB") {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN:{}", lib.to_string_lossy());
+    }
+}

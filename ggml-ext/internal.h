@@ -1,0 +1,31 @@
+// What the C++ files of this folder share: how a failure gets through ggml-ext.h, and what every backend of ours has.
+#pragma once
+
+#include "ggml-ext.h"
+
+#include <exception>
+#include <string>
+
+namespace bupo {
+
+// Sets bupo_last_error() and gives `status` back.
+bupo_status fail(bupo_status status, const std::string & words);
+
+// Runs `body`, which returns a status; whatever it throws becomes `thrown`.
+template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_ERR_EXCEPTION) {
+    try {
+        return body();
+    } catch (const std::exception & e) {
+        return fail(thrown, e.what());
+    } catch (...) {
+        return fail(thrown, "unknown exception");
+    }
+}
+
+// The `context` of a backend made in backend.cpp.
+struct BackendContext {
+    virtual ~BackendContext() = default;
+    virtual size_t scratch_bytes() const = 0;
+};
+
+} // namespace bupo

@@ -1,0 +1,162 @@
+// Log-prob, log-sum-exp, entropy and gradient straight from hidden states. Twin: src/ops/logprob.rs, which has the
+// formulas; here a block has one token.
+//
+// For a tile of tokens and, within, a tile of the vocabulary: dequantise, multiply to logits, take them into the
+// running sums (which turns them into probabilities relative to the maximum), multiply these into the running mean
+// embedding.
+
+#include "device.h"
+
+#include <cmath>
+
+namespace bupo::BUPO_DEVICE {
+
+namespace {
+
+// Running sums of a token, relative to the maximum. In double, for beside the maximum's own 1 a float loses the rest
+// of a peaked distribution, which is all of its entropy.
+struct Sums {
+    float  max;
+    float  target; // the target's logit, once it has been seen
+    double sum;
+    double weighted; // sum e^(l - max) (l - max)
+};
+
+} // namespace
+
+static __global__ void start(int n, Sums * sums) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        sums[i] = { -INFINITY, 0.0f, 0.0, 0.0 };
+    }
+}
+
+// Logits of one tile of the vocabulary, `width` per token, become e^(l - max) in `p` (which may be the same memory).
+// `gradient` and `mean` (null without) get the target's embedding and the new scale.
+template <typename E>
+static __global__ void absorb(int d, int first, int width, const E * embeddings, const int * targets, const float * logits, E * p,
+                              Sums * sums, float * gradient, float * mean) {
+    const int     t      = blockIdx.x;
+    const float * l      = logits + (size_t) t * width;
+    Sums          s      = sums[t];
+    const int     target = targets ? targets[t] - first : -1;
+    const bool    seen   = target >= 0 && target < width;
+    if (seen) {
+        s.target = l[target];
+    }
+    float largest = s.max;
+    for (int v = threadIdx.x; v < width; v += blockDim.x) {
+        largest = Largest()(largest, l[v]);
+    }
+    const float max    = over_block<Largest>(largest);
+    double      sum    = 0.0;
+    double      weight = 0.0;
+    for (int v = threadIdx.x; v < width; v += blockDim.x) {
+        const float x = l[v] - max;
+        const float e = expf(x);
+        sum += (double) e;
+        weight += (double) (e * x);
+        p[(size_t) t * width + v] = from_float<E>(PROBABILITY_SCALE<E> * e);
+    }
+    sum    = over_block<Sum>(sum);
+    weight = over_block<Sum>(weight);
+    if (max > s.max && s.sum > 0.0) {
+        const double shift = (double) s.max - (double) max;
+        const double scale = exp(shift);
+        s.weighted = scale * (s.weighted + shift * s.sum);
+        s.sum *= scale;
+        if (mean) {
+            for (int i = threadIdx.x; i < d; i += blockDim.x) {
+                mean[(size_t) t * d + i] *= (float) scale;
+            }
+        }
+    }
+    if (seen && gradient) {
+        for (int i = threadIdx.x; i < d; i += blockDim.x) {
+            gradient[(size_t) t * d + i] = to_float(embeddings[(size_t) target * d + i]);
+        }
+    }
+    if (threadIdx.x == 0) {
+        s.max = max;
+        s.sum += sum;
+        s.weighted += weight;
+        sums[t] = s;
+    }
+}
+
+static __global__ void finish(int d, float inv_temperature, bool has_targets, const Sums * sums, const float * mean, float * logprob,
+                              float * lse, float * entropy, float * gradient) {
+    const int  t = blockIdx.x;
+    const Sums s = sums[t];
+    if (threadIdx.x == 0) {
+        const double whole = (double) s.max + log(s.sum);
+        logprob[t] = has_targets ? (float) ((double) s.target - whole) : 0.0f;
+        lse[t]     = (float) whole;
+        entropy[t] = (float) (log(s.sum) - s.weighted / s.sum);
+    }
+    if (mean) {
+        const float scale = (float) (1.0 / s.sum);
+        for (int i = threadIdx.x; i < d; i += blockDim.x) {
+            const size_t at = (size_t) t * d + i;
+            gradient[at] = inv_temperature * (gradient[at] - scale * mean[at]);
+        }
+    }
+}
+
+template <typename E> static void run(Device & device, ggml_tensor * dst, const bupo_logprob_params & params, Kind kind) {
+    const ggml_tensor * h       = dst->src[0];
+    const ggml_tensor * e_u     = dst->src[1];
+    const int *         targets = dst->src[2] ? static_cast<const int *>(dst->src[2]->data) : nullptr;
+    const int64_t       d       = h->ne[0];
+    const int64_t       n       = h->ne[1];
+    const int64_t       v       = e_u->ne[1];
+    const int64_t       v_step  = rows_of_tile((size_t) d * sizeof(E));
+    float *             out     = data_of(dst);
+
+    for (int64_t first = 0; first < n; first += TOKEN_TILE) {
+        const Device::Scope tokens_tile(device);
+        const int64_t       t        = std::min(TOKEN_TILE, n - first);
+        const int *         own      = targets ? targets + first : nullptr;
+        float *             gradient = params.gradient ? out + 3 * n + first * d : nullptr;
+        float *             mean     = params.gradient ? device.floats((size_t) (d * t)) : nullptr;
+        Sums *              sums     = static_cast<Sums *>(device.scratch((size_t) t * sizeof(Sums)));
+        const Values        in       = device.activations(data_of(h) + first * d, (size_t) (d * t), kind);
+        const Factor        hidden   = { in.data, kind, d, false, 0, in.shrink };
+
+        device.launch(start, blocks_for((size_t) t), THREADS, (int) t, sums);
+        if (mean) {
+            device.zero(mean, (size_t) (d * t) * sizeof(float));
+        }
+        for (int64_t vocab = 0; vocab < v; vocab += v_step) {
+            const Device::Scope vocab_tile(device);
+            const int64_t       width  = std::min(v_step, v - vocab);
+            const void *        rows   = device.rows(e_u, vocab, width, kind); // [D, width]
+            float *             logits = device.floats((size_t) (width * t));
+            E * p = sizeof(E) == sizeof(float) ? (E *) logits : (E *) device.scratch((size_t) (width * t) * sizeof(E));
+            Product product = { width, t, d };
+            product.alpha = params.inv_temperature;
+            device.multiply(product, { rows, kind, d, true }, hidden, logits, width);
+            device.launch(absorb<E>, (size_t) t, THREADS, (int) d, (int) vocab, (int) width, (const E *) rows, own,
+                          (const float *) logits, p, sums, gradient, mean);
+            if (mean) {
+                Product running = { d, t, width };
+                running.alpha = 1.0f / PROBABILITY_SCALE<E>;
+                running.beta  = 1.0f;
+                device.multiply(running, { rows, kind, d }, { p, kind, width }, mean, d);
+            }
+        }
+        device.launch(finish, (size_t) t, threads_for(d), (int) d, params.inv_temperature, own != nullptr, (const Sums *) sums,
+                      (const float *) mean, out + first, out + n + first, out + 2 * n + first, gradient);
+    }
+}
+
+void run_logprob(Device & device, ggml_tensor * dst, const bupo_logprob_params & params) {
+    const Kind kind = dst->src[1]->type == GGML_TYPE_F32 ? Kind::F32 : device.kind();
+    if (kind == Kind::F32) {
+        run<float>(device, dst, params, kind);
+    } else {
+        run<half>(device, dst, params, kind);
+    }
+}
+
+} // namespace bupo::BUPO_DEVICE

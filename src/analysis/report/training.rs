@@ -1,0 +1,347 @@
+//! The page of a training run, from `config.toml`, `metrics.jsonl` and `completions.jsonl` of its folder.
+
+use std::collections::VecDeque;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::chart::{Body, Chart, Heat, Mark, Series};
+use super::page::{Page, Part, Section};
+use crate::data::jsonl::JsonLines;
+use crate::{Error, Result};
+
+/// Completions shown of the end of the run.
+const COMPLETIONS: usize = 12;
+
+/// Steps and what was measured in them, one JSON object each.
+struct Steps(Vec<Value>);
+
+impl Steps {
+    fn number(step: &Value, key: &str) -> Option<f64> {
+        step.get(key).and_then(Value::as_f64)
+    }
+
+    /// A curve of one key; none where no step has it.
+    fn curve(&self, name: &str, key: &str, colour: usize) -> Option<Series> {
+        let point = |s: &Value| Some((Steps::number(s, "step")?, Steps::number(s, key)));
+        let points: Vec<_> = self.0.iter().filter_map(point).collect();
+        points.iter().any(|(_, y)| y.is_some()).then(|| Series::new(name, colour, points))
+    }
+
+    /// The step after the last of the internal phase.
+    fn switch(&self) -> Option<Mark> {
+        let phase = |s: &Value| s.get("phase").and_then(Value::as_str).map(str::to_owned);
+        self.0.windows(2).find_map(|pair| {
+            let (before, after) = (phase(&pair[0])?, phase(&pair[1])?);
+            let at = Steps::number(&pair[1], "step")? - 0.5;
+            (before == "internal" && after == "final")
+                .then(|| Mark { at, label: "final policy".into() })
+        })
+    }
+
+    /// Steps with a probe, and the probes.
+    fn probes(&self) -> Vec<(f64, &Value)> {
+        let probe = |s: &'_ Value| -> Option<f64> {
+            s.get("probe").filter(|p| p.is_object()).and(Steps::number(s, "step"))
+        };
+        self.0.iter().filter_map(|s| Some((probe(s)?, s.get("probe")?))).collect()
+    }
+}
+
+/// The page of the run in `folder`.
+///
+/// # Errors
+/// A file of the run is missing or damaged, or it has no step yet.
+pub fn of_run(folder: &Path) -> Result<Page> {
+    let config_path = folder.join("config.toml");
+    let config = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
+    let parsed: toml::Table = config.parse().map_err(|e: toml::de::Error| {
+        let got = e.message().to_string();
+        Error::invalid(
+            config_path.display().to_string(),
+            "a run's settings",
+            got,
+            "give a run folder",
+        )
+    })?;
+    let read = |name: &str| -> Result<JsonLines<_>> { JsonLines::open(&folder.join(name)) };
+    let steps: Vec<Value> =
+        read("metrics.jsonl")?.map(|row| Ok(Value::Object(row?.object))).collect::<Result<_>>()?;
+    let steps = Steps(steps);
+    let Some(last) = steps.0.last() else {
+        let place = folder.join("metrics.jsonl").display().to_string();
+        return Err(Error::invalid(place, "at least one step", "none", "wait for the first step"));
+    };
+    let mut completions: VecDeque<Value> = VecDeque::new();
+    for row in read("completions.jsonl")? {
+        completions.push_back(Value::Object(row?.object));
+        if completions.len() > COMPLETIONS {
+            completions.pop_front();
+        }
+    }
+    let model = parsed.get("model").and_then(|m| m.as_str()).unwrap_or("a model");
+    let first = steps.0.first();
+    let fact = |key: &str, digits: usize| {
+        let of = |s: &Value| Steps::number(s, key).map(|x| format!("{x:.digits$}"));
+        let (a, b) = (first.and_then(of).unwrap_or("-".into()), of(last).unwrap_or("-".into()));
+        format!("{a} \u{2192} {b}")
+    };
+    let mut page = Page {
+        title: format!("Training {model}"),
+        subtitle: format!("{} steps in {}", steps.0.len(), folder.display()),
+        facts: vec![
+            ("reward".into(), fact("reward", 3)),
+            ("response length, tokens".into(), fact("response_tokens", 1)),
+            ("entropy, nats".into(), fact("entropy_nats", 3)),
+            ("gradient norm".into(), fact("gradient_norm", 3)),
+        ],
+        sections: vec![Section {
+            title: "Step by step".into(),
+            text: "The vertical line, where there is one, is the switch from the internal to the final policy.".into(),
+            parts: over_steps(&steps),
+        }],
+    };
+    let probes = steps.probes();
+    if !probes.is_empty() {
+        page.sections.push(probe_section(&probes, &steps));
+    }
+    let text = |v: &Value, key: &str| match v.get(key) {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+        None => String::new(),
+    };
+    let shown = completions.iter().rev().map(|c| {
+        let title = format!(
+            "step {}, {}: reward {} ({})",
+            text(c, "step"),
+            text(c, "problem"),
+            text(c, "reward"),
+            text(c, "reason")
+        );
+        (title, format!("{}\n\nright answer: {}", text(c, "completion"), text(c, "answer")))
+    });
+    page.sections.push(Section {
+        title: "Newest completions".into(),
+        text: String::new(),
+        parts: vec![Part::Texts(shown.collect())],
+    });
+    page.sections.push(Section {
+        title: "Settings".into(),
+        text: String::new(),
+        parts: vec![Part::Texts(vec![("config.toml".into(), config)])],
+    });
+    Ok(page)
+}
+
+fn over_steps(steps: &Steps) -> Vec<Part> {
+    type Curve = (&'static str, &'static str, usize);
+    // Name, title, unit, caption, whether zero matters, curves.
+    type Row = (&'static str, &'static str, &'static str, &'static str, bool, &'static [Curve]);
+    let charts: [Row; 8] = [
+        (
+            "reward",
+            "Reward",
+            "mean",
+            "Mean reward of the step's completions, held-out accuracy where it was measured, and the share of groups that teach something.",
+            true,
+            &[
+                ("reward", "reward", 0),
+                ("held-out accuracy", "accuracy", 1),
+                ("groups with signal", "groups_with_signal", 6),
+            ],
+        ),
+        (
+            "length",
+            "Response length",
+            "tokens",
+            "Mean length of completions.",
+            true,
+            &[("response length", "response_tokens", 0)],
+        ),
+        (
+            "truncated",
+            "Truncated",
+            "share",
+            "Completions that hit the length limit.",
+            true,
+            &[("truncated", "truncated", 1)],
+        ),
+        (
+            "entropy",
+            "Entropy of the optimised policy",
+            "nats",
+            "Mean over the tokens that were trained on.",
+            true,
+            &[("entropy", "entropy_nats", 0)],
+        ),
+        (
+            "clip",
+            "Clip fraction",
+            "share of tokens",
+            "Tokens whose ratio was clipped.",
+            true,
+            &[("clipped", "clip_fraction", 1)],
+        ),
+        (
+            "drift",
+            "Drift of rollouts from training",
+            "nats",
+            "Mean |log p(rollout) - log p(training)|; final phase only.",
+            true,
+            &[("drift", "drift_nats", 3), ("KL to the base", "kl_nats", 2)],
+        ),
+        (
+            "gradient",
+            "Gradient norm",
+            "norm before clipping",
+            "Mean of the step's mini batches.",
+            true,
+            &[("gradient norm", "gradient_norm", 2)],
+        ),
+        (
+            "speed",
+            "Speed",
+            "tokens per second",
+            "Sampled tokens, and tokens through forward and backward.",
+            true,
+            &[("rollout", "rollout_tokens_per_s", 0), ("update", "update_tokens_per_s", 1)],
+        ),
+    ];
+    let mut parts = Vec::new();
+    for (id, title, y, caption, zero, curves) in charts {
+        let series: Vec<Series> = curves
+            .iter()
+            .filter_map(|&(name, key, colour)| steps.curve(name, key, colour))
+            .collect();
+        if series.is_empty() {
+            continue;
+        }
+        parts.push(Part::Chart(Chart {
+            id: id.into(),
+            title: title.into(),
+            caption: caption.into(),
+            x: "step".into(),
+            y: y.into(),
+            body: Body::Lines { series, marks: steps.switch().into_iter().collect(), zero },
+        }));
+    }
+    parts
+}
+
+/// Charts of the probe: layers over time, and how the internal layer stands to those above it.
+fn probe_section(probes: &[(f64, &Value)], steps: &Steps) -> Section {
+    let list = |probe: &Value, key: &str| -> Vec<f64> {
+        let numbers = probe.get(key).and_then(Value::as_array);
+        numbers.map_or(Vec::new(), |list| {
+            list.iter().map(|x| x.as_f64().unwrap_or(f64::NAN)).collect()
+        })
+    };
+    let layers = probes.iter().map(|(_, p)| list(p, "layer_out").len()).max().unwrap_or(0);
+    let columns: Vec<String> = probes.iter().map(|(step, _)| format!("{step}")).collect();
+    let names = |n: usize, first: usize| (first..first + n).map(|l| l.to_string()).collect();
+    let heat = |id: &str, title: &str, caption: &str, key: &str, unit: &str, rows: Vec<String>| {
+        let row = |r: usize| -> Vec<f32> {
+            probes
+                .iter()
+                .map(|(_, p)| list(p, key).get(r).map_or(f32::NAN, |x| *x as f32))
+                .collect()
+        };
+        let values: Vec<Vec<f32>> = (0..rows.len()).map(row).collect();
+        let note = |r: usize, c: usize| {
+            vec![
+                format!("step {}, layer {}", columns[c], rows[r]),
+                format!("{:.4} {unit}", values[r][c]),
+            ]
+        };
+        let notes =
+            (0..rows.len()).map(|r| (0..columns.len()).map(|c| note(r, c)).collect()).collect();
+        Part::Chart(Chart {
+            id: id.into(),
+            title: title.into(),
+            caption: caption.into(),
+            x: "step".into(),
+            y: "layer".into(),
+            body: Body::Heat(Heat {
+                columns: columns.clone(),
+                rows: rows.clone(),
+                notes,
+                values,
+                unit: unit.into(),
+            }),
+        })
+    };
+    let curve = |name: &str, key: &str, colour: usize| {
+        let points = probes.iter().map(|(step, p)| (*step, Steps::number(p, key))).collect();
+        Series::new(name, colour, points)
+    };
+    let lines = |id: &str, title: &str, y: &str, caption: &str, series: Vec<Series>| {
+        Part::Chart(Chart {
+            id: id.into(),
+            title: title.into(),
+            caption: caption.into(),
+            x: "step".into(),
+            y: y.into(),
+            body: Body::Lines { series, marks: steps.switch().into_iter().collect(), zero: false },
+        })
+    };
+    let layer = probes[0].1.get("layer").and_then(Value::as_u64).unwrap_or(0) as usize;
+    let above = || -> Vec<String> { names(layers.saturating_sub(layer), layer + 1) };
+    let mut parts = vec![
+        lines(
+            "probe-entropy",
+            "Final policy's entropy",
+            "nats",
+            "On the fixed completions of the probe.",
+            vec![curve("entropy", "final_entropy", 0)],
+        ),
+        lines(
+            "probe-perplexity",
+            "Perplexity",
+            "perplexity",
+            "Of the fixed completions under the current policy: what a collapse shows first.",
+            vec![curve("perplexity", "perplexity", 1)],
+        ),
+        heat(
+            "probe-layers",
+            "Entropy of each layer's policy over time",
+            "Mean over the probe's tokens.",
+            "layer_out",
+            "nats",
+            names(layers, 1),
+        ),
+        heat(
+            "probe-dh-ffn",
+            "dH of each layer's FFN over time",
+            "Above zero an FFN explores.",
+            "dH_ffn",
+            "nats",
+            names(layers, 1),
+        ),
+    ];
+    if layer < layers {
+        parts.push(heat(
+            "probe-cosine",
+            &format!("Cosine of H^{layer} with later layers"),
+            "Mean over the probe's tokens.",
+            "cos_later",
+            "",
+            above(),
+        ));
+        let mut rows = above();
+        rows.push("final".into());
+        parts.push(heat(
+            "probe-kl",
+            &format!("KL of layer {layer}'s policy to those above it"),
+            "Mean over the probe's tokens; at the top the final policy.",
+            "kl_later",
+            "nats",
+            rows,
+        ));
+    }
+    Section {
+        title: "The probe".into(),
+        text: "The same completions of the base model, looked at every --entropy-every steps."
+            .into(),
+        parts,
+    }
+}

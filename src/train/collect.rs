@@ -1,0 +1,173 @@
+//! Rollouts of a step: problems, groups of completions, rewards; groups without signal replaced.
+
+use serde_json::Value;
+
+use super::update::{Response, ResponseGroup};
+use super::{Observer, Trainer};
+use crate::Result;
+use crate::data::Problem;
+use crate::reward::{Judged, Sampler};
+use crate::rollout::Request;
+
+/// One line of `completions.jsonl`.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Sample {
+    /// Step.
+    pub step: u64,
+    /// Which problem.
+    pub problem: String,
+    /// The right answer.
+    pub answer: String,
+    /// Reward.
+    pub reward: f32,
+    /// Why.
+    pub reason: String,
+    /// Value of each part of the reward before its weight, where there are several.
+    #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
+    pub parts: serde_json::Map<String, Value>,
+    /// Length.
+    pub tokens: usize,
+    /// Whether it hit the length limit.
+    pub truncated: bool,
+    /// Whether its group was replaced, for all its rewards were equal.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub dropped: bool,
+    /// Text, control tokens left out.
+    pub completion: String,
+}
+
+/// Seeds of groups sampled in place of others lie this far apart.
+const ROUND_STREAM: u64 = 1 << 40;
+
+impl Trainer<'_> {
+    /// The groups of a step and all samples, those of dropped groups among them.
+    ///
+    /// With `--resample N` (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal are
+    /// dropped and as many other problems asked, up to N times; what is still missing then is filled with the
+    /// groups that were dropped last. Problems and random numbers of round r depend on the seed, the step and
+    /// r alone, so a run resumes exactly. Departure: DAPO goes on with the data where a refill left off.
+    pub(super) fn collect(
+        &mut self,
+        step: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<(Vec<ResponseGroup>, Vec<Sample>)> {
+        let wanted = self.config.prompts_per_step;
+        let (mut groups, mut samples) = (Vec::with_capacity(wanted), Vec::new());
+        for round in 0..=self.config.resample() {
+            let missing = wanted - groups.len();
+            let problems = self.batch(step, round, missing);
+            let sampled = self.sample(step, round, &problems, observer)?;
+            let last = round == self.config.resample();
+            let mut equal = Vec::new();
+            for (group, mut rows) in sampled {
+                let drop = self.config.resample() > 0 && all_equal(&group);
+                rows.iter_mut().for_each(|s| s.dropped = drop && !last);
+                samples.append(&mut rows);
+                if drop { equal.push(group) } else { groups.push(group) }
+            }
+            if last {
+                groups.append(&mut equal);
+            }
+            if groups.len() == wanted {
+                break;
+            }
+            observer.note(&format!(
+                "step {step}: {} groups without signal are replaced",
+                wanted - groups.len()
+            ));
+        }
+        Ok((groups, samples))
+    }
+
+    /// Mean of each part of the reward, where there are several.
+    pub(super) fn mean_parts(&self, samples: &[Sample]) -> serde_json::Map<String, Value> {
+        let mean = |name: &str| {
+            let values = samples.iter().filter_map(|s| s.parts.get(name)?.as_f64());
+            values.sum::<f64>() / samples.len() as f64
+        };
+        let names: Vec<&str> = self.judges.judge().names().collect();
+        let several = if names.len() > 1 { names } else { Vec::new() };
+        several.into_iter().map(|name| (name.to_owned(), mean(name).into())).collect()
+    }
+
+    /// `n` problems of a step; round 0 is the step's own batch, later ones replace groups.
+    fn batch(&self, step: u64, round: u64, n: usize) -> Vec<Problem> {
+        let first = (step - 1) * self.config.prompts_per_step as u64;
+        (first..first + n as u64).map(|i| self.problems.problem_of_round(round, i)).collect()
+    }
+
+    /// Samples a group for each problem from the final policy, and rewards it while others are sampled.
+    fn sample(
+        &mut self,
+        step: u64,
+        round: u64,
+        problems: &[Problem],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<(ResponseGroup, Vec<Sample>)>> {
+        let c = &self.config;
+        let stream = (step - 1) * c.prompts_per_step as u64 + round * ROUND_STREAM;
+        let mut requests = Vec::with_capacity(problems.len());
+        for (seed_stream, problem) in (stream..).zip(problems) {
+            requests.push(Request {
+                prompt_tokens: self.encoder.prompt(&problem.prompt, c.max_prompt)?,
+                n: c.group,
+                seed_stream,
+                max_tokens: c.max_response,
+            });
+        }
+        let mut sampler = Sampler {
+            rollouts: &mut self.rollouts,
+            encoder: &self.encoder,
+            sampling: c.sampling(),
+            seed: c.seed,
+            stop: &self.stop,
+        };
+        let mut progress = |progress| observer.rollout("rollout", progress);
+        let judged = self.judges.sample(
+            &mut sampler,
+            problems,
+            &requests,
+            &mut progress,
+            &mut |_| Ok(()),
+        )?;
+        let names: Vec<&str> = self.judges.judge().names().collect();
+        let groups = problems.iter().zip(requests).zip(judged);
+        Ok(groups
+            .map(|((problem, request), judged)| {
+                let samples = judged.iter().map(|j| sample(step, problem, j, &names)).collect();
+                let responses = judged.into_iter().map(response).collect();
+                (ResponseGroup { prompt: request.prompt_tokens, responses }, samples)
+            })
+            .collect())
+    }
+}
+
+fn all_equal(group: &ResponseGroup) -> bool {
+    group.responses.windows(2).all(|pair| pair[0].reward == pair[1].reward)
+}
+
+fn sample(step: u64, problem: &Problem, judged: &Judged, names: &[&str]) -> Sample {
+    let several = if names.len() > 1 { names } else { &[] };
+    let parts = several.iter().zip(&judged.judgement.parts);
+    Sample {
+        step,
+        problem: problem.id.clone(),
+        answer: problem.answer.clone(),
+        reward: judged.judgement.reward,
+        reason: judged.judgement.reason.clone(),
+        parts: parts.map(|(name, &value)| (name.to_string(), value.into())).collect(),
+        tokens: judged.completion.tokens.len(),
+        truncated: judged.truncated(),
+        dropped: false,
+        completion: judged.text.clone(),
+    }
+}
+
+fn response(judged: Judged) -> Response {
+    Response {
+        tokens: judged.completion.tokens,
+        rollout: judged.completion.logprobs,
+        reward: judged.judgement.reward,
+        ..Response::default()
+    }
+}

@@ -1,0 +1,174 @@
+//! Where training looks inside the model: the choice of the internal layer, and the probe.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Algorithm, Trainer};
+use crate::analysis::{self, Probe, Sample};
+use crate::data::ProblemSource;
+use crate::rollout::{Encoder, Request, Rollouts};
+use crate::{Error, Result};
+
+/// Prompts that are answered for it.
+const PROMPTS: u64 = 16;
+/// Keeps the random numbers of these answers apart from those of training and evaluation.
+const STREAM: u64 = 2 << 48;
+
+/// `--internal-layer`: a number, or to be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub enum LayerChoice {
+    /// The boundary layer of the model on the training prompts.
+    Auto,
+    /// This layer, from 1.
+    Layer(usize),
+}
+
+/// As it stands in `config.toml`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Number(usize),
+    Word(String),
+}
+
+impl TryFrom<Written> for LayerChoice {
+    type Error = String;
+
+    fn try_from(written: Written) -> std::result::Result<LayerChoice, String> {
+        match written {
+            Written::Number(layer) => Ok(LayerChoice::Layer(layer)),
+            Written::Word(word) => word.parse(),
+        }
+    }
+}
+
+impl From<LayerChoice> for Written {
+    fn from(choice: LayerChoice) -> Written {
+        match choice {
+            LayerChoice::Auto => Written::Word("auto".into()),
+            LayerChoice::Layer(layer) => Written::Number(layer),
+        }
+    }
+}
+
+impl std::str::FromStr for LayerChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<LayerChoice, String> {
+        match text {
+            "auto" => Ok(LayerChoice::Auto),
+            number => number
+                .parse()
+                .map(LayerChoice::Layer)
+                .map_err(|_| format!("expected auto or a layer from 1, got '{text}'")),
+        }
+    }
+}
+
+/// What answers the first training prompts.
+pub(super) struct Answers<'t, 'm> {
+    pub encoder: &'t Encoder<'m>,
+    pub problems: &'t ProblemSource,
+    pub rollouts: &'t mut Rollouts,
+    pub max_prompt: usize,
+    pub max_response: usize,
+    pub sampling: crate::rollout::Sampling,
+    pub seed: u64,
+}
+
+impl Answers<'_, '_> {
+    /// One completion for each of the first training prompts, by whatever adapter is on.
+    pub fn sample(self, stop: &AtomicBool) -> Result<Vec<Sample>> {
+        let mut requests = Vec::new();
+        for i in 0..self.problems.epoch_len().map_or(PROMPTS, |n| PROMPTS.min(n as u64)) {
+            requests.push(Request {
+                prompt_tokens: self
+                    .encoder
+                    .prompt(&self.problems.problem(i).prompt, self.max_prompt)?,
+                n: 1,
+                seed_stream: STREAM + i,
+                max_tokens: self.max_response,
+            });
+        }
+        let sampling = &self.sampling;
+        let answers = self.rollouts.generate(&requests, sampling, self.seed, &mut |_| (), stop)?;
+        let samples =
+            requests.into_iter().zip(answers).enumerate().map(|(row, (r, mut answer))| {
+                let prompt: Arc<[i32]> = r.prompt_tokens.into();
+                Sample { row, completion: 0, prompt, tokens: answer.remove(0).tokens }
+            });
+        Ok(samples.collect())
+    }
+}
+
+impl Trainer<'_> {
+    fn answers(&mut self) -> Result<Vec<Sample>> {
+        let c = &self.config;
+        let answers = Answers {
+            encoder: &self.encoder,
+            problems: &self.problems,
+            rollouts: &mut self.rollouts,
+            max_prompt: c.max_prompt,
+            max_response: c.max_response,
+            sampling: c.sampling(),
+            seed: c.seed,
+        };
+        answers.sample(&self.stop)
+    }
+
+    /// Puts a number in the place of `auto`: the boundary layer on answers to the first training prompts.
+    /// Says whether there was one to be put.
+    pub(super) fn choose_layer(&mut self) -> Result<bool> {
+        if self.config.internal_layer != Some(LayerChoice::Auto) {
+            return Ok(false);
+        }
+        let n_layer = self.model.config().n_layer;
+        if self.config.algo != Algorithm::Bupo || self.config.internal_steps == 0 {
+            let layer = self.config.internal_layer(n_layer);
+            self.config.internal_layer = Some(LayerChoice::Layer(layer));
+            return Ok(true);
+        }
+        let samples = self.answers()?;
+        let budget = self.config.micro_batch_tokens;
+        let lora = Some(&self.lora);
+        let (engine, norm) = (&mut self.engine, self.config.final_norm);
+        let sums = analysis::sums(engine, self.model, lora, &samples, norm, budget)?;
+        let means = sums.means();
+        let finite = means.iter().all(|l| l.change(analysis::Change::Ffn).mean.is_finite());
+        if !finite {
+            return Err(Error::engine(
+                "looking for the boundary layer",
+                "an entropy is not finite",
+                "the model's weights hold values that are not finite; fetch the file again",
+            ));
+        }
+        let boundary = analysis::boundary(&means);
+        self.config.internal_layer = Some(LayerChoice::Layer(boundary.recommended));
+        self.config.internal_layer_why = Some(format!(
+            "auto: {} ({} tokens of answers to {} training prompts)",
+            boundary.why,
+            sums.tokens(),
+            samples.len()
+        ));
+        Ok(true)
+    }
+
+    /// What the layers think of the base model's answers to the first training prompts, under the adapter as
+    /// it is now. The answers are the same whenever they are sampled.
+    pub(super) fn probe_layers(&mut self) -> Result<Probe> {
+        if self.probe_set.is_empty() {
+            self.rollouts.set_adapter(None)?;
+            let answers = self.answers();
+            self.rollouts.set_adapter(Some(self.lora.live(self.model)?))?;
+            self.probe_set = answers?;
+        }
+        let c = &self.config;
+        let (layer, norm) = (c.internal_layer(self.model.config().n_layer), c.final_norm);
+        let (engine, budget) = (&mut self.engine, c.micro_batch_tokens);
+        let lora = Some(&self.lora);
+        analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)
+    }
+}

@@ -1,0 +1,156 @@
+//! Settings of published experiments, by name; whatever is written beside them on the command line stands.
+
+use clap::ValueEnum;
+use toml::{Table, Value};
+
+use super::TrainConfig;
+use crate::model::{Arch, Config};
+use crate::{Error, Result};
+
+/// A published experiment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Preset {
+    /// The reference runs of the paper (PAPER section 2), with LoRA instead of all weights
+    BupoPaper,
+}
+
+/// Settings that a preset makes, and what to know of them.
+#[derive(Clone, Debug)]
+pub struct Applied {
+    /// The settings.
+    pub config: TrainConfig,
+    /// Where they are not the paper's own, and why; a line each.
+    pub notes: Vec<String>,
+}
+
+/// The paper's learning rate, for all weights.
+const FULL_LR: f64 = 1e-6;
+/// Adapters want about ten times the rate of full fine-tuning (Schulman et al., "LoRA Without Regret").
+const LORA_LR: f64 = 1e-5;
+
+impl Preset {
+    /// The settings for this model. `given` are those that the user wrote, as `config.toml` names them.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when a value has no form in toml.
+    pub fn apply(self, model: &Config, given: &Table) -> Result<Applied> {
+        let failed = |e: String| Error::engine("applying the preset", e, "report it");
+        let (settings, mut notes) = bupo_paper(model);
+        let mut table =
+            Table::try_from(TrainConfig::default()).map_err(|e| failed(e.to_string()))?;
+        table.extend(settings.iter().map(|(name, value)| (name.to_string(), value.clone())));
+        table.extend(given.clone());
+        let kept = settings
+            .iter()
+            .filter(|(name, value)| given.get(*name).is_some_and(|own| own != value));
+        notes.extend(kept.map(|(name, value)| {
+            format!("{name}: {} as you ask, the preset has {value}", given[*name])
+        }));
+        let config = table.try_into().map_err(|e: toml::de::Error| failed(e.to_string()))?;
+        Ok(Applied { config, notes })
+    }
+}
+
+/// Settings of the paper's reference runs and notes on them.
+fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
+    let qwen3 = model.arch == Arch::Qwen3;
+    let max_response: i64 = if qwen3 { 8192 } else { 3072 };
+    let mut notes = vec![
+        format!("lr: the paper's {FULL_LR:e} is for full fine-tuning; {LORA_LR:e} for the adapter"),
+        "weight-decay: the paper's 0.01 is for full fine-tuning; it acts on the adapter's A and B here".into(),
+        "rank, alpha, targets: the paper trains all weights; the adapter's settings stay this program's".into(),
+        "data: the paper trains on deepmath-5k; give it with --data, and test sets with --eval-data".into(),
+    ];
+    let layer = match (model.arch, model.n_layer) {
+        (Arch::Qwen3, 36) => Some(6),
+        (Arch::Llama, 28) => Some(27),
+        (Arch::Llama, 32) => Some(31),
+        _ => None,
+    };
+    if layer.is_none() {
+        notes.push(format!(
+            "internal-layer: the paper has none for {} layers; this program's default stays",
+            model.n_layer
+        ));
+    }
+    // Qwen3-4B; the others have 20 (the paper's appendix).
+    let internal_steps = if qwen3 && model.n_embd == 2560 { 30 } else { 20 };
+    let mut settings: Vec<(&'static str, Value)> = vec![
+        ("algo", "bupo".into()),
+        ("internal-steps", internal_steps.into()),
+        ("steps", 300.into()),
+        ("prompts-per-step", 128.into()),
+        ("group", 8.into()),
+        ("mini-batch", 32.into()),
+        ("max-prompt", 1024.into()),
+        ("max-response", max_response.into()),
+        // Room for the longest sequence.
+        ("micro-batch-tokens", (1024 + max_response).into()),
+        ("kv-mib", 4096.into()),
+        ("temperature", 1.0.into()),
+        ("top-p", 1.0.into()),
+        ("top-k", 0.into()),
+        ("baseline", "group-std".into()),
+        ("ratio", "token".into()),
+        ("surrogate", "clip".into()),
+        ("loss-agg", "token-mean".into()),
+        ("clip-low", 0.2.into()),
+        ("clip-high", 0.2.into()),
+        ("clip-c", 10.0.into()),
+        ("kl-coef", 0.0.into()),
+        ("lr", LORA_LR.into()),
+        ("schedule", "constant".into()),
+        ("beta1", 0.9.into()),
+        ("beta2", 0.999.into()),
+        ("weight-decay", 0.01.into()),
+        ("clip-norm", 1.0.into()),
+        ("template", if qwen3 { "qwen3-no-think" } else { "octothinker" }.into()),
+        ("system", SYSTEM.into()),
+    ];
+    settings.extend(layer.map(|layer| ("internal-layer", Value::Integer(layer))));
+    (settings, notes)
+}
+
+/// The paper's system prompt (PAPER section 4).
+const SYSTEM: &str = r"Please reason step by step, and put your final answer within \boxed{}.";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Model;
+    use crate::train::LayerChoice;
+
+    #[test]
+    fn the_papers_values_hold_but_for_what_is_written() {
+        let demo = Model::open("demo".as_ref()).unwrap();
+        let mut model = demo.config().clone();
+        (model.arch, model.n_layer, model.n_embd) = (Arch::Qwen3, 36, 2560);
+        let given: Table = "steps = 5\ngroup = 8".parse().unwrap();
+        let Applied { config, notes } = Preset::BupoPaper.apply(&model, &given).unwrap();
+        config.check().unwrap();
+        assert_eq!(
+            (config.internal_layer, config.internal_steps),
+            (Some(LayerChoice::Layer(6)), 30)
+        );
+        assert_eq!((config.steps, config.prompts_per_step, config.mini_batch), (5, 128, Some(32)));
+        assert_eq!((config.max_prompt, config.max_response), (1024, 8192));
+        assert_eq!((config.lr, config.template.as_str()), (1e-5, "qwen3-no-think"));
+        assert!(
+            notes.iter().any(|n| n.starts_with("lr: the paper's 1e-6 is for full fine-tuning"))
+        );
+        assert!(notes.iter().any(|n| n == "steps: 5 as you ask, the preset has 300"), "{notes:?}");
+        assert!(!notes.iter().any(|n| n.starts_with("group")));
+        (model.arch, model.n_layer) = (Arch::Llama, 28);
+        let config = Preset::BupoPaper.apply(&model, &Table::new()).unwrap().config;
+        config.check().unwrap();
+        assert_eq!(
+            (config.internal_layer, config.internal_steps),
+            (Some(LayerChoice::Layer(27)), 20)
+        );
+        assert_eq!((config.max_response, config.template.as_str()), (3072, "octothinker"));
+        model.n_layer = 8;
+        let Applied { config, notes } = Preset::BupoPaper.apply(&model, &Table::new()).unwrap();
+        assert_eq!(config.internal_layer, None);
+        assert!(notes.iter().any(|n| n.contains("none for 8 layers")), "{notes:?}");
+    }
+}

@@ -1,0 +1,242 @@
+//! The GPU's kernels (`ggml-ext/ops/*.cu`) beside the CPU's ops, at odd sizes, through the same graph nodes.
+//!
+//! Without a GPU they run on the host (`ggml-ext/ops/emulate.h`), with tiles small enough that every loop over
+//! tiles has several, whole and partial. `BUPO_TEST_DEVICE=cuda` runs all of this on a GPU instead, as
+//! `tools/gpu-check` does. Each op runs twice: precise, with products in F32, and with factors in F16.
+
+#[path = "common/mod.rs"]
+mod common;
+#[allow(dead_code)]
+#[path = "gradient/harness.rs"]
+mod harness;
+
+use bupo_gguf::ggml::{Arena, Device, Tensor, Type};
+use bupo_gguf::ops::{self, AdamWStep, AttentionSpec, LowRank, Segment};
+use common::{device, relative_error};
+use harness::{Random, Source, run_on, weight_types};
+
+/// Relative error of sums in another order.
+const PRECISE: f32 = 1e-5;
+/// Relative error of products whose factors are rounded to 11 bits of mantissa.
+const ROUNDED: f32 = 2e-3;
+
+/// Wants every output on the device under test as on the CPU.
+#[track_caller]
+fn agree(
+    what: &str,
+    sources: &[Source],
+    build: impl for<'a> Fn(&'a Arena, &[Tensor<'a>]) -> Vec<Tensor<'a>>,
+) {
+    agree_within(what, sources, build, [PRECISE, ROUNDED]);
+}
+
+#[track_caller]
+fn agree_within(
+    what: &str,
+    sources: &[Source],
+    build: impl for<'a> Fn(&'a Arena, &[Tensor<'a>]) -> Vec<Tensor<'a>>,
+    tolerances: [f32; 2],
+) {
+    let want = run_on(Device::Cpu, sources, &build);
+    for (precise, tolerance) in [true, false].into_iter().zip(tolerances) {
+        let got = run_on(device(precise), sources, &build);
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            let error = relative_error(got, want);
+            println!("{error:.1e} of {tolerance:.0e}  {what}, output {i}, precise {precise}");
+            assert!(error <= tolerance, "{what}, output {i}, precise {precise}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn linear_of_every_type() {
+    let mut random = Random::new(1);
+    let (k, n, t) = (256, 75, 13);
+    let lacking: Vec<Type> =
+        ["tq1_0", "tq2_0"].iter().map(|n| Type::all().find(|t| t.name() == *n).unwrap()).collect();
+    for ty in weight_types() {
+        if !device(true).is_host() && lacking.contains(&ty) {
+            continue; // ggml-cuda cannot decode with these either
+        }
+        let (w, _) = random.weight(ty, k, n);
+        let (x, dy) = (random.normal(k * t), random.normal(n * t));
+        let sources = [w, Source::f32(&x, &[k, t]), Source::f32(&dy, &[n, t])];
+        agree(&format!("linear {ty}"), &sources, |arena, s| {
+            vec![
+                ops::linear(arena, s[0], s[1], None, None),
+                ops::linear_back(arena, s[0], s[2], None, None),
+            ]
+        });
+    }
+}
+
+#[test]
+fn linear_with_low_rank_bias_and_addend() {
+    let mut random = Random::new(2);
+    for (ty, k, n, t, r) in [
+        (Type::Q8_0, 64, 33, 1, 1),
+        (Type::Q8_0, 96, 201, 7, 5),
+        (Type::F16, 40, 70, 65, 16),
+        (Type::BF16, 24, 100, 9, 3),
+        (Type::F32, 7, 3, 5, 2),
+    ] {
+        let (w, _) = random.weight(ty, k, n);
+        let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
+        let sources = [
+            w,
+            f32(k, t), // x
+            f32(n, t), // dy
+            f32(r, n), // B
+            f32(k, r), // A
+            f32(r, t), // u, du
+            f32(n, 1), // bias
+        ];
+        agree(&format!("linear {ty} {k}x{n}x{t} rank {r}"), &sources, |arena, s| {
+            let low = |factor| Some(LowRank { factor, input: s[5], scale: 0.7 });
+            vec![
+                ops::linear(arena, s[0], s[1], low(s[3]), Some(s[6])),
+                ops::linear_back(arena, s[0], s[2], low(s[4]), Some(s[1])),
+                // In place: the copy keeps the source as it is.
+                ops::outer(arena, arena.add(s[4], s[4]), s[1], s[5], 0.3),
+                ops::outer(arena, arena.add(s[3], s[3]), s[5], s[2], -1.5),
+            ]
+        });
+    }
+}
+
+#[test]
+fn logprob() {
+    let mut random = Random::new(3);
+    for (ty, d, v, t, gain, temperature) in [
+        (Type::F32, 40, 301, 61, 0.2, 1.0),
+        (Type::Q8_0, 64, 130, 24, 0.2, 0.7),
+        (Type::Q8_0, 96, 1000, 25, 1.0, 1.3), // peaked
+        (Type::F16, 24, 33, 1, 0.5, 1.0),
+    ] {
+        let (e_u, _) = random.weight(ty, d, v);
+        let h: Vec<f32> = random.normal(d * t).iter().map(|x| gain * x).collect();
+        let mut target = random.below(t, v);
+        target[0] = v as i32 - 1;
+        let sources = [Source::f32(&h, &[d, t]), e_u, Source::I32(target)];
+        let what = format!("logprob {ty} D={d} V={v} T={t}");
+        agree_within(
+            &what,
+            &sources,
+            |arena, s| {
+                let all =
+                    ops::linear_logprob(arena, s[0], s[1], Some(s[2]), 1.0 / temperature, true);
+                let plain = ops::linear_logprob(arena, s[0], s[1], None, 1.0 / temperature, false);
+                vec![all.logprob, all.lse, all.entropy, all.gradient.unwrap(), plain.entropy]
+            },
+            // An entropy near 0 is a small difference of large sums.
+            [PRECISE, 2.0 * ROUNDED],
+        );
+    }
+}
+
+fn segments(trees: &[(i32, &[i32])]) -> Vec<Segment> {
+    let (mut all, mut next) = (Vec::new(), 0);
+    for &(prompt, completions) in trees {
+        let (begin, end) = (next, next + prompt);
+        all.push(Segment { begin, end, prefix_begin: begin, prefix_end: begin });
+        next = end;
+        for &n in completions {
+            all.push(Segment { begin: next, end: next + n, prefix_begin: begin, prefix_end: end });
+            next += n;
+        }
+    }
+    all
+}
+
+#[test]
+fn attention() {
+    let mut random = Random::new(4);
+    for (trees, n_head, n_head_kv, head_size) in [
+        (&[(5, &[3, 1][..]), (1, &[][..]), (9, &[40][..])][..], 4, 2, 8),
+        (&[(70, &[33, 65][..])][..], 6, 2, 16), // several tiles of queries
+        (&[(11, &[1, 1, 7][..])][..], 3, 3, 40),
+        (&[(2, &[2][..])][..], 2, 1, 256),
+    ] {
+        let segments = segments(trees);
+        let t = segments.last().unwrap().end as usize;
+        let scale = 1.0 / (head_size as f32).sqrt();
+        let spec = AttentionSpec { n_head, n_head_kv, head_size, scale };
+        let widths = [n_head, n_head_kv, n_head_kv, n_head].map(|n| n * head_size);
+        let sources = widths.map(|width| Source::f32(&random.normal(width * t), &[width, t]));
+        let what = format!("attention T={t} {n_head}:{n_head_kv}x{head_size}");
+        agree(&what, &sources, |arena, s| {
+            let (out, saved) = ops::attention(arena, s[0], s[1], s[2], &segments, spec);
+            let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
+            vec![out, dq, dk, dv]
+        });
+    }
+}
+
+#[test]
+fn rowwise() {
+    let mut random = Random::new(5);
+    for (n, t) in [(1, 1), (8, 3), (33, 70), (257, 5), (1000, 2)] {
+        let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
+        let sources = [f32(n, t), f32(n, t), f32(n, t), f32(n, 1), f32(t, 1)];
+        let exact = [PRECISE; 2];
+        agree_within(
+            &format!("rows {n}x{t}"),
+            &sources,
+            |arena, s| {
+                let (d_gate, d_up) = ops::swiglu_back(arena, s[0], s[1], s[2]);
+                vec![
+                    ops::rms_norm(arena, s[0], s[3], 1e-6),
+                    ops::rms_norm_back(arena, s[0], s[3], s[1], None, 1e-6),
+                    ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), 1e-6),
+                    ops::swiglu(arena, s[0], s[1]),
+                    d_gate,
+                    d_up,
+                    ops::scale_rows(arena, s[0], s[4]),
+                ]
+            },
+            exact,
+        );
+    }
+}
+
+#[test]
+fn rows_back_adds_up_equal_ids() {
+    let mut random = Random::new(6);
+    let (d, n, rows) = (70, 90, 31);
+    let mut ids = random.below(n, rows - 1);
+    ids[3] = ids[88];
+    let sources = [Source::f32(&random.normal(d * n), &[d, n]), Source::I32(ids)];
+    let exact = [PRECISE; 2];
+    agree_within("rows_back", &sources, |arena, s| vec![arena.rows_back(s[0], s[1], rows)], exact);
+}
+
+#[test]
+fn optimiser() {
+    let mut random = Random::new(7);
+    for n in [1, 4096, 10_000] {
+        let mut f32 = || Source::f32(&random.normal(n), &[n]);
+        let (p, g, m) = (f32(), f32(), f32());
+        let v = Source::f32(&random.normal(n).iter().map(|x| x * x).collect::<Vec<_>>(), &[n]);
+        let step = AdamWStep {
+            learning_rate: 0.01,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            clip: 0.5,
+            t: 3,
+        };
+        let exact = [PRECISE; 2];
+        agree_within(
+            &format!("adamw {n}"),
+            &[p, g, m, v],
+            |arena, s| {
+                // In place: the copies keep the sources as they are, and can be read afterwards.
+                let [p, m, v] = [s[0], s[2], s[3]].map(|x| arena.add(x, x));
+                let stepped = ops::adamw(arena, p, s[1], m, v, &step);
+                vec![ops::sum_squares(arena, s[1]), stepped, m, v]
+            },
+            exact,
+        );
+    }
+}

@@ -1,0 +1,223 @@
+//! The pages of `entropy` and `report`, opened in a headless Chromium: no word on the console, every figure
+//! drawn, tooltips that appear under the mouse, wide and narrow, light and dark.
+//!
+//! Without a browser the tests say that they did not look, and pass, unless BUPO_REQUIRE_BROWSER is set.
+//! BUPO_SCREENSHOTS=DIR keeps what they saw.
+
+mod common;
+#[path = "common/browser.rs"]
+mod browser;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use browser::Browser;
+use serde_json::{Value, json};
+
+fn bupo(args: &[&str]) {
+    let out = Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap();
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// What the page says of itself once every chart is drawn.
+const FIGURES: &str = "(async () => { await window.report; \
+    return [...document.querySelectorAll('.chart')].map(c => ({ id: c.id, \
+    drawn: c.querySelectorAll('.scatterlayer .trace, .heatmaplayer image').length, \
+    width: c.getBoundingClientRect().width, heat: !!c.closest('.heat'), \
+    plot: c.querySelector('.main-svg').getBoundingClientRect().width, ticks: c.querySelectorAll('.xtick text').length })); })()";
+
+/// Opens the page in every shape and looks at it; `expected`: ids of charts in order.
+fn look(browser: &mut Browser, page: &Path, name: &str, expected: &[String]) {
+    for (shape, width, height) in [("wide", 1400, 1000), ("narrow", 400, 860)] {
+        for scheme in ["light", "dark"] {
+            let what = format!("{name} {shape} {scheme}");
+            browser.shape(width, height, scheme);
+            browser.open(page);
+            let figures = browser.value(FIGURES);
+            let figures = figures.as_array().unwrap();
+            let ids: Vec<&str> = figures.iter().map(|f| f["id"].as_str().unwrap()).collect();
+            assert_eq!(ids, expected, "{what}");
+            for figure in figures {
+                assert!(figure["drawn"].as_u64().unwrap() > 0, "{what}: {figure} is not drawn");
+                let (plot, room) = (figure["plot"].as_f64(), figure["width"].as_f64());
+                assert!(figure["heat"] == true || plot <= room, "{what}: {figure} is cut off");
+                assert!(figure["ticks"].as_u64().unwrap() > 0, "{what}: {figure} has no ticks");
+            }
+            let overflow = "document.documentElement.scrollWidth - window.innerWidth";
+            assert!(
+                browser.value(overflow).as_f64().unwrap() <= 0.0,
+                "{what}: wider than the window"
+            );
+            // Text stands out from what is behind it, in charts too.
+            let contrast = browser.value(
+                "(() => { const light = c => c.match(/\\d+/g).slice(0, 3).reduce((a, x) => a + +x, 0) / 3; \
+                 const page = getComputedStyle(document.body), tick = document.querySelector('.xtick text'); \
+                 const behind = light(page.backgroundColor); \
+                 return Math.min(Math.abs(light(page.color) - behind), Math.abs(light(getComputedStyle(tick).fill) - behind)); })()",
+            );
+            assert!(contrast.as_f64().unwrap() > 120.0, "{what}: text is hard to read: {contrast}");
+            for id in &ids {
+                hover(browser, id, &what);
+            }
+            browser.screenshot(&format!("{name}-{shape}-{scheme}"));
+            assert_eq!(browser.complaints(), Vec::<String>::new(), "{what}");
+        }
+    }
+}
+
+/// Moves the mouse over a chart's plane and wants a tooltip with a number in it.
+fn hover(browser: &mut Browser, id: &str, what: &str) {
+    let place = browser.value(&format!(
+        "(() => {{ const c = document.getElementById('{id}'); c.scrollIntoView({{block: 'center'}}); \
+         const p = c.querySelector('.nsewdrag').getBoundingClientRect(); \
+         const l = c.closest('.scroll').getBoundingClientRect(); \
+         return [Math.max(p.left, l.left) + Math.min(p.width, l.right - p.left) * 0.51, p.top + p.height * 0.45]; }})()"
+    ));
+    let (x, y) = (place[0].as_f64().unwrap(), place[1].as_f64().unwrap());
+    let text = format!(
+        "[...document.querySelectorAll('#{id} .hoverlayer text')].map(t => t.textContent).join('|')"
+    );
+    for attempt in 0..40 {
+        browser.mouse(x + (attempt % 5) as f64, y + (attempt % 3) as f64);
+        let shown = browser.value(&text);
+        let shown = shown.as_str().unwrap();
+        if shown.chars().any(|c| c.is_ascii_digit()) {
+            if id.starts_with("tokens-") {
+                assert!(
+                    shown.contains("entropy") && shown.contains("taken"),
+                    "{what} {id}: {shown}"
+                );
+            }
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("{what}: no tooltip over {id}");
+}
+
+fn svgs(folder: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(folder.join("figures")).unwrap();
+    let mut ids = Vec::new();
+    for file in files {
+        let path = file.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("<svg") && text.trim_end().ends_with("</svg>"), "{path:?}");
+        let shapes = ["<polyline", "<rect", "<circle", "<line"];
+        assert!(shapes.iter().map(|s| text.matches(s).count()).sum::<usize>() > 5, "{path:?}");
+        assert!(text.matches("<text").count() > 3, "{path:?} has no words");
+        ids.push(path.file_stem().unwrap().to_str().unwrap().to_string());
+    }
+    ids.sort();
+    ids
+}
+
+/// The ids of the charts in a page's HTML, without a browser.
+fn charts(page: &Path) -> Vec<String> {
+    let html = std::fs::read_to_string(page).unwrap();
+    let after = html.split("class=\"chart\" id=\"").skip(1);
+    after.map(|rest| rest.split('"').next().unwrap().to_string()).collect()
+}
+
+fn check(folder: &Path, name: &str, wanted: &[&str]) {
+    let page = folder.join("report.html");
+    let ids = charts(&page);
+    for id in wanted {
+        assert!(ids.iter().any(|i| i == id), "{id} is not in {ids:?}");
+    }
+    let mut sorted = ids.clone();
+    sorted.sort();
+    assert_eq!(svgs(folder), sorted, "an SVG for every figure");
+    if let Some(mut browser) = Browser::start() {
+        look(&mut browser, &page, name, &ids);
+    }
+}
+
+#[test]
+fn the_page_of_a_dump() {
+    let dir = tempfile::tempdir().unwrap();
+    // A real model where others' models are there, else the small one inside the program.
+    let model: PathBuf = match common::shared() {
+        Some(shared) => shared.join("models/stories260K-f32.gguf"),
+        None => "demo".into(),
+    };
+    let rows = [
+        json!({"prompt": "1+2=", "completion": "3 and then </script><b>& they \"went\" home\n"}),
+        json!({"prompt": "Once upon a time", "completion": ", there was a little girl named Lily. She loved to play outside in the park."}),
+    ];
+    let data = dir.path().join("rows.jsonl");
+    std::fs::write(&data, rows.map(|r| r.to_string()).join("\n")).unwrap();
+    let text = |p: &Path| p.to_str().unwrap().to_string();
+    let (model, data) = (text(&model), text(&data));
+    let one = dir.path().join("one");
+    bupo(&["entropy", &model, "--data", &data, "--out", &text(&one)]);
+    let wanted = [
+        "entropy-flow",
+        "entropy-change",
+        "cosines",
+        "divergence",
+        "agreement",
+        "tokens-0-0",
+        "tokens-1-0",
+    ];
+    check(&one, "dump", &wanted);
+    let two = dir.path().join("two");
+    bupo(&["entropy", &model, "--data", &data, "--out", &text(&two), "--compare", &model]);
+    let ids = charts(&two.join("report.html"));
+    assert!(ids.iter().any(|id| id == "difference-entropy"), "{ids:?}");
+    assert_eq!(svgs(&two).len(), ids.len());
+}
+
+#[test]
+fn the_page_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let out_text = out.to_str().unwrap();
+    bupo(&[
+        "train",
+        "demo",
+        "--out",
+        out_text,
+        "--steps",
+        "4",
+        "--prompts-per-step",
+        "4",
+        "--group",
+        "4",
+        "--eval-problems",
+        "8",
+        "--rank",
+        "4",
+        "--internal-steps",
+        "2",
+        "--internal-layer",
+        "auto",
+        "--entropy-every",
+        "1",
+        "--eval-every",
+        "2",
+    ]);
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    for line in metrics.lines() {
+        let step: Value = serde_json::from_str(line).unwrap();
+        let probe = &step["probe"];
+        let layer = probe["layer"].as_u64().unwrap() as usize;
+        assert_eq!(probe["layer_out"].as_array().unwrap().len(), 8);
+        assert_eq!(probe["cos_later"].as_array().unwrap().len(), 8 - layer);
+        let kl = common::floats(&probe["kl_later"]);
+        assert_eq!(kl.len(), 9 - layer);
+        // The last of them is the divergence from the final policy, measured in another pass.
+        let expected = probe["kl_to_final"][layer - 1].as_f64().unwrap() as f32;
+        let last = kl[kl.len() - 1];
+        assert!((last - expected).abs() < 1e-4 * expected.abs().max(1e-3), "{last} {expected}");
+    }
+    let config: toml::Table =
+        std::fs::read_to_string(out.join("config.toml")).unwrap().parse().unwrap();
+    let chosen = config["train"]["internal-layer"].as_integer().unwrap();
+    assert!((1..8).contains(&chosen));
+    let why = config["train"]["internal-layer-why"].as_str().unwrap();
+    assert!(why.starts_with("auto: ") && why.contains(&format!("layer {chosen}")), "{why}");
+    bupo(&["report", out_text]);
+    let wanted =
+        ["reward", "length", "entropy", "clip", "drift", "gradient", "probe-layers", "probe-kl"];
+    check(&out, "run", &wanted);
+}
