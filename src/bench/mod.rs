@@ -50,6 +50,8 @@ pub struct Options {
     pub tokens: usize,
     /// Layer of the internal phase; none is a fifth of the layers.
     pub internal_layer: Option<usize>,
+    /// Bytes for activations that an update keeps.
+    pub memory: usize,
     /// Numbers of sequences that decode together.
     pub sequences: Vec<usize>,
 }

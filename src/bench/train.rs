@@ -7,8 +7,9 @@ use crate::Result;
 use crate::model::{Batch, Config, Engine, Policy, Target};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 15] = [
+pub(super) const CASES: [&str; 16] = [
     "full phase",
+    "full phase, computed again",
     "full phase, half prompt",
     "internal phase",
     "internal phase, half prompt",
@@ -50,7 +51,11 @@ impl Case {
         };
         let layer = bench.options.internal_layer(config);
         let policy = match name {
-            "full phase" | "tokens x 1" | "depth L" | "forward only" => {
+            "full phase"
+            | "full phase, computed again"
+            | "tokens x 1"
+            | "depth L"
+            | "forward only" => {
                 sequences(2, 1, t)?;
                 full
             }
@@ -128,13 +133,18 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let lora = bench.adapter()?;
     let mut gradients = lora.zeros_like()?;
     let mut engine = Engine::new(bench.pool.clone())?;
+    engine.keep_up_to(if name.contains("computed again") { 0 } else { bench.options.memory });
     let n = case.batch.scored.len();
     // Signs in turn, as advantages have them.
     let cotangents: Vec<f32> =
         (0..n).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 } / n as f32).collect();
     let flop = case.useful_flop(model.config());
     let timing = timed(bench, flop, || {
-        engine.forward(model, Some(&lora), &case.batch, case.policy.depth())?;
+        if case.backward {
+            engine.forward_to_train(model, &lora, &case.batch, case.policy.depth())?;
+        } else {
+            engine.forward(model, Some(&lora), &case.batch, case.policy.depth())?;
+        }
         engine.score(model, &case.batch, case.policy, 1.0, case.backward)?;
         if case.backward {
             let (batch, policy) = (&case.batch, case.policy);

@@ -43,6 +43,9 @@ pub struct BenchArgs {
     /// Layer of the internal phase [default: a fifth of the layers]
     #[arg(long, value_name = "N")]
     internal_layer: Option<usize>,
+    /// Memory for activations that an update keeps, MiB
+    #[arg(long, default_value_t = 1024, value_name = "MIB")]
+    memory: usize,
     /// Numbers of sequences that decode together
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_name = "LIST")]
     sequences: Vec<usize>,
@@ -74,6 +77,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         rank: args.rank,
         tokens: args.tokens,
         internal_layer: args.internal_layer,
+        memory: args.memory << 20,
         sequences: args.sequences,
     };
     if let Some(case) = &args.case {

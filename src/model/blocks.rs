@@ -4,6 +4,7 @@
 //! cotangent of the output (`d_name` is the cotangent of `name`), appends the nodes that accumulate
 //! the adapter's gradients, and returns the cotangent of the input.
 
+use super::memo::Memo;
 use super::weights::Linear;
 use crate::ggml::{Arena, Graph, Rope, Tensor};
 use crate::ops;
@@ -39,8 +40,13 @@ pub struct LinearSaved<'a> {
 
 impl<'a> AdaptedLinear<'a> {
     /// x: `[n_in, T]` to y: `[n_out, T]`.
-    pub fn forward(&self, arena: &'a Arena, x: Tensor<'a>) -> (Tensor<'a>, LinearSaved<'a>) {
-        let u = self.pair.map(|p| ops::linear(arena, p.a, x, None, None)); // [r, T]
+    pub fn forward(
+        &self,
+        arena: &'a Arena,
+        x: Tensor<'a>,
+        memo: &Memo<'a>,
+    ) -> (Tensor<'a>, LinearSaved<'a>) {
+        let u = self.pair.map(|p| memo.node(|| ops::linear(arena, p.a, x, None, None))); // [r, T]
         let low =
             self.pair.zip(u).map(|(p, u)| ops::LowRank { factor: p.b, input: u, scale: p.scale });
         let y = ops::linear(arena, self.base.weight, x, low, self.base.bias);
@@ -178,10 +184,19 @@ pub struct AttentionSaved<'a> {
 
 impl<'a> Attention<'a> {
     /// h (normed input): `[D, T]` to A: `[D, T]`.
-    pub fn forward(&self, arena: &'a Arena, h: Tensor<'a>) -> (Tensor<'a>, AttentionSaved<'a>) {
-        let (q_raw, q_saved) = self.q.forward(arena, h); // [hd * n_head, T]
-        let (k_raw, k_saved) = self.k.forward(arena, h); // [hd * n_head_kv, T]
-        let (v, v_saved) = self.v.forward(arena, h);
+    pub fn forward(
+        &self,
+        arena: &'a Arena,
+        h: Tensor<'a>,
+        memo: &Memo<'a>,
+    ) -> (Tensor<'a>, AttentionSaved<'a>) {
+        let kept = |map: &AdaptedLinear<'a>| {
+            let (y, saved) = map.forward(arena, h, memo);
+            (memo.node(|| y), saved)
+        };
+        let (q_raw, q_saved) = kept(&self.q); // [hd * n_head, T]
+        let (k_raw, k_saved) = kept(&self.k); // [hd * n_head_kv, T]
+        let (v, v_saved) = kept(&self.v);
         let q = self.q_heads.forward(arena, q_raw);
         let k = self.k_heads.forward(arena, k_raw);
         let spec = ops::AttentionSpec {
@@ -190,8 +205,9 @@ impl<'a> Attention<'a> {
             head_size: self.q_heads.size,
             scale: self.scale,
         };
-        let (mixed, core) = ops::attention(arena, q, k, v, self.segments, spec); // [hd * n_head, T]
-        let (out, o_saved) = self.o.forward(arena, mixed);
+        let whole = memo.node(|| ops::attention(arena, q, k, v, self.segments, spec).1.whole());
+        let (mixed, core) = ops::attention_kept(arena, whole, q, k, v, self.segments, spec); // [hd * n_head, T]
+        let (out, o_saved) = self.o.forward(arena, mixed, memo);
         (out, AttentionSaved { linear: [q_saved, k_saved, v_saved, o_saved], q_raw, k_raw, core })
     }
 
@@ -234,10 +250,19 @@ pub struct SwiGluSaved<'a> {
 
 impl<'a> SwiGlu<'a> {
     /// h (normed input): `[D, T]` to F: `[D, T]`.
-    pub fn forward(&self, arena: &'a Arena, h: Tensor<'a>) -> (Tensor<'a>, SwiGluSaved<'a>) {
-        let (gate, gate_saved) = self.gate.forward(arena, h); // [n_ff, T]
-        let (up, up_saved) = self.up.forward(arena, h); // [n_ff, T]
-        let (out, down_saved) = self.down.forward(arena, ops::swiglu(arena, gate, up));
+    pub fn forward(
+        &self,
+        arena: &'a Arena,
+        h: Tensor<'a>,
+        memo: &Memo<'a>,
+    ) -> (Tensor<'a>, SwiGluSaved<'a>) {
+        let kept = |map: &AdaptedLinear<'a>| {
+            let (y, saved) = map.forward(arena, h, memo);
+            (memo.node(|| y), saved)
+        };
+        let (gate, gate_saved) = kept(&self.gate); // [n_ff, T]
+        let (up, up_saved) = kept(&self.up); // [n_ff, T]
+        let (out, down_saved) = self.down.forward(arena, ops::swiglu(arena, gate, up), memo);
         (out, SwiGluSaved { linear: [gate_saved, up_saved, down_saved], gate, up })
     }
 

@@ -1,13 +1,15 @@
 //! Forward and backward through the layers, one graph each.
 //!
-//! The forward keeps only the residual that enters each layer; the backward builds a layer's graph
-//! again. Memory: `(depth + 1) x tokens x D`, plus one layer. Nothing above the policy's layer is
-//! built, computed or stored.
+//! The forward keeps the residual that enters each layer, and the dear activations of as many layers as
+//! the budget allows ([`Engine::keep_up_to`]); the backward builds a layer's graph again and computes what
+//! was not kept. Memory: `(depth + 1) x tokens x D`, plus one layer, plus the budget. Nothing above the
+//! policy's layer is built, computed or stored.
 
 use std::sync::Arc;
 
 use super::layer::{Adapter, LayerBlocks};
-use super::{Batch, Lora, Model, Policy};
+use super::memo::{Activations, Memo};
+use super::{Batch, Config, Lora, Model, Policy, Target};
 use crate::Result;
 use crate::ggml::{
     Arena, Device, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type,
@@ -24,6 +26,8 @@ pub struct Work {
     pub layer_forwards: usize,
     /// Layer graphs built for a backward.
     pub layer_backwards: usize,
+    /// Layers that a backward did not have to compute again.
+    pub layers_kept: usize,
     /// The highest layer (from 1) of any of them.
     pub highest_layer: usize,
     /// Tokens that went through forwards.
@@ -45,6 +49,7 @@ pub struct Scores {
 pub struct Engine {
     executor: Executor,
     kept: Option<Kept>,
+    activations: Activations,
     work: Work,
 }
 
@@ -91,6 +96,17 @@ impl Kept {
     }
 }
 
+/// Floats that a layer's kept activations take for a batch of `tokens`.
+pub(crate) fn kept_floats(c: &Config, rank: usize, tokens: usize) -> usize {
+    // q, k, v, attention's result and lse, residual, gate and up, A x of every target; and the padding.
+    let per_token = 2 * c.head_size * (c.n_head + c.n_head_kv)
+        + c.n_head
+        + c.n_embd
+        + 2 * c.n_ff
+        + Target::ALL.len() * rank;
+    per_token * tokens + 16 * 16
+}
+
 impl Engine {
     /// An engine on the CPU, on these threads.
     pub fn new(pool: Arc<ThreadPool>) -> Result<Engine> {
@@ -102,8 +118,18 @@ impl Engine {
     /// # Errors
     /// See [`Executor::new`].
     pub fn on(device: Device, pool: Arc<ThreadPool>) -> Result<Engine> {
-        let executor = Executor::new(device, pool)?;
-        Ok(Engine { executor, kept: None, work: Work::default() })
+        Ok(Engine {
+            executor: Executor::new(device, pool)?,
+            kept: None,
+            activations: Activations::default(),
+            work: Work::default(),
+        })
+    }
+
+    /// Bytes that [`Engine::forward_to_train`] may take for activations which the backward would compute
+    /// again otherwise; 0 at first. Results are the same bits with any budget.
+    pub fn keep_up_to(&mut self, bytes: usize) {
+        self.activations.set_budget(bytes);
     }
 
     /// What has been computed since the last call.
@@ -114,7 +140,12 @@ impl Engine {
     /// Bytes of kept activations and of the largest graph's intermediate results.
     pub fn bytes(&self) -> usize {
         let kept = self.kept.as_ref().map_or(0, |k| k.residuals.n_bytes() + k.head.n_bytes());
-        kept + self.executor.scratch_bytes()
+        kept + self.activations.n_bytes() + self.executor.scratch_bytes()
+    }
+
+    /// Bytes taken by activations kept for the backward.
+    pub fn kept_bytes(&self) -> usize {
+        self.activations.n_bytes()
     }
 
     fn reserve(&mut self, d: usize, depth: usize, batch: &Batch) -> Result<()> {
@@ -141,6 +172,33 @@ impl Engine {
         batch: &Batch,
         depth: usize,
     ) -> Result<()> {
+        self.activations.forget();
+        self.layers(model, lora, batch, depth, 0)
+    }
+
+    /// [`Engine::forward`] that also keeps activations for [`Engine::backward`], within the budget. Until
+    /// that has run, the adapter must stay as it is.
+    pub fn forward_to_train(
+        &mut self,
+        model: &Model,
+        lora: &Lora,
+        batch: &Batch,
+        depth: usize,
+    ) -> Result<()> {
+        let floats = kept_floats(model.config(), lora.rank(), batch.len());
+        self.activations.reserve(self.executor.device(), depth, floats)?;
+        self.layers(model, Some(lora), batch, depth, floats)
+    }
+
+    /// The forward, keeping activations of layers that take this many floats each, or none for 0.
+    fn layers(
+        &mut self,
+        model: &Model,
+        lora: Option<&Lora>,
+        batch: &Batch,
+        depth: usize,
+        floats: usize,
+    ) -> Result<()> {
         let (config, weights, n) = (model.config(), model.weights(), batch.len());
         self.reserve(config.n_embd, depth, batch)?;
         let kept = self.kept.as_ref().expect("just reserved");
@@ -158,8 +216,11 @@ impl Engine {
             let adapter = lora.map(|lora| Adapter { lora, gradients: None });
             let blocks =
                 LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
-            let (taps, _) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n));
+            let keeps = floats > 0 && self.activations.takes(layer, floats);
+            let memo = if keeps { Memo::record() } else { Memo::Off };
+            let (taps, _) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n), &memo);
             graph.store(taps.layer_out, kept.residual(&arena, layer, n));
+            self.activations.store(&arena, &mut graph, memo);
             self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
             self.work.layer_forwards += 1;
             self.work.highest_layer = self.work.highest_layer.max(layer);
@@ -243,7 +304,8 @@ impl Engine {
             let adapter = Some(Adapter { lora, gradients: Some(gradients) });
             let blocks =
                 LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
-            let (_, saved) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n));
+            let memo = self.activations.replay(&arena, layer);
+            let (_, saved) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n), &memo);
             let d_out = kept.cotangent(&arena, layer, n);
             let d_in = blocks.vjp(&arena, &mut graph, &saved, d_out, layer > lowest);
             if let Some(d_in) = d_in {
@@ -251,6 +313,7 @@ impl Engine {
             }
             self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
             self.work.layer_backwards += 1;
+            self.work.layers_kept += (layer <= self.activations.layers()) as usize;
             self.work.highest_layer = self.work.highest_layer.max(layer);
         }
         self.work.backward_tokens += n;

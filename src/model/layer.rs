@@ -4,6 +4,7 @@
 use super::blocks::{
     AdaptedLinear, Attention, AttentionSaved, Heads, Pair, RmsNorm, Rotary, SwiGlu, SwiGluSaved,
 };
+use super::memo::Memo;
 use super::{Config, Lora, Target, Weights};
 use crate::ggml::{Arena, Graph, Tensor, TensorSet};
 use crate::ops::Segment;
@@ -100,12 +101,19 @@ impl<'a> LayerBlocks<'a> {
     }
 
     /// `H^l = H^(l-1) + A^l + F^l` from `x = H^(l-1)`: `[D, T]`.
-    pub fn forward(&self, arena: &'a Arena, x: Tensor<'a>) -> (Taps<'a>, LayerSaved<'a>) {
+    ///
+    /// A memo that replays gives what the vjp needs; the taps that were not kept are then not to be used.
+    pub fn forward(
+        &self,
+        arena: &'a Arena,
+        x: Tensor<'a>,
+        memo: &Memo<'a>,
+    ) -> (Taps<'a>, LayerSaved<'a>) {
         let attn_in = self.attn_norm.forward(arena, x);
-        let (attn_out, attention) = self.attention.forward(arena, attn_in);
-        let mid = arena.add(x, attn_out);
+        let (attn_out, attention) = self.attention.forward(arena, attn_in, memo);
+        let mid = memo.node(|| arena.add(x, attn_out));
         let ffn_in = self.ffn_norm.forward(arena, mid);
-        let (ffn_out, ffn) = self.ffn.forward(arena, ffn_in);
+        let (ffn_out, ffn) = self.ffn.forward(arena, ffn_in, memo);
         let layer_out = arena.add(mid, ffn_out);
         let taps = Taps { attn_in, attn_out, ffn_in, ffn_out, layer_out };
         (taps, LayerSaved { x, mid, attention, ffn })

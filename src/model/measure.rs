@@ -1,6 +1,7 @@
 //! What a forward and backward will take of memory, reckoned from the very graphs, without computing.
 
 use super::layer::{Adapter, LayerBlocks};
+use super::memo::Memo;
 use super::{Batch, Lora, Model, Targets};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Type};
@@ -42,7 +43,7 @@ pub fn activations(
     let positions = arena.input("positions", Type::I32, &[tokens]);
     let adapter = Some(Adapter { lora: &lora, gradients: Some(&gradients) });
     let blocks = LayerBlocks::new(config, &weights, adapter, 1, positions, &batch.segments);
-    let (_, saved) = blocks.forward(&arena, x);
+    let (_, saved) = blocks.forward(&arena, x, &Memo::Off);
     if let Some(node) = blocks.vjp(&arena, &mut graph, &saved, d_out, true) {
         graph.store(node, d_in);
     }

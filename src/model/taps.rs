@@ -2,6 +2,7 @@
 
 use super::engine::Engine;
 use super::layer::{Adapter, LayerBlocks};
+use super::memo::Memo;
 use super::{Batch, Lora, Model};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Type};
@@ -75,7 +76,7 @@ impl<'w> Walk<'w> {
         let adapter = self.lora.map(|lora| Adapter { lora, gradients: None });
         let segments = &self.batch.segments;
         let blocks = LayerBlocks::new(config, &weights, adapter, self.layer, positions, segments);
-        let (taps, _) = blocks.forward(&arena, x);
+        let (taps, _) = blocks.forward(&arena, x, &Memo::Off);
         let picked = [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out]
             .map(|tap| arena.rows(tap, ids)); // [D, S]
         picked.iter().for_each(|&tap| graph.output(tap));

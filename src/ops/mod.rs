@@ -20,7 +20,9 @@ mod swiglu;
 mod yardstick;
 
 pub use adamw::{AdamWStep, adamw, sum_squares};
-pub use attention::{AttentionSaved, AttentionSpec, Segment, attention, attention_back};
+pub use attention::{
+    AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
+};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
 pub use linear::{LowRank, linear, linear_back, outer};

@@ -175,6 +175,10 @@ pub struct TrainConfig {
     /// Tokens per micro batch; gradients of a mini batch accumulate over them
     #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Batch")]
     pub micro_batch_tokens: usize,
+    /// Memory for activations that an update keeps instead of computing them again, MiB (a third of its
+    /// time); results are the same [default: half of what is free]
+    #[arg(long, value_name = "MIB", help_heading = "Batch")]
+    pub memory: Option<usize>,
     /// Prompts longer than this lose their beginning
     #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Batch")]
     pub max_prompt: usize,

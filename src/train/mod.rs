@@ -69,7 +69,7 @@ pub use state::State;
 pub use update::{Response, ResponseGroup};
 
 use crate::data::{Problem, ProblemSource, Template};
-use crate::ggml::{TensorSet, ThreadPool};
+use crate::ggml::{Device, TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::reward::{Judge, JudgePool};
 use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
@@ -204,12 +204,14 @@ impl<'m> Trainer<'m> {
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
+        let mut engine = Engine::on(model.device(), pool)?;
+        engine.keep_up_to(memory::keep_budget(&config, model.device()));
         let critic = new_critic(&config, model)?;
         let judges = JudgePool::new(judge, config.reward_workers)?;
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
-            engine: Engine::on(model.device(), pool)?,
+            engine,
             stop: Arc::default(),
             model,
             config,

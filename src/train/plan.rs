@@ -6,10 +6,10 @@
 
 use serde::Serialize;
 
-use super::memory::resident_besides;
+use super::memory::{keep_budget, resident_besides};
 use super::{Algorithm, TrainConfig};
 use crate::gguf::AdapterFile;
-use crate::model::{Lora, Model, activations};
+use crate::model::{Lora, Model, activations, kept_floats};
 use crate::ops::logprob_tiles_bytes;
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
@@ -72,6 +72,8 @@ impl Plan {
         let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
         let acts = activations(model, &c.targets, rank, depth, tokens, scored)?;
+        let layer_kept = 4 * kept_floats(m, rank, tokens);
+        let layers_kept = depth.min(keep_budget(&c, model.device()) / layer_kept);
         let adapter = 4 * Lora::count_params(model, &c.targets, rank);
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
@@ -118,6 +120,13 @@ impl Plan {
                 true,
                 format!("{tokens} tokens: residuals of {depth} layers and one layer's graph"),
                 "lower --micro-batch-tokens",
+            ),
+            part(
+                "kept for vjp",
+                layers_kept * layer_kept,
+                true,
+                format!("activations of {layers_kept} layers that are not computed again"),
+                "lower --memory",
             ),
             part(
                 "logprob tiles",

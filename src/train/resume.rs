@@ -50,6 +50,7 @@ const HARMLESS: [&str; 11] = [
     "reward-timeout",
     "checkpoint-every",
     "keep-checkpoints",
+    "memory",
     "memory-mib",
     "out",
 ];

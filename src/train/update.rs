@@ -200,12 +200,8 @@ impl Learner<'_> {
         let all_tokens = responses.iter().map(|r| r.tokens.len()).sum();
         let mut loss = 0.0;
         for micro in self.pack(groups, config)? {
-            self.engine.forward(
-                self.model,
-                Some(self.lora),
-                &micro.batch,
-                config.policy.depth(),
-            )?;
+            let depth = config.policy.depth();
+            self.engine.forward_to_train(self.model, self.lora, &micro.batch, depth)?;
             let scores = self.engine.score(
                 self.model,
                 &micro.batch,

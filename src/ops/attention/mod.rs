@@ -44,6 +44,7 @@ pub struct AttentionSaved<'a> {
     q: Tensor<'a>,
     k: Tensor<'a>,
     v: Tensor<'a>,
+    whole: Tensor<'a>,
     out: Tensor<'a>,
     lse: Tensor<'a>,
     spec: AttentionSpec,
@@ -87,19 +88,46 @@ pub fn attention<'a>(
     spec: AttentionSpec,
 ) -> (Tensor<'a>, AttentionSaved<'a>) {
     let t = q.shape()[1];
+    check_inputs(q, k, v, spec);
+    check_segments(segments, t);
+    let op = params(sys::BUPO_OP_ATTENTION, spec, segments);
+    // One result: [hd * n_head, T], then lse [n_head, T].
+    let len = spec.n_head * (spec.head_size + 1) * t;
+    let all = arena.custom([len, 1, 1, 1], &[q, k, v], forward::kernel, op);
+    attention_kept(arena, all, q, k, v, segments, spec)
+}
+
+/// What [`attention`] gives, from its result as a whole ([`AttentionSaved::whole`]) computed before.
+pub fn attention_kept<'a>(
+    arena: &'a Arena,
+    whole: Tensor<'a>,
+    q: Tensor<'a>,
+    k: Tensor<'a>,
+    v: Tensor<'a>,
+    segments: &[Segment],
+    spec: AttentionSpec,
+) -> (Tensor<'a>, AttentionSaved<'a>) {
+    let [q_width, t, ..] = q.shape();
+    let out = arena.part(whole, 0, [q_width, t]);
+    let lse = arena.part(whole, q_width * t, [spec.n_head, t]);
+    (out, AttentionSaved { q, k, v, whole, out, lse, spec, segments: segments.to_vec() })
+}
+
+fn check_inputs(q: Tensor<'_>, k: Tensor<'_>, v: Tensor<'_>, spec: AttentionSpec) {
+    let t = q.shape()[1];
     let (q_width, kv_width) = (spec.head_size * spec.n_head, spec.head_size * spec.n_head_kv);
     for (x, width) in [(q, q_width), (k, kv_width), (v, kv_width)] {
         assert!(x.ty() == Type::F32 && x.is_contiguous(), "attention of {x:?}");
         assert_eq!(x.shape(), [width, t, 1, 1], "attention of {x:?}");
     }
     assert!(spec.n_head_kv > 0 && spec.n_head.is_multiple_of(spec.n_head_kv), "{spec:?}");
-    check_segments(segments, t);
-    let op = params(sys::BUPO_OP_ATTENTION, spec, segments);
-    // One result: [hd * n_head, T], then lse [n_head, T].
-    let all = arena.custom([(q_width + spec.n_head) * t, 1, 1, 1], &[q, k, v], forward::kernel, op);
-    let out = arena.part(all, 0, [q_width, t]);
-    let lse = arena.part(all, q_width * t, [spec.n_head, t]);
-    (out, AttentionSaved { q, k, v, out, lse, spec, segments: segments.to_vec() })
+}
+
+impl<'a> AttentionSaved<'a> {
+    /// The forward's result as a whole, for [`attention_kept`].
+    pub fn whole(&self) -> Tensor<'a> {
+        self.whole
+    }
 }
 
 /// Cotangents of q, k and v from that of the result, `d_out: [hd * n_head, T]`.
