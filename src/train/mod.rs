@@ -69,7 +69,7 @@ pub use state::State;
 pub use update::{Response, ResponseGroup};
 
 use crate::data::{Problem, ProblemSource, Template};
-use crate::ggml::{Device, TensorSet, ThreadPool};
+use crate::ggml::{TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::reward::{Judge, JudgePool};
 use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};

@@ -40,7 +40,7 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 11] = [
+const HARMLESS: [&str; 12] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
