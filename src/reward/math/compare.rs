@@ -237,22 +237,22 @@ fn ratios(gold: &[Expr], answer: &[Expr], at: At) -> Finding {
     Ok("the same ratio".into())
 }
 
-/// The value that `x = ..` (or `x \in ..`) gives to a name; the sides behind it must agree.
+/// The value that `x = ..` (or `x \in ..`) gives to a name: the last side, with which those before it agree.
 fn assigned<'a>(sides: &'a [Answer], by: &[&str], at: At) -> Result<&'a Answer, String> {
     let none = || Err("a relation is not a value".to_string());
     if !by.iter().all(|by| *by == "=") && by != ["in"] {
         return none();
     }
     let [name, values @ ..] = sides else { return none() };
-    let [first, others @ ..] = values else { return none() };
-    if !is_name(name) || mentions(first, name) {
+    let [steps @ .., last] = values else { return none() };
+    if !is_name(name) || values.iter().any(|value| mentions(value, name)) {
         return none();
     }
-    for other in others {
-        compare(first, other, at.deeper())
+    for step in steps {
+        compare(step, last, at.deeper())
             .map_err(|_| "the sides of the equation differ".to_string())?;
     }
-    Ok(first)
+    Ok(last)
 }
 
 /// A variable, `f(x)`, `(x, y)`, a segment: what an equation may give a value to.
@@ -440,7 +440,10 @@ fn is_number(value: &Expr) -> bool {
 /// answer is a number, that is the question again. Fractions, powers and scientific notation are numbers.
 fn is_undone(value: &Expr) -> bool {
     match value {
-        Expr::Sum(terms) => terms.iter().filter(|term| is_number(term)).count() > 1,
+        Expr::Sum(terms) => {
+            !is_mixed(terms) && terms.iter().filter(|term| is_number(term)).count() > 1
+                || terms.iter().any(is_undone)
+        }
         Expr::Product(factors) => {
             factors.iter().filter(|factor| is_literal(factor)).count() > 1
                 || factors.iter().any(is_undone)
@@ -448,6 +451,11 @@ fn is_undone(value: &Expr) -> bool {
         Expr::Inverse(inner) | Expr::Percent(inner) | Expr::Degrees(inner) => is_undone(inner),
         _ => false,
     }
+}
+
+/// A whole number and a fraction: `3 1/2`.
+fn is_mixed(terms: &[Expr]) -> bool {
+    matches!(terms, [Expr::Num(whole), Expr::Num(part)] if whole.is_int() && !part.is_int())
 }
 
 /// A number that is more than the sign of a product.
