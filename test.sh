@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 tools/setup.sh
-cargo test --release --locked "$@"
+cargo test --release --locked --no-fail-fast "$@"
