@@ -37,6 +37,12 @@ struct Context : BackendContext {
         : inner(inner), name(std::string("bupo-") + ggml_backend_name(inner)), device(index, stream, precise) {}
 
     size_t scratch_bytes() const override { return device.scratch_bytes(); }
+
+    void release() override {
+        ggml_backend_synchronize(inner.get());
+        device.enter();
+        device.release();
+    }
 };
 
 Context & context_of(ggml_backend_t backend) {
@@ -188,6 +194,10 @@ using namespace bupo::BUPO_DEVICE;
 
 size_t bupo_backend_scratch_bytes(ggml_backend_t backend) {
     return static_cast<bupo::BackendContext *>(backend->context)->scratch_bytes();
+}
+
+void bupo_backend_release(ggml_backend_t backend) {
+    bupo::guarded([&] { return static_cast<bupo::BackendContext *>(backend->context)->release(), BUPO_OK; });
 }
 
 bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend_t * out) {

@@ -120,8 +120,18 @@ enum bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend
 // GPU `index` of bupo_cuda_count.
 enum bupo_status bupo_backend_cuda(int index, bool precise, ggml_backend_t * out);
 
-// Scratch memory of our ops in a backend made here, bytes.
+// Bytes of a tile of dequantised weights, of scores or of logits, and tokens whose logits are taken at once. The host's
+// are small, so that small tests have several tiles.
+#define BUPO_GPU_TILE_BYTES      67108864
+#define BUPO_GPU_TOKEN_TILE      2048
+#define BUPO_EMULATED_TILE_BYTES 16384
+#define BUPO_EMULATED_TOKEN_TILE 24
+
+// Scratch memory of our ops in a backend made here, bytes; it is kept for the next op until it is given back.
 size_t bupo_backend_scratch_bytes(ggml_backend_t backend);
+
+// Gives the scratch memory back, once all work is done.
+void bupo_backend_release(ggml_backend_t backend);
 
 // Whether this build has the CUDA kernels.
 bool bupo_cuda_built(void);

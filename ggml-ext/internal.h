@@ -26,6 +26,7 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
 struct BackendContext {
     virtual ~BackendContext() = default;
     virtual size_t scratch_bytes() const = 0;
+    virtual void   release() = 0;
 };
 
 } // namespace bupo

@@ -19,7 +19,7 @@ fn small() -> TrainConfig {
         eval_problems: 8,
         rank: 4,
         threads: Some(2),
-        kv_mib: 64,
+        kv_mib: Some(64),
         ..TrainConfig::default()
     }
 }
@@ -30,6 +30,36 @@ fn greedy_logprobs(rollouts: &mut Rollouts, prompt: &[i32]) -> Vec<f32> {
     let stop = AtomicBool::new(false);
     let mut groups = rollouts.generate(&[request], &sampling, 1, &mut |_| (), &stop).unwrap();
     groups.remove(0).remove(0).logprobs
+}
+
+#[test]
+fn turns_in_a_budget_change_nothing_but_the_memory() {
+    use bupo_gguf::ggml::Device;
+    use bupo_gguf::model::Placement;
+    // A GPU's kernels on the host: with a budget, rollouts and updates take turns.
+    let placement = Placement { device: Device::Emulated { precise: true }, gpu_layers: None };
+    let model = Model::open_on(&common::golden_dir().join("qwen3-f32.gguf"), placement).unwrap();
+    let adapter = |vram: Option<&str>| {
+        let config = TrainConfig {
+            vram: vram.map(|size| size.parse().unwrap()),
+            micro_batch_tokens: Some(96),
+            data: "task:max".into(),
+            template: "plain".into(),
+            prompts_per_step: 2,
+            group: 2,
+            max_response: 8,
+            rank: 2,
+            internal_steps: 1,
+            ..small()
+        };
+        let mut trainer = Trainer::new(&model, config).unwrap();
+        for step in 1..=2 {
+            trainer.step(step, &mut Silent).unwrap();
+        }
+        let tensors = trainer.lora().tensors();
+        (0..tensors.len()).flat_map(|i| tensors.values(i).to_vec()).collect::<Vec<_>>()
+    };
+    assert_eq!(adapter(None), adapter(Some("1GiB")));
 }
 
 #[test]

@@ -95,6 +95,8 @@ public:
     float * floats(size_t n) { return static_cast<float *>(scratch(n * sizeof(float))); }
     // Bytes that all scratch memory takes; it is kept for the next op.
     size_t  scratch_bytes() const;
+    // Gives it back; nothing may be lent, and all work must be done.
+    void    release();
 
     // Gives back the scratch memory lent in its life. Safe without waiting, for the next user's work stands behind
     // the last one's on the stream.
@@ -107,7 +109,7 @@ public:
 
     private:
         Device & device_;
-        size_t   chunk_, used_;
+        size_t   chunk_, used_, lent_;
     };
 
     void zero(void * to, size_t bytes);
@@ -167,17 +169,24 @@ private:
 // turns and small tests should have several tiles.
 #ifdef BUPO_EMULATE
 constexpr unsigned THREADS    = 64;
-constexpr size_t   TILE_BYTES = 16 * 1024;
-constexpr int64_t  TOKEN_TILE = 24;
+constexpr size_t   TILE_BYTES = BUPO_EMULATED_TILE_BYTES;
+constexpr int64_t  TOKEN_TILE = BUPO_EMULATED_TOKEN_TILE;
 #else
 constexpr unsigned THREADS    = 256;
-constexpr size_t   TILE_BYTES = 64 * 1024 * 1024;
-constexpr int64_t  TOKEN_TILE = 2048;
+constexpr size_t   TILE_BYTES = BUPO_GPU_TILE_BYTES;
+constexpr int64_t  TOKEN_TILE = BUPO_GPU_TOKEN_TILE;
 #endif
 
 // Rows of `row_bytes` in a tile: multiples of 32, for the tensor cores and so that most super-blocks are whole.
 inline int64_t rows_of_tile(size_t row_bytes) {
     return std::max<int64_t>(32, (int64_t) (TILE_BYTES / row_bytes) / 32 * 32);
+}
+
+// Rows of the unembedding, of `row_bytes`, in a tile, so that neither they nor their logits for a tile of `n` tokens
+// are more than a tile.
+inline int64_t vocab_step(int64_t row_bytes, int64_t n) {
+    const int64_t t = std::min(n, TOKEN_TILE);
+    return rows_of_tile((size_t) std::max<int64_t>(row_bytes, t * (int64_t) sizeof(float)));
 }
 
 // Whole warps for a row of n values.

@@ -141,6 +141,20 @@ impl Executor {
         }
     }
 
+    /// Gives back what [`Executor::scratch_bytes`] counts, for others to use; the next graph takes it anew.
+    pub fn release(&mut self) {
+        self.current = std::ptr::null();
+        // SAFETY: a live allocator, freed once, and a live backend, ours unless it is the CPU's; no graph is at work.
+        unsafe {
+            sys::ggml_gallocr_free(self.allocator);
+            self.allocator =
+                sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(self.backend));
+            if self.device != Device::Cpu {
+                sys::bupo_backend_release(self.backend);
+            }
+        }
+    }
+
     /// Gives the graph's tensors memory, fills its inputs, computes it. The same graph may run again
     /// until another one has run: after that its tensors may point into memory that was given back.
     ///

@@ -164,6 +164,15 @@ impl Device {
         !matches!(self, Device::Gpu { .. })
     }
 
+    /// Memory of a GPU that nobody uses at the moment, bytes; none for the host.
+    ///
+    /// # Errors
+    /// See [`gpus`].
+    pub fn free_bytes(self) -> Result<Option<u64>> {
+        let Some(index) = self.gpu() else { return Ok(None) };
+        Ok(gpus()?.get(index).map(|gpu| gpu.bytes_free))
+    }
+
     /// The driver's number of a GPU.
     pub fn gpu(self) -> Option<usize> {
         match self {

@@ -38,6 +38,7 @@ impl Placement {
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     device: Device,
+    free_before: Option<u64>,
 }
 
 // SAFETY: after loading, a llama_model is only read, apart from the list of its adapters, which
@@ -76,6 +77,7 @@ impl Model {
                 "rename it",
             )
         })?;
+        let free_before = placement.device.free_bytes()?;
         // The GPU, if any, and the end of the list.
         let mut devices =
             [placement.device.raw_device()?.unwrap_or(std::ptr::null_mut()), std::ptr::null_mut()];
@@ -94,7 +96,7 @@ impl Model {
             let call = format!("loading {}", path.display());
             Error::engine(call, log::take_last_words(), "check the file with `bupo-gguf inspect`")
         })?;
-        Ok(Model { raw, device: placement.device })
+        Ok(Model { raw, device: placement.device, free_before })
     }
 
     pub(super) fn raw(&self) -> *mut sys::llama_model {
@@ -104,6 +106,11 @@ impl Model {
     /// Where it is computed.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Memory of its GPU that nobody used before it was loaded, bytes; none on the host.
+    pub fn free_before(&self) -> Option<u64> {
+        self.free_before
     }
 
     /// Sizes and settings.

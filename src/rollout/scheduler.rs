@@ -141,7 +141,12 @@ const PARALLEL_LOGITS: usize = 1 << 16;
 
 /// Samples completions with llama.cpp.
 pub struct Rollouts {
-    context: Context,
+    model: Arc<llama::Model>,
+    pool: Arc<ThreadPool>,
+    sizes: ContextOptions,
+    // None after `release`, until it is needed again.
+    context: Option<Context>,
+    adapter: Option<Arc<LiveAdapter>>,
     n_ctx_seq: usize,
 }
 
@@ -172,17 +177,39 @@ impl Rollouts {
     ) -> Result<Rollouts> {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(&model.hparams()?)?;
         let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
-        Ok(Rollouts { context: Context::new(model, pool, sizes)?, n_ctx_seq: options.n_ctx_seq })
+        Ok(Rollouts {
+            model: model.clone(),
+            pool: pool.clone(),
+            sizes,
+            context: Some(Context::new(model, pool, sizes)?),
+            adapter: None,
+            n_ctx_seq: options.n_ctx_seq,
+        })
     }
 
     /// Decodes with this adapter from now on, or with the base alone.
     pub fn set_adapter(&mut self, adapter: Option<Arc<LiveAdapter>>) -> Result<()> {
-        self.context.set_adapter(adapter)
+        self.adapter = adapter.clone();
+        self.context.as_mut().map_or(Ok(()), |context| context.set_adapter(adapter))
     }
 
     /// Sequences decoded at once.
     pub fn n_seq(&self) -> usize {
-        self.context.options().n_seq
+        self.sizes.n_seq
+    }
+
+    /// Gives the memory of keys, values and decoding back, for training to use; the next call takes it anew.
+    pub fn release(&mut self) {
+        self.context = None;
+    }
+
+    fn context(&mut self) -> Result<&mut Context> {
+        if self.context.is_none() {
+            let mut context = Context::new(&self.model, &self.pool, self.sizes)?;
+            context.set_adapter(self.adapter.clone())?;
+            self.context = Some(context);
+        }
+        Ok(self.context.as_mut().expect("just made"))
     }
 
     /// Completions of all requests, in their order.
@@ -237,9 +264,10 @@ impl Rollouts {
                 ));
             }
         }
-        self.context.clear();
+        let context = self.context()?;
+        context.clear();
         let mut run = Run {
-            context: &mut self.context,
+            context,
             requests,
             sampling,
             seed,

@@ -14,7 +14,7 @@ use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
-use crate::ggml::DeviceChoice;
+use crate::ggml::{ByteSize, DeviceChoice};
 use crate::model::{Placement, Targets};
 use crate::reward::{JudgeOptions, default_reward};
 use crate::rollout::Sampling;
@@ -172,9 +172,10 @@ pub struct TrainConfig {
     /// Prompts per optimiser step [default: half of --prompts-per-step]
     #[arg(long, value_name = "N", help_heading = "Batch")]
     pub mini_batch: Option<usize>,
-    /// Tokens per micro batch; gradients of a mini batch accumulate over them
-    #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Batch")]
-    pub micro_batch_tokens: usize,
+    /// Tokens per micro batch; gradients of a mini batch accumulate over them [default: 4096; on a GPU what --vram
+    /// allows]
+    #[arg(long, value_name = "N", help_heading = "Batch")]
+    pub micro_batch_tokens: Option<usize>,
     /// Memory for activations that an update keeps instead of computing them again, MiB (a third of its
     /// time); results are the same [default: half of what is free]
     #[arg(long, value_name = "MIB", help_heading = "Batch")]
@@ -198,9 +199,10 @@ pub struct TrainConfig {
     /// Keep tokens with at least X times the likeliest one's probability (0 = all)
     #[arg(long, default_value_t = 0.0, value_name = "X", help_heading = "Sampling")]
     pub min_p: f32,
-    /// Memory for the KV cache of rollouts, MiB; sets how many sequences run at once
-    #[arg(long, default_value_t = 1024, value_name = "MIB", help_heading = "Sampling")]
-    pub kv_mib: usize,
+    /// Memory for the KV cache of rollouts, MiB; sets how many sequences run at once [default: 1024; on a GPU what
+    /// --vram allows]
+    #[arg(long, value_name = "MIB", help_heading = "Sampling")]
+    pub kv_mib: Option<usize>,
 
     /// Learning rate
     #[arg(long, default_value_t = 1e-3, value_name = "X", help_heading = "Optimiser")]
@@ -266,6 +268,10 @@ pub struct TrainConfig {
     /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     pub device: String,
+    /// On a GPU: its memory that the run may take, 12GiB say, for which micro batches and parallel sequences are
+    /// planned [default: what is free there]
+    #[arg(long, value_name = "SIZE", help_heading = "Run")]
+    pub vram: Option<ByteSize>,
     /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub gpu_layers: Option<usize>,
@@ -380,6 +386,16 @@ impl TrainConfig {
         }
     }
 
+    /// Tokens per micro batch.
+    pub fn micro_batch_tokens(&self) -> usize {
+        self.micro_batch_tokens.unwrap_or(4096)
+    }
+
+    /// Memory for keys and values of rollouts, MiB.
+    pub fn kv_mib(&self) -> usize {
+        self.kv_mib.unwrap_or(1024)
+    }
+
     /// Prompts per optimiser step.
     pub fn mini_batch(&self) -> usize {
         self.mini_batch.unwrap_or(self.prompts_per_step.div_ceil(2))
@@ -462,6 +478,10 @@ impl TrainConfig {
             self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
         }
         self.mini_batch = Some(self.mini_batch());
+        let longest = self.max_prompt + self.max_response;
+        self.micro_batch_tokens =
+            Some(self.micro_batch_tokens.unwrap_or(self.micro_batch_tokens().max(longest)));
+        self.kv_mib = Some(self.kv_mib());
         self.alpha = Some(self.alpha());
         self.reward = Some(self.reward());
         let loss = self.loss();
@@ -513,25 +533,25 @@ impl TrainConfig {
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
             ("--mini-batch", self.mini_batch()),
-            ("--micro-batch-tokens", self.micro_batch_tokens),
+            ("--micro-batch-tokens", self.micro_batch_tokens()),
             ("--max-prompt", self.max_prompt),
             ("--max-response", self.max_response),
             ("--eval-problems", self.eval_problems),
             ("--eval-samples", self.eval_samples),
             ("--steps", self.steps as usize),
-            ("--kv-mib", self.kv_mib),
+            ("--kv-mib", self.kv_mib()),
         ] {
             if value == 0 {
                 return refuse(option, "at least 1", "0".into(), "leave it out for the default");
             }
         }
         let longest = self.max_prompt + self.max_response;
-        if self.micro_batch_tokens < longest {
+        if self.micro_batch_tokens.is_some_and(|n| n < longest) {
             let expected = format!("at least --max-prompt plus --max-response ({longest})");
             return refuse(
                 "--micro-batch-tokens",
                 &expected,
-                self.micro_batch_tokens.to_string(),
+                self.micro_batch_tokens().to_string(),
                 "raise it",
             );
         }

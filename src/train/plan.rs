@@ -60,14 +60,14 @@ impl Plan {
         let threads = c.threads.unwrap_or(1);
 
         let longest = c.max_prompt + c.max_response;
-        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib << 20 };
+        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 };
         let sizes = options.sizes(&model.engine().hparams()?)?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
         // The largest micro batch: of a mini batch, or of the rest that is scored before the updates.
         let group_tokens = c.max_prompt + c.group * c.max_response;
         let groups = c.mini_batch().max(c.prompts_per_step - c.mini_batch());
-        let tokens = c.micro_batch_tokens.min(groups * group_tokens);
+        let tokens = c.micro_batch_tokens().min(groups * group_tokens);
         let scored = tokens.min(groups * c.group * c.max_response);
         let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };

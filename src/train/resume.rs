@@ -40,7 +40,7 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 13] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
@@ -52,6 +52,7 @@ const HARMLESS: [&str; 12] = [
     "keep-checkpoints",
     "memory",
     "memory-mib",
+    "vram",
     "out",
 ];
 /// Settings that the adapter of a checkpoint has already.
@@ -261,6 +262,7 @@ mod tests {
             eval_data: Some("held-out.jsonl".into()),
             memory: Some(1),
             memory_mib: Some(1),
+            vram: Some(crate::ggml::ByteSize(1)),
             out: Some("run".into()),
             ..TrainConfig::default()
         };
