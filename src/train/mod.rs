@@ -70,10 +70,10 @@ pub use state::State;
 pub use update::{Response, ResponseGroup};
 pub use vram::GpuPlan;
 
-use crate::data::{Problem, ProblemSource, Template};
+use crate::data::{Problem, ProblemSource};
 use crate::ggml::{TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::reward::{Judge, JudgePool};
+use crate::reward::JudgePool;
 use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
 use crate::{Error, Result};
 use critic::Critic;
@@ -194,9 +194,8 @@ impl<'m> Trainer<'m> {
         }
         let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let judge = Judge::parse(&config.reward(), config.judging())?;
-        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
-            .with_template(&Template::parse(&config.template)?)?;
+        let judges = config.rewards.judges(&config.data, config.max_response)?;
+        let encoder = config.prompts.encoder(model)?;
         if config.drop_long_prompts {
             problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
         }
@@ -221,7 +220,6 @@ impl<'m> Trainer<'m> {
             None => memory::keep_budget(&config, model.device()),
         });
         let critic = new_critic(&config, model)?;
-        let judges = JudgePool::new(judge, config.reward_workers)?;
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
@@ -422,7 +420,7 @@ impl<'m> Trainer<'m> {
         let c = &self.config;
         UpdateConfig {
             policy,
-            temperature: c.temperature,
+            temperature: c.sampling.temperature,
             loss: c.loss(),
             aggregation: c.aggregation(),
             max_response: c.max_response,

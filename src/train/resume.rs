@@ -154,9 +154,7 @@ impl Resume {
         let wrong = |e: String| Error::invalid("settings", "those of a run", e, "see train --help");
         let mut table = toml::Table::try_from(old).map_err(|e| wrong(e.to_string()))?;
         table.extend(settings.clone());
-        let new: TrainConfig =
-            table.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        let mut new = new.absolute()?;
+        let mut new = TrainConfig::from_table(table, "settings")?.absolute()?;
         new.out = old.out.clone();
         self.changes = changes(old, &new)?;
         if self.checkpoint.is_some() {

@@ -41,14 +41,23 @@ impl RunConfig {
     pub fn read(folder: &Path) -> Result<RunConfig> {
         let path = folder.join(CONFIG);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        toml::from_str(&text).map_err(|e| {
-            Error::invalid(
-                path.display().to_string(),
-                "the settings of a run",
-                e.to_string(),
-                "restore the file, or start another run",
-            )
-        })
+        let wrong = |got: String| {
+            let advice = "restore the file, or start another run";
+            Error::invalid(path.display().to_string(), "the settings of a run", got, advice)
+        };
+        let mut file: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let mut take = |name: &str| file.remove(name).ok_or_else(|| wrong(format!("no {name}")));
+        let model: PathBuf =
+            take("model")?.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let toml::Value::Table(train) = take("train")? else {
+            return Err(wrong("train is no table".into()));
+        };
+        if let Some(name) = file.keys().next() {
+            return Err(wrong(format!("unknown {name}")));
+        }
+        let train = TrainConfig::from_table(train, &path.display().to_string())?;
+        Ok(RunConfig { model, train })
     }
 
     /// What `config.toml` holds.
