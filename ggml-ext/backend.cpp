@@ -70,6 +70,9 @@ void run_custom(Device & device, ggml_tensor * node) {
         case BUPO_OP_LINEAR_BACK:    return run_linear_back(device, node, params_as<bupo_linear_params>(params));
         case BUPO_OP_OUTER:          return run_outer(device, node, params_as<bupo_linear_params>(params));
         case BUPO_OP_LOGPROB:        return run_logprob(device, node, params_as<bupo_logprob_params>(params));
+        case BUPO_OP_TAKEN_LOGITS:   return run_taken_logits(device, node);
+        case BUPO_OP_POLICIES:       return run_policies(device, node, params_as<bupo_policies_params>(params));
+        case BUPO_OP_DIVERGENCE:     return run_divergence(device, node);
         case BUPO_OP_ATTENTION:      return run_attention(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_ATTENTION_BACK: return run_attention_back(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_RMS_NORM:       return run_rms_norm(device, node, params_as<bupo_norm_params>(params));

@@ -44,7 +44,10 @@ fn turns_in_a_budget_change_nothing_but_the_memory() {
             vram: vram.map(|size| size.parse().unwrap()),
             micro_batch_tokens: Some(96),
             data: "task:max".into(),
-            template: "plain".into(),
+            prompts: bupo_gguf::rollout::PromptOptions {
+                template: "plain".into(),
+                ..Default::default()
+            },
             prompts_per_step: 2,
             group: 2,
             max_response: 8,

@@ -206,6 +206,10 @@ struct Largest {
     template <typename T> __device__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
+struct Smallest {
+    template <typename T> __device__ T operator()(T a, T b) const { return a < b ? a : b; }
+};
+
 // `combine` over all threads of the block, the same value for each. All threads must call it.
 template <typename Combine, typename T> __device__ T over_block(T value) {
     __shared__ T parts[32];
@@ -254,6 +258,9 @@ void run_linear(Device & device, ggml_tensor * dst, const bupo_linear_params & p
 void run_linear_back(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_outer(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_logprob(Device & device, ggml_tensor * dst, const bupo_logprob_params & params);
+void run_taken_logits(Device & device, ggml_tensor * dst);
+void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params & params);
+void run_divergence(Device & device, ggml_tensor * dst);
 void run_attention(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_attention_back(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_rms_norm(Device & device, ggml_tensor * dst, const bupo_norm_params & params);

@@ -14,8 +14,18 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 8] =
-    ["activations", "linear", "logprob", "attention", "norm", "swiglu", "rows", "adamw"];
+const KERNELS: [&str; 10] = [
+    "activations",
+    "linear",
+    "logprob",
+    "policies",
+    "divergence",
+    "attention",
+    "norm",
+    "swiglu",
+    "rows",
+    "adamw",
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
