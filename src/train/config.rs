@@ -16,7 +16,7 @@ use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
 use crate::ggml::DeviceChoice;
 use crate::model::{Placement, Targets};
-use crate::reward::{JudgeOptions, default_reward};
+use crate::reward::{Judge, JudgeOptions, default_reward};
 use crate::rollout::Sampling;
 use crate::{Error, Result};
 
@@ -73,6 +73,9 @@ pub struct TrainConfig {
     /// cmd:PROG: a program, JSON lines in and out [default: math; boxed where tasks alone are asked]
     #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]
     pub reward: Option<String>,
+    /// The folder that a reward program runs in: the one that the run was begun in.
+    #[arg(skip)]
+    pub reward_folder: Option<PathBuf>,
     /// Threads that judge while others sample; each has its own reward program
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
     pub reward_workers: usize,
@@ -362,12 +365,20 @@ impl TrainConfig {
         }
     }
 
-    /// What a judge must know beside `reward`.
-    pub fn judging(&self) -> JudgeOptions {
-        JudgeOptions {
+    /// Who judges completions.
+    ///
+    /// # Errors
+    /// Those of [`Judge::parse`].
+    pub fn judge(&self) -> Result<Judge> {
+        let options = JudgeOptions {
             max_response: self.max_response,
             timeout: Duration::from_secs_f32(self.reward_timeout),
+        };
+        let mut judge = Judge::parse(&self.reward(), options)?;
+        if let Some(folder) = &self.reward_folder {
+            judge.run_in(folder);
         }
+        Ok(judge)
     }
 
     /// Settings of sampling.
@@ -441,7 +452,10 @@ impl TrainConfig {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
             Ok(())
         };
-        [&mut self.tokenizer, &mut self.adapter, &mut self.out]
+        if self.judge()?.has_program() && self.reward_folder.is_none() {
+            self.reward_folder = Some(PathBuf::from("."));
+        }
+        [&mut self.tokenizer, &mut self.adapter, &mut self.out, &mut self.reward_folder]
             .into_iter()
             .flatten()
             .try_for_each(absolute)?;

@@ -15,8 +15,10 @@ pub fn peak_bytes() -> u64 {
 /// Resident memory of this process, bytes, without what it maps of these files; 0 where the system does not
 /// say.
 pub fn resident_besides(files: &[PathBuf]) -> u64 {
+    // A file in memory has no path, but a link with the name that its mappings bear.
+    let mapped_as = |f: &PathBuf| fs::canonicalize(f).or_else(|_| fs::read_link(f));
     let files: HashSet<PathBuf> =
-        files.iter().map(|f| fs::canonicalize(f).unwrap_or_else(|_| f.clone())).collect();
+        files.iter().map(|f| mapped_as(f).unwrap_or_else(|_| f.clone())).collect();
     let (mut bytes, mut counts) = (0, true);
     for line in read("/proc/self/smaps").lines() {
         let first = line.split(' ').next().unwrap_or_default();

@@ -71,7 +71,7 @@ pub use update::{Response, ResponseGroup};
 use crate::data::{Problem, ProblemSource, Template};
 use crate::ggml::{TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::reward::{Judge, JudgePool};
+use crate::reward::JudgePool;
 use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
 use crate::{Error, Result};
 use critic::Critic;
@@ -183,7 +183,7 @@ impl<'m> Trainer<'m> {
         }
         let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let judge = Judge::parse(&config.reward(), config.judging())?;
+        let judge = config.judge()?;
         let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
             .with_template(&Template::parse(&config.template)?)?;
         if config.drop_long_prompts {

@@ -40,20 +40,20 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 10] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
     "eval-every",
     "entropy-every",
-    "reward-workers",
-    "reward-timeout",
     "checkpoint-every",
     "keep-checkpoints",
     "memory",
     "memory-mib",
     "out",
 ];
+/// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
+const HARMLESS_WITHOUT_PROGRAM: [&str; 2] = ["reward-workers", "reward-timeout"];
 /// Settings that the adapter of a checkpoint has already.
 const SETTLED: [&str; 4] = ["adapter", "rank", "alpha", "targets"];
 
@@ -67,10 +67,14 @@ fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
     let names: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
     // Only a falling learning rate looks at the end of the run.
     let looks_at_end = |c: &TrainConfig| c.schedule != super::Schedule::Constant;
+    let program = new.judge()?.has_program();
     let effect = |name: &str| match name {
+        // Older runs did not write it down.
+        "reward-folder" if old.reward_folder.is_none() => Effect::None,
         "steps" if looks_at_end(old) || looks_at_end(new) => Effect::Inexact,
         "steps" => Effect::None,
         _ if HARMLESS.contains(&name) => Effect::None,
+        _ if HARMLESS_WITHOUT_PROGRAM.contains(&name) && !program => Effect::None,
         _ if SETTLED.contains(&name) => Effect::Impossible,
         _ => Effect::Inexact,
     };
@@ -155,7 +159,9 @@ impl Resume {
         table.extend(settings.clone());
         let new: TrainConfig =
             table.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        let mut new = new.absolute()?;
+        // Another program counts from here.
+        let reward_folder = new.reward_folder.filter(|_| !settings.contains_key("reward"));
+        let mut new = TrainConfig { reward_folder, ..new }.absolute()?;
         new.out = old.out.clone();
         self.changes = changes(old, &new)?;
         if self.checkpoint.is_some() {
@@ -265,7 +271,7 @@ mod tests {
             ..TrainConfig::default()
         };
         let table = toml::Table::try_from(all).unwrap();
-        for name in HARMLESS {
+        for name in HARMLESS.into_iter().chain(HARMLESS_WITHOUT_PROGRAM) {
             assert!(table.contains_key(name), "{name} is no setting");
         }
         let old = TrainConfig::default();
@@ -283,5 +289,16 @@ mod tests {
         let longer = TrainConfig { steps: 50, ..falling.clone() };
         assert_eq!(changes(&falling, &longer).unwrap()[0].effect, Effect::Inexact);
         assert!(changes(&old, &old).unwrap().is_empty());
+
+        // A program may judge otherwise when it is started anew or asked again.
+        let judged = |reward: &str, timeout: f32| TrainConfig {
+            reward: Some(reward.into()),
+            reward_timeout: timeout,
+            ..old.clone()
+        };
+        for (reward, effect) in [("math", Effect::None), ("cmd:judge", Effect::Inexact)] {
+            let found = changes(&judged(reward, 1.0), &judged(reward, 2.0)).unwrap();
+            assert_eq!(found[0].effect, effect, "{reward}");
+        }
     }
 }
