@@ -1,6 +1,7 @@
 //! Safe wrappers over ggml: types, tensors, graphs, devices.
 
 mod backend;
+mod bytes;
 mod device;
 mod mmap;
 mod nodes;
@@ -10,6 +11,7 @@ mod tensor;
 mod types;
 
 pub use backend::{Computed, Executor, Graph, Input, ThreadPool};
+pub use bytes::ByteSize;
 pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;
 pub use nodes::Rope;
