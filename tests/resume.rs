@@ -383,6 +383,72 @@ fn changed_settings_are_listed_and_refused_where_they_break_exactness() {
 }
 
 #[test]
+fn settings_of_an_older_version_are_refused_by_name() {
+    let (_dir, out) = three_steps();
+    let path = out.join("config.toml");
+    let config = fs::read_to_string(&path).unwrap();
+    for (old, key) in [("memory-mib = 4000", "memory-mib"), ("memory = 512", "memory")] {
+        fs::write(&path, config.replace("[train]\n", &format!("[train]\n{old}\n"))).unwrap();
+        let output = run(&resume(&out, &[]));
+        let said = stderr(&output);
+        let error = said.lines().find(|l| l.starts_with("error: ")).expect("an error line");
+        assert!(error.contains(&format!("an older version wrote {key}:")), "{error}");
+        assert!(error.contains("memory = \"12GiB\""), "{error}");
+    }
+    fs::write(&path, config.replace("[train]\n", "[train]\nmemory = \"4GiB\"\n")).unwrap();
+    Resume::open(&out).unwrap();
+}
+
+/// Resident kB and open descriptors of a process that is there.
+#[cfg(target_os = "linux")]
+fn held(pid: u32) -> Option<(u64, usize)> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))?;
+    Some((resident.parse().ok()?, fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count()))
+}
+
+/// `tools/soak.sh` in short.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_and_descriptors_stay_flat_and_a_killed_run_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, tmp) = (dir.path().join("run"), dir.path().join("tmp"));
+    fs::create_dir(&tmp).unwrap();
+    let mut args = fresh(&out);
+    (args[1], args[3]) = ("demo".into(), "100000".into());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(&args)
+        .env("TMPDIR", &tmp)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    let (mut early, mut late) = ((0, 0), (0, 0));
+    loop {
+        let step = lines(&out);
+        assert!(begun.elapsed().as_secs() < 300, "only {step} steps within five minutes");
+        let (resident, descriptors) = held(child.id()).expect("the run goes on");
+        let most = |seen: &mut (u64, usize)| *seen = (seen.0.max(resident), seen.1.max(descriptors));
+        match step {
+            40..80 => most(&mut early),
+            200..240 => most(&mut late),
+            240.. => break,
+            _ => {}
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    println!("early and late (kB, descriptors): {early:?} {late:?}");
+    // What the allocator and newly seen batch shapes take; a leak of 8 kB a step is beyond it.
+    assert!(late.0 <= early.0 + 1280, "resident kB: {early:?}, later {late:?}");
+    assert!(late.1 <= early.1 + 1, "descriptors: {early:?}, later {late:?}");
+    let left: Vec<_> = fs::read_dir(&tmp).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.is_empty(), "left in the temporary folder: {left:?}");
+}
+
+#[test]
 fn one_run_per_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");

@@ -44,14 +44,13 @@ pub fn run(args: InspectArgs) -> Result<()> {
         }
         None => None,
     };
-    let available = memory::available_bytes();
     if args.json {
         return print_json(&serde_json::json!({
-            "model": description, "plan": plan, "available_bytes": available}));
+            "model": description, "plan": plan, "available_bytes": memory::available_bytes()}));
     }
     print_line(&description.to_string())?;
     if let Some(plan) = plan {
-        print_line(&plan.table(available))?;
+        print_line(&plan.table())?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
-use crate::ggml::DeviceChoice;
+use crate::ggml::{ByteSize, DeviceChoice};
 use crate::model::{Placement, Targets};
 use crate::reward::{Judge, JudgeOptions, default_reward};
 use crate::rollout::Sampling;
@@ -178,10 +178,10 @@ pub struct TrainConfig {
     /// Tokens per micro batch; gradients of a mini batch accumulate over them
     #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Batch")]
     pub micro_batch_tokens: usize,
-    /// Memory for activations that an update keeps instead of computing them again, MiB (a third of its
-    /// time); results are the same [default: half of what is free]
-    #[arg(long, value_name = "MIB", help_heading = "Batch")]
-    pub memory: Option<usize>,
+    /// Compute activations again in the backward instead of keeping them: least memory, a third more time; results
+    /// are the same
+    #[arg(long, help_heading = "Batch")]
+    pub recompute: bool,
     /// Prompts longer than this lose their beginning
     #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Batch")]
     pub max_prompt: usize,
@@ -257,9 +257,10 @@ pub struct TrainConfig {
     /// Checkpoints to keep, the newest ones (0 = all)
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: usize,
-    /// Memory that the run may take; a plan beyond it is refused [default: what is available]
-    #[arg(long, value_name = "MIB", help_heading = "Run")]
-    pub memory_mib: Option<u64>,
+    /// Memory that the run may take in all, as 12GiB or 800MiB: a plan beyond it is refused, what it leaves keeps
+    /// activations for the backward [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "Run")]
+    pub memory: Option<ByteSize>,
     /// Same seed, same run
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,

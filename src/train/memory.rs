@@ -4,9 +4,6 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::TrainConfig;
-use crate::ggml::Device;
-
 /// Largest resident memory of this process so far, bytes (`VmHWM`); 0 where the system does not say.
 pub fn peak_bytes() -> u64 {
     field(&read("/proc/self/status"), "VmHWM:").unwrap_or(0)
@@ -38,16 +35,6 @@ pub fn resident_besides(files: &[PathBuf]) -> u64 {
 pub fn available_bytes() -> Option<u64> {
     let machine = field(&read("/proc/meminfo"), "MemAvailable:");
     machine.into_iter().chain(group_limits()).min()
-}
-
-/// Bytes for activations that an update keeps: `--memory`, else half of what is free on the CPU; that says
-/// nothing of another device, which keeps none unless told.
-pub(super) fn keep_budget(config: &TrainConfig, device: Device) -> usize {
-    match config.memory {
-        Some(mib) => mib << 20,
-        None if device != Device::Cpu => 0,
-        None => available_bytes().unwrap_or(0) as usize / 2,
-    }
 }
 
 /// What is left in each control group of this process.

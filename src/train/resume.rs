@@ -49,7 +49,7 @@ const HARMLESS: [&str; 10] = [
     "checkpoint-every",
     "keep-checkpoints",
     "memory",
-    "memory-mib",
+    "recompute",
     "out",
 ];
 /// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
@@ -259,14 +259,14 @@ pub(super) fn model_path(path: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ggml::ByteSize;
     use crate::train::Schedule;
 
     #[test]
     fn every_setting_counts_as_inexact_unless_it_is_known_to_be_harmless() {
         let all = TrainConfig {
             eval_data: Some("held-out.jsonl".into()),
-            memory: Some(1),
-            memory_mib: Some(1),
+            memory: Some(ByteSize(1)),
             out: Some("run".into()),
             ..TrainConfig::default()
         };

@@ -42,12 +42,18 @@ impl RunConfig {
         let path = folder.join(CONFIG);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         toml::from_str(&text).map_err(|e| {
-            Error::invalid(
-                path.display().to_string(),
-                "the settings of a run",
-                e.to_string(),
-                "restore the file, or start another run",
-            )
+            // Older runs had MiB in two settings, one for all memory and one for kept activations.
+            let table = text.parse::<toml::Table>().unwrap_or_default();
+            let train = table.get("train").and_then(toml::Value::as_table);
+            let older = |key: &&&str| train.is_some_and(|t| t.get(**key).is_some_and(|v| v.is_integer()));
+            let advice = match ["memory-mib", "memory"].iter().find(older) {
+                Some(key) => format!(
+                    "an older version wrote {key}: in its place write memory = \"12GiB\", all that the run may take, or nothing"
+                ),
+                None => "restore the file, or start another run".into(),
+            };
+            let why = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+            Error::invalid(path.display().to_string(), "the settings of a run", why, advice)
         })
     }
 
