@@ -8,8 +8,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bupo_gguf::bench::packed;
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, Tensor, ThreadPool, Type};
-use bupo_gguf::ops::{self, AttentionSpec, LowRank, Segment};
+use bupo_gguf::ops::{self, AttentionSpec, LowRank};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -204,24 +205,6 @@ fn logprob(c: &mut Criterion) {
             });
         }
     }
-}
-
-/// `prompts` prompts of `prefix` tokens, each with `n` completions of `len`.
-fn packed(prompts: usize, prefix: usize, n: usize, len: usize) -> Vec<Segment> {
-    let mut segments = Vec::new();
-    let mut at = 0;
-    for _ in 0..prompts {
-        let prompt = [at, at + prefix as i32];
-        segments.push(Segment { begin: at, end: prompt[1], prefix_begin: 0, prefix_end: 0 });
-        at = prompt[1];
-        for _ in 0..n {
-            let end = at + len as i32;
-            let [prefix_begin, prefix_end] = prompt;
-            segments.push(Segment { begin: at, end, prefix_begin, prefix_end });
-            at = end;
-        }
-    }
-    segments
 }
 
 fn attention(c: &mut Criterion) {

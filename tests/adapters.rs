@@ -1,6 +1,8 @@
 //! Adapters in every form: types, PEFT both ways, several as one; and what two models differ in.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +12,7 @@ use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, GgufFile};
 use bupo_gguf::model::{Batch, Contestant, Lora, Model, Policy, compare};
 use common::{Golden, golden_dir, relative_error};
+use program::text;
 use serde_json::Value;
 
 fn golden(name: &str) -> PathBuf {
@@ -21,10 +24,6 @@ fn run(args: &[&str]) -> Result<String, String> {
     let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
     assert!(out.status.code().is_some(), "{args:?} was killed: {stderr}");
     if out.status.success() { Ok(String::from_utf8(out.stdout).unwrap()) } else { Err(stderr) }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// Log-probs of `tokens[1..]` by our exact forward.

@@ -1,40 +1,13 @@
 //! The program as a user runs it.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use program::{fail, json_lines, succeed};
 use serde_json::Value;
-
-fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
-}
-
-fn succeed(args: &[&str]) -> String {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(out.stdout).unwrap()
-}
-
-/// Runs, expects failure with one line that holds all of `words`.
-fn fail(args: &[&str], words: &[&str]) {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success(), "{args:?} succeeded");
-    assert!(out.status.code().is_some(), "{args:?} was killed: {stderr}");
-    let line = stderr.lines().find(|l| l.starts_with("error: "));
-    let line = line.unwrap_or_else(|| panic!("{args:?}: no error line in {stderr:?}"));
-    for word in words {
-        assert!(line.contains(word), "{args:?}: '{word}' is not in: {line}");
-    }
-}
-
-fn json_lines(path: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
 
 const QUICK: [&str; 12] = [
     "--steps",

@@ -2,33 +2,24 @@
 //! interruption and resumption, comparison.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use common::{Golden, relative_error};
+use program::{fail, succeed};
 use serde_json::{Value, json};
 
-fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).arg("entropy").args(args).output().unwrap()
+/// `entropy` with these arguments; its summary.
+fn look(args: &[&str]) -> Value {
+    let out = succeed(&[&["entropy"], args, &["--json"]].concat());
+    serde_json::from_str(&out).unwrap()
 }
 
-fn succeed(args: &[&str]) -> Value {
-    let out = run(&[args, &["--json"]].concat());
-    let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{args:?}: {stderr}");
-    serde_json::from_slice(&out.stdout).unwrap()
-}
-
-fn fail(args: &[&str], words: &[&str]) {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success() && out.status.code().is_some(), "{args:?}: {stderr}");
-    let line =
-        stderr.lines().find(|l| l.starts_with("error: ")).unwrap_or_else(|| panic!("{stderr}"));
-    for word in words {
-        assert!(line.contains(word), "{args:?}: '{word}' is not in: {line}");
-    }
+fn refused(args: &[&str], words: &[&str]) {
+    fail(&[&["entropy"], args].concat(), words);
 }
 
 fn records(path: &Path) -> Vec<Value> {
@@ -68,7 +59,7 @@ fn the_dump_holds_pytorchs_entropies() {
         let data = folder.write("rows.jsonl", &row.to_string());
         let out = folder.path(case);
         let args = [&golden_model(case), "--data", &data, "--out", &out, "--top-k", "4"];
-        let summary = succeed(&args);
+        let summary = look(&args);
         let records = records(&PathBuf::from(&out).join("entropy.jsonl"));
         let layers = golden.json["n_layer"].as_u64().unwrap() as usize;
         assert_eq!(records.len(), layers * completion.len());
@@ -131,7 +122,7 @@ fn rows_that_cannot_be_used_are_left_out_by_number() {
     let data = folder.write("rows.jsonl", &format!("{ROWS}{long}\n"));
     let out = folder.path("out");
     let quick = ["--max-response", "6"];
-    let summary = succeed(&[&["demo", "--data", &data, "--out", &out][..], &quick[..]].concat());
+    let summary = look(&[&["demo", "--data", &data, "--out", &out][..], &quick[..]].concat());
     assert_eq!(summary["rows"], 10);
     assert_eq!(summary["rows_left_out"], 6);
     assert_eq!(summary["samples"], 5);
@@ -149,20 +140,20 @@ fn rows_that_cannot_be_used_are_left_out_by_number() {
     }
     let strict = folder.path("strict");
     let args = ["demo", "--data", &data, "--out", &strict, "--strict"];
-    fail(&args, &["rows.jsonl:2", "JSON"]);
+    refused(&args, &["rows.jsonl:2", "JSON"]);
     assert!(!Path::new(&strict).exists(), "nothing half-written");
-    fail(&["demo", "--data", &data, "--out", &out], &["--out", "empty or new", "--resume"]);
+    refused(&["demo", "--data", &data, "--out", &out], &["--out", "empty or new", "--resume"]);
     let none = folder
         .write("none.jsonl", "{\"prompt_tokens\": [40], \"completions\": [{\"tokens\": [-1]}]}");
     let empty = folder.path("empty");
-    fail(&["demo", "--data", &none, "--out", &empty], &["none.jsonl", "can be used", "-1"]);
+    refused(&["demo", "--data", &none, "--out", &empty], &["none.jsonl", "can be used", "-1"]);
     assert!(!Path::new(&empty).exists());
     let adapter = common::golden_dir().join("llama-f32.lora.gguf");
     let adapter = adapter.to_str().unwrap();
-    fail(&["demo", "--data", &data, "--out", &empty, "--adapter", adapter], &["llama", "qwen3"]);
+    refused(&["demo", "--data", &data, "--out", &empty, "--adapter", adapter], &["llama", "qwen3"]);
     let other = golden_model("qwen2-f32");
     let args = ["demo", "--data", &data, "--out", &empty, "--compare", &other];
-    fail(&args, &["--compare", "layers"]);
+    refused(&args, &["--compare", "layers"]);
 }
 
 /// A dump that was cut anywhere and resumed gives the bytes of one that was not.
@@ -180,7 +171,7 @@ fn a_resumed_dump_is_the_whole_one() {
     let model = golden_model("qwen3-f32");
     let go = |out: &str, extra: &[&str]| {
         let base = [&model, "--data", &data, "--out", out, "--batch-tokens", "64", "--every", "2"];
-        succeed(&[&base[..], extra].concat())
+        look(&[&base[..], extra].concat())
     };
     let whole = folder.path("whole");
     let summary = go(&whole, &[]);
@@ -202,7 +193,7 @@ fn a_resumed_dump_is_the_whole_one() {
     // Once more: there is nothing left to do.
     assert_eq!(go(&part, &["--resume"])["layers"], summary["layers"]);
     let args = [&model, "--data", &data, "--out", &part, "--resume", "--every", "3"];
-    fail(&args, &["--resume", "pick", "\"every\":2", "\"every\":3"]);
+    refused(&args, &["--resume", "pick", "\"every\":2", "\"every\":3"]);
 }
 
 #[test]
@@ -235,7 +226,7 @@ fn ctrl_c_keeps_what_is_done() {
     let done = summary["samples"].as_u64().unwrap();
     assert_eq!(records(&path.join("entropy.jsonl")).len() as u64, done * 200 * 8);
     let more = (done + 2).to_string();
-    let resumed = succeed(&[&base[..], &["--resume", "--samples", &more]].concat());
+    let resumed = look(&[&base[..], &["--resume", "--samples", &more]].concat());
     assert_eq!(resumed["samples"], done + 2);
 }
 
@@ -252,9 +243,9 @@ fn comparing_gives_the_paired_difference() {
     let (model, adapter) = (golden_model("qwen3-f32"), golden.lora_path());
     let adapter = adapter.to_str().unwrap();
     let args = [&model, "--data", &data, "--out", &out, "--compare-adapter", adapter];
-    let summary = succeed(&args);
+    let summary = look(&args);
     let alone = folder.path("alone");
-    let with = succeed(&[&model, "--data", &data, "--out", &alone, "--adapter", adapter]);
+    let with = look(&[&model, "--data", &data, "--out", &alone, "--adapter", adapter]);
     assert_eq!(summary["compared"]["layers"], with["layers"], "the same as measured alone");
     let number = |value: &Value| value.as_f64().unwrap();
     for (i, difference) in summary["difference"]["layers"].as_array().unwrap().iter().enumerate() {
@@ -268,10 +259,10 @@ fn comparing_gives_the_paired_difference() {
     assert!(Path::new(&out).join("compare.parquet").is_file());
     // A model beside itself does not differ.
     let same = folder.path("same");
-    let summary = succeed(&[&model, "--data", &data, "--out", &same, "--compare", &model]);
+    let summary = look(&[&model, "--data", &data, "--out", &same, "--compare", &model]);
     assert_eq!(summary["difference"]["layers"][1]["layer_out"], 0.0);
     // Q8_0 beside F32 of another seed's weights has another vocabulary or not; the demo model has.
     let other = folder.path("other");
     let args = [&model, "--data", &data, "--out", &other, "--compare", &golden_model("qwen3-q4_k")];
-    fail(&args, &["--compare", "layers"]);
+    refused(&args, &["--compare", "layers"]);
 }

@@ -1,46 +1,13 @@
 //! `eval`, data files and rewards as a user runs them.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
+use program::{fail, json, json_lines, run, succeed, text};
 use serde_json::Value;
-
-fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
-}
-
-fn succeed(args: &[&str]) -> String {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(out.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(out.stdout).unwrap()
-}
-
-/// Runs, expects failure with one line that holds all of `words`.
-fn fail(args: &[&str], words: &[&str]) {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{args:?}: {stderr}");
-    let line = stderr.lines().find(|l| l.starts_with("error: "));
-    let line = line.unwrap_or_else(|| panic!("{args:?}: no error line in {stderr:?}"));
-    for word in words {
-        assert!(line.contains(word), "{args:?}: '{word}' is not in: {line}");
-    }
-}
-
-fn json(text: &str) -> Value {
-    serde_json::from_str(text).unwrap()
-}
-
-fn json_lines(path: &Path) -> Vec<Value> {
-    std::fs::read_to_string(path).unwrap().lines().map(json).collect()
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 const EVAL: [&str; 12] = [
     "eval",

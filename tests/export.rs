@@ -1,16 +1,19 @@
 //! What an export promises: untouched bytes, llama.cpp's own types and blocks, refusals that leave no trace.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use bupo_gguf::export::{AdapterSpec, MergeOptions, MergeReport, Merger, TypeChoice};
 use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, GgufFile, GgufSet, GgufWriter, Value};
 use bupo_gguf::llama::FileType;
 use common::golden_dir;
+use program::{fail, run, text};
 
 fn golden(name: &str) -> PathBuf {
     golden_dir().join(name)
@@ -30,26 +33,6 @@ fn merge(base: &Path, adapters: &[&str], out: &Path, options: &MergeOptions) -> 
     let specs: Vec<AdapterSpec> = adapters.iter().map(|a| a.parse().unwrap()).collect();
     let merger = Merger::new(base, &base.display().to_string(), &specs, None).unwrap();
     merger.write(out, options, &mut |_, _| ()).unwrap()
-}
-
-fn run(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
-}
-
-/// Runs, expects failure with one line that holds all of `words`.
-fn fail(args: &[&str], words: &[&str]) {
-    let out = run(args);
-    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(!out.status.success() && out.status.code().is_some(), "{args:?}: {stderr}");
-    let line = stderr.lines().find(|l| l.starts_with("error: "));
-    let line = line.unwrap_or_else(|| panic!("{args:?}: no error line in {stderr:?}"));
-    for word in words {
-        assert!(line.contains(word), "{args:?}: '{word}' is not in: {line}");
-    }
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }
 
 /// An adapter with the pairs of another that `wanted` takes.

@@ -5,19 +5,16 @@
 //! BUPO_SCREENSHOTS=DIR keeps what they saw.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 #[path = "common/browser.rs"]
 mod browser;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use browser::Browser;
+use program::succeed;
 use serde_json::{Value, json};
-
-fn bupo(args: &[&str]) {
-    let out = Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap();
-    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-}
 
 /// What the page says of itself once every chart is drawn.
 const FIGURES: &str = "(async () => { await window.report; \
@@ -149,7 +146,7 @@ fn the_page_of_a_dump() {
     let text = |p: &Path| p.to_str().unwrap().to_string();
     let (model, data) = (text(&model), text(&data));
     let one = dir.path().join("one");
-    bupo(&["entropy", &model, "--data", &data, "--out", &text(&one)]);
+    succeed(&["entropy", &model, "--data", &data, "--out", &text(&one)]);
     let wanted = [
         "entropy-flow",
         "entropy-change",
@@ -161,7 +158,7 @@ fn the_page_of_a_dump() {
     ];
     check(&one, "dump", &wanted);
     let two = dir.path().join("two");
-    bupo(&["entropy", &model, "--data", &data, "--out", &text(&two), "--compare", &model]);
+    succeed(&["entropy", &model, "--data", &data, "--out", &text(&two), "--compare", &model]);
     let ids = charts(&two.join("report.html"));
     assert!(ids.iter().any(|id| id == "difference-entropy"), "{ids:?}");
     assert_eq!(svgs(&two).len(), ids.len());
@@ -172,7 +169,7 @@ fn the_page_of_a_run() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let out_text = out.to_str().unwrap();
-    bupo(&[
+    succeed(&[
         "train",
         "demo",
         "--out",
@@ -216,7 +213,7 @@ fn the_page_of_a_run() {
     assert!((1..8).contains(&chosen));
     let why = config["train"]["internal-layer-why"].as_str().unwrap();
     assert!(why.starts_with("auto: ") && why.contains(&format!("layer {chosen}")), "{why}");
-    bupo(&["report", out_text]);
+    succeed(&["report", out_text]);
     let wanted =
         ["reward", "length", "entropy", "clip", "drift", "gradient", "probe-layers", "probe-kl"];
     check(&out, "run", &wanted);

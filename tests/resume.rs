@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bupo_gguf::rollout::Progress;
+use bupo_gguf::rollout::{Progress, PromptOptions};
 use bupo_gguf::train::{Algorithm, Observer, Resume, StepRecord, Summary};
 use bupo_gguf::{Model, Result, TrainConfig, Trainer};
 use clap::ValueEnum;
@@ -392,7 +392,7 @@ fn settings_of_an_older_version_are_refused_by_name() {
         let output = run(&resume(&out, &[]));
         let said = stderr(&output);
         let error = said.lines().find(|l| l.starts_with("error: ")).expect("an error line");
-        assert!(error.contains(&format!("an older version wrote {key}:")), "{error}");
+        assert!(error.contains(&format!("{key}, as an older version wrote it")), "{error}");
         assert!(error.contains("memory = \"12GiB\""), "{error}");
     }
     fs::write(&path, config.replace("[train]\n", "[train]\nmemory = \"4GiB\"\n")).unwrap();
@@ -403,7 +403,8 @@ fn settings_of_an_older_version_are_refused_by_name() {
 #[cfg(target_os = "linux")]
 fn held(pid: u32) -> Option<(u64, usize)> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let resident = status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))?;
+    let resident =
+        status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))?;
     Some((resident.parse().ok()?, fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count()))
 }
 
@@ -429,7 +430,8 @@ fn memory_and_descriptors_stay_flat_and_a_killed_run_leaves_no_file() {
         let step = lines(&out);
         assert!(begun.elapsed().as_secs() < 300, "only {step} steps within five minutes");
         let (resident, descriptors) = held(child.id()).expect("the run goes on");
-        let most = |seen: &mut (u64, usize)| *seen = (seen.0.max(resident), seen.1.max(descriptors));
+        let most =
+            |seen: &mut (u64, usize)| *seen = (seen.0.max(resident), seen.1.max(descriptors));
         match step {
             40..80 => most(&mut early),
             200..240 => most(&mut late),
@@ -542,14 +544,13 @@ fn a_clock_that_was_set_back_changes_nothing() {
 fn the_date_in_a_template_is_that_of_the_runs_beginning() {
     let dir = tempfile::tempdir().unwrap();
     let template = dir.path().join("dated.jinja");
-    fs::write(&template, "{{ strftime_now('%d %H:%M:%S ') }}{{ messages[-1]['content'] }}").unwrap();
+    fs::write(&template, "{{ strftime_now('%d %H:%M:%S ') }}{{ messages[-1]['content'] }}")
+        .unwrap();
+    let template = template.to_str().unwrap().into();
+    let prompts = PromptOptions { template, ..PromptOptions::default() };
     let whole = dir.path().join("whole");
     let model = Model::open(&demo()).unwrap();
-    let config = TrainConfig {
-        template: template.to_str().unwrap().into(),
-        keep_checkpoints: 0,
-        ..small()
-    };
+    let config = TrainConfig { prompts, keep_checkpoints: 0, ..small() };
     Trainer::new(&model, config).unwrap().run(&whole, &mut At::default()).unwrap();
     let whole_left = Left::by(&whole, STEPS);
     // Back to step 2, on another second.
@@ -583,7 +584,11 @@ done
 "#;
     fs::write(dir.path().join("judge.sh"), script).unwrap();
     let train = |folder: &Path, args: Vec<String>| {
-        Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).current_dir(folder).output().unwrap()
+        Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+            .args(args)
+            .current_dir(folder)
+            .output()
+            .unwrap()
     };
     let judged = |out: &str| {
         let reward = ["--reward".to_string(), "cmd:sh ./judge.sh".into()];

@@ -10,6 +10,8 @@ mod ops;
 mod rollout;
 mod train;
 
+pub use ops::packed;
+
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;

@@ -174,8 +174,8 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// A prompt with `n` completions of `len`, `times` in a row.
-fn packed(times: usize, prompt: usize, n: usize, len: usize) -> Vec<Segment> {
+/// Segments of a packed batch: a prompt of `prompt` tokens with `n` completions of `len`, `times` in a row.
+pub fn packed(times: usize, prompt: usize, n: usize, len: usize) -> Vec<Segment> {
     let mut segments = Vec::new();
     let mut at = 0;
     for _ in 0..times {

@@ -12,7 +12,7 @@ use crate::export::{AdapterSpec, DiffConfig, Side, diff, lora_of};
 use crate::ggml::ThreadPool;
 use crate::model::Model;
 
-/// Measure how far two models are apart on given rows, each with adapters or without.
+/// Measure how far two models are apart on given rows, each with adapters or without
 ///
 /// A is the reference, B what is judged: KL(A || B), agreement of the likeliest tokens and the ratio of
 /// perplexities, at every completion token, with exact activations. Rows with completions ({"prompt": ..,

@@ -14,7 +14,7 @@ use crate::ggml::ThreadPool;
 use crate::model::Model;
 use crate::{Error, Result};
 
-/// See inside a model: entropies of every layer's internal policies, the boundary layer, a report.
+/// See inside a model: entropies of every layer's internal policies, the boundary layer, a report
 ///
 /// Completions are teacher-forced with exact activations; at every position that predicts one of their tokens,
 /// and in every layer, six hidden states (layer input, normed attention input, attention output, normed FFN

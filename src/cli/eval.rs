@@ -9,7 +9,7 @@ use super::{ModelArgs, print_json, print_line, stop_on_signal, watch::bar};
 use crate::Result;
 use crate::eval::EvalConfig;
 
-/// Measure a model, with or without an adapter, on problems with known answers.
+/// Measure a model, with or without an adapter, on problems with known answers
 ///
 /// Every problem gets K sampled completions. avg@K is the mean share of right ones, pass@k the unbiased
 /// estimate of solving a problem within k tries, maj@K the share of problems whose most frequent answer is

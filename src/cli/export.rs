@@ -15,7 +15,7 @@ use crate::ggml::ThreadPool;
 use crate::model::{Model, ModelFile};
 use crate::{Error, Result};
 
-/// Merge adapters into a model, or write them as a file of their own.
+/// Merge adapters into a model, or write them as a file of their own
 ///
 /// MODEL --out M.gguf: every tensor that an adapter changes is dequantised, added to, and quantised again in
 /// its own type (--type keep) or in that of another file type by llama.cpp's own rules. All others are copied

@@ -38,18 +38,8 @@ pub struct GenerateArgs {
     /// Completions end at this length
     #[arg(long, default_value_t = 256, value_name = "TOKENS")]
     max_response: usize,
-    /// Sampling temperature; 0 takes the likeliest token
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
-    temperature: f32,
-    /// Keep the smallest set of tokens with this probability
-    #[arg(long, default_value_t = 1.0, value_name = "X")]
-    top_p: f32,
-    /// Keep the N likeliest tokens (0 = all)
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    top_k: usize,
-    /// Keep tokens with at least X times the likeliest one's probability
-    #[arg(long, default_value_t = 0.0, value_name = "X")]
-    min_p: f32,
+    #[command(flatten)]
+    sampling: Sampling,
     /// Same seed, same completions
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
@@ -67,14 +57,12 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     for (option, ok, expected) in [
         ("--samples", args.samples > 0, "at least 1"),
         ("--max-response", args.max_response > 0, "at least 1"),
-        ("--temperature", args.temperature >= 0.0 && args.temperature.is_finite(), "0 or more"),
-        ("--top-p", args.top_p > 0.0 && args.top_p <= 1.0, "above 0, at most 1"),
-        ("--min-p", (0.0..1.0).contains(&args.min_p), "0 to below 1"),
     ] {
         if !ok {
             return Err(Error::invalid(option, expected, "another value", "leave it out"));
         }
     }
+    args.sampling.check()?;
     let model = args.device.open(&args.model)?;
     let mut lora = open_adapter(&model, &args.adapter)?;
     let encoder = Encoder::new(&model, None, args.system.clone())?;
@@ -101,12 +89,6 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if let Some(lora) = &mut lora {
         rollouts.set_adapter(Some(lora.live(&model)?))?;
     }
-    let sampling = Sampling {
-        temperature: args.temperature,
-        top_p: args.top_p,
-        top_k: args.top_k,
-        min_p: args.min_p,
-    };
     let request =
         Request { prompt_tokens, n: args.samples, seed_stream: 0, max_tokens: args.max_response };
     let stop = Arc::new(AtomicBool::new(false));
@@ -115,7 +97,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let live = args.samples == 1 && !args.json;
     let mut shown = Vec::new();
     let completions = rollouts
-        .generate_with(&[request], &sampling, args.seed, &stop, &mut |event| {
+        .generate_with(&[request], &args.sampling, args.seed, &stop, &mut |event| {
             if live && let Some(token) = event.newest {
                 shown.extend(model.engine().vocab().piece(token, false));
                 let valid = match std::str::from_utf8(&shown) {

@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::train::{Plan, Preset, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
-/// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin.
+/// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin
 ///
 /// Each step samples a group of completions for every prompt with llama.cpp under the live adapter,
 /// rewards them, and updates the adapter: in the first --internal-steps steps so that the policy of an

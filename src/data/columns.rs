@@ -2,17 +2,42 @@
 
 use super::jsonl::Row;
 use crate::{Error, Result};
+use clap::Args;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Names of columns; none of a kind means the usual ones, in the order of the constants below. A dot leads
 /// into a struct: `reward_model.ground_truth`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Columns {
-    /// The prompt: text or messages.
+    /// Column of the prompt, text or messages [default: prompt, question or problem]; a dot leads into a struct
+    #[arg(
+        id = "prompt_column",
+        long = "prompt-column",
+        value_name = "NAME",
+        help_heading = "Data and reward"
+    )]
+    #[serde(rename = "prompt-column", skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
-    /// The right answer: text or a number; after `####` where the text has it (GSM8K).
+    /// Column of the right answer, text or a number; after #### where the text has it
+    /// [default: reward_model.ground_truth, final_answer or answer]
+    #[arg(
+        id = "answer_column",
+        long = "answer-column",
+        value_name = "NAME",
+        help_heading = "Data and reward"
+    )]
+    #[serde(rename = "answer-column", skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
-    /// The difficulty: a number or a text.
+    /// Column of the difficulty, a number or a text [default: difficulty or level]
+    #[arg(
+        id = "difficulty_column",
+        long = "difficulty-column",
+        value_name = "NAME",
+        help_heading = "Data and reward"
+    )]
+    #[serde(rename = "difficulty-column", skip_serializing_if = "Option::is_none")]
     pub difficulty: Option<String>,
 }
 

@@ -5,6 +5,7 @@ mod exact;
 mod judge;
 pub mod math;
 mod number;
+mod options;
 mod parts;
 mod pool;
 mod program;
@@ -14,6 +15,7 @@ use math::{Mode, Rule};
 
 pub use boxed::last_boxed;
 pub use judge::{Attempt, Judge, JudgeOptions, Judgement};
+pub use options::RewardOptions;
 pub use pool::{Fresh, JudgePool, Judged, Sampler};
 pub use program::Program;
 
@@ -28,13 +30,6 @@ pub enum Reward {
     Boxed,
     /// The whole completion, compared with the answer as text.
     Exact,
-}
-
-/// What `--reward` is where nobody says: comparison by meaning for data, `boxed` for generated tasks alone,
-/// whose questions want a box and whose answers are whole numbers.
-pub fn default_reward(data: &str) -> &'static str {
-    let tasks = data.split(',').all(|item| item.trim().starts_with("task:"));
-    if tasks { "boxed" } else { "math" }
 }
 
 /// What a reward says about one completion.

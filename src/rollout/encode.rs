@@ -1,10 +1,52 @@
 //! Prompts to tokens and completions to text: chat template and vocabulary.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::{Deserialize, Serialize};
 
 use crate::data::{ChatTemplate, HfTokenizer, Message, Prompt, Template, Tokenize, agree};
 use crate::model::Model;
 use crate::{Error, Result};
+
+/// How prompts become tokens.
+#[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
+pub struct PromptOptions {
+    /// chat (the GGUF's own), qwen3, qwen3-no-think, octothinker, plain, or a Jinja file
+    #[arg(
+        long,
+        default_value = "chat",
+        value_name = "NAME|FILE",
+        help_heading = "Data and reward"
+    )]
+    pub template: String,
+    /// System message, in place of the one that a prompt brings along
+    #[arg(long, value_name = "TEXT", help_heading = "Data and reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// tokenizer.json to encode with instead of the GGUF's vocabulary; refused where ids differ
+    #[arg(long, value_name = "FILE", help_heading = "Data and reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<PathBuf>,
+}
+
+impl Default for PromptOptions {
+    fn default() -> PromptOptions {
+        PromptOptions { template: "chat".into(), system: None, tokenizer: None }
+    }
+}
+
+impl PromptOptions {
+    /// What encodes prompts for the model.
+    ///
+    /// # Errors
+    /// The template or the tokenizer cannot be read, or ids disagree.
+    pub fn encoder<'m>(&self, model: &'m Model) -> Result<Encoder<'m>> {
+        Encoder::new(model, self.tokenizer.as_deref(), self.system.clone())?
+            .with_template(&Template::parse(&self.template)?)
+    }
+}
 
 /// Turns prompts into tokens as the model expects them.
 pub struct Encoder<'m> {

@@ -5,18 +5,28 @@
 //! `top_k` likeliest, the smallest set with probability `top_p`, those with at least `min_p` times the
 //! likeliest one's probability.
 
+use clap::Args;
+use serde::{Deserialize, Serialize};
+
 use crate::ops::exp_fast;
+use crate::{Error, Result};
 
 /// How tokens are drawn.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default, rename_all = "kebab-case")]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the likeliest token (log-probs are then at temperature 1).
+    /// Temperature, which divides the logits; log-probs are taken at it too. 0 takes the likeliest token, with
+    /// log-probs at temperature 1
+    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Sampling")]
     pub temperature: f32,
-    /// Smallest set of tokens with this probability; 1 is all.
+    /// Keep the smallest set of tokens with this probability (1 = all)
+    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Sampling")]
     pub top_p: f32,
-    /// This many likeliest tokens; 0 is all.
+    /// Keep the N likeliest tokens (0 = all)
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Sampling")]
     pub top_k: usize,
-    /// At least this share of the likeliest token's probability; 0 is all.
+    /// Keep tokens with at least X times the likeliest one's probability (0 = all)
+    #[arg(long, default_value_t = 0.0, value_name = "X", help_heading = "Sampling")]
     pub min_p: f32,
 }
 
@@ -27,6 +37,30 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// Refuses settings that cannot work.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the option.
+    pub fn check(&self) -> Result<()> {
+        let Sampling { temperature, top_p, min_p, .. } = *self;
+        for (option, value, ok, expected) in [
+            (
+                "--temperature",
+                temperature,
+                (0.0..f32::INFINITY).contains(&temperature),
+                "0 or more",
+            ),
+            ("--top-p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0, at most 1"),
+            ("--min-p", min_p, (0.0..1.0).contains(&min_p), "0 to below 1"),
+        ] {
+            if !ok {
+                let got = value.to_string();
+                return Err(Error::invalid(option, expected, got, "leave it out for the default"));
+            }
+        }
+        Ok(())
+    }
+
     fn truncates(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }

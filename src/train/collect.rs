@@ -118,7 +118,7 @@ impl Trainer<'_> {
         let mut sampler = Sampler {
             rollouts: &mut self.rollouts,
             encoder: &self.encoder,
-            sampling: c.sampling(),
+            sampling: c.sampling,
             seed: c.seed,
             stop: &self.stop,
         };

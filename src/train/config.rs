@@ -1,7 +1,6 @@
 //! All settings of a run: one struct that the command line and `config.toml` both fill.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -16,14 +15,14 @@ use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
 use crate::ggml::{ByteSize, DeviceChoice};
 use crate::model::{Placement, Targets};
-use crate::reward::{Judge, JudgeOptions, default_reward};
-use crate::rollout::Sampling;
+use crate::reward::RewardOptions;
+use crate::rollout::{PromptOptions, Sampling};
 use crate::{Error, Result};
 
 /// Settings of a training run. Defaults suit the demo model on two cores; for a real model raise
 /// `--max-prompt`, `--max-response` and lower `--lr`.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(default, rename_all = "kebab-case")]
 pub struct TrainConfig {
     /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max), with
     /// commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a, without weights all
@@ -35,15 +34,10 @@ pub struct TrainConfig {
         help_heading = "Data and reward"
     )]
     pub data: String,
-    /// Column of the prompt [default: prompt, question or problem]; a dot leads into a struct
-    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
-    pub prompt_column: Option<String>,
-    /// Column of the right answer [default: reward_model.ground_truth, final_answer or answer]
-    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
-    pub answer_column: Option<String>,
-    /// Column of the difficulty [default: difficulty or level]
-    #[arg(long, value_name = "NAME", help_heading = "Data and reward")]
-    pub difficulty_column: Option<String>,
+    /// Where prompts, answers and difficulties stand.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub columns: Columns,
     /// Easy problems first, by difficulty, in every epoch
     #[arg(long, help_heading = "Data and reward")]
     pub curriculum: bool,
@@ -66,36 +60,14 @@ pub struct TrainConfig {
     /// cosines, perplexity in metrics.jsonl and on the page of `report` (0 = never)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub entropy_every: u64,
-    /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
-    /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
-    /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as
-    /// text; regex:PATTERN; format:boxed, format:think; overlong:N: DAPO's penalty over the last N tokens;
-    /// cmd:PROG: a program, JSON lines in and out [default: math; boxed where tasks alone are asked]
-    #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]
-    pub reward: Option<String>,
-    /// The folder that a reward program runs in: the one that the run was begun in.
-    #[arg(skip)]
-    pub reward_folder: Option<PathBuf>,
-    /// Threads that judge while others sample; each has its own reward program
-    #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
-    pub reward_workers: usize,
-    /// Longest time a reward program may take for one completion
-    #[arg(long, default_value_t = 30.0, value_name = "SECONDS", help_heading = "Data and reward")]
-    pub reward_timeout: f32,
-    /// chat (the GGUF's own), qwen3, qwen3-no-think, octothinker, plain, or a Jinja file
-    #[arg(
-        long,
-        default_value = "chat",
-        value_name = "NAME|FILE",
-        help_heading = "Data and reward"
-    )]
-    pub template: String,
-    /// System message, in place of the one that a prompt brings along
-    #[arg(long, value_name = "TEXT", help_heading = "Data and reward")]
-    pub system: Option<String>,
-    /// tokenizer.json to encode with instead of the GGUF's vocabulary; refused where ids differ
-    #[arg(long, value_name = "FILE", help_heading = "Data and reward")]
-    pub tokenizer: Option<PathBuf>,
+    /// How completions are judged.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub rewards: RewardOptions,
+    /// How prompts become tokens.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub prompts: PromptOptions,
 
     /// bupo: the internal policy of one layer first, then the model's; the others: the model's throughout.
     /// Each is a choice of the settings below, which can be set apart
@@ -189,18 +161,10 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 24, value_name = "TOKENS", help_heading = "Batch")]
     pub max_response: usize,
 
-    /// Sampling temperature; log-probs are taken at it too
-    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Sampling")]
-    pub temperature: f32,
-    /// Keep the smallest set of tokens with this probability (1 = all)
-    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Sampling")]
-    pub top_p: f32,
-    /// Keep the N likeliest tokens (0 = all)
-    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Sampling")]
-    pub top_k: usize,
-    /// Keep tokens with at least X times the likeliest one's probability (0 = all)
-    #[arg(long, default_value_t = 0.0, value_name = "X", help_heading = "Sampling")]
-    pub min_p: f32,
+    /// How tokens are drawn.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sampling: Sampling,
     /// Memory for the KV cache of rollouts, MiB; sets how many sequences run at once
     #[arg(long, default_value_t = 1024, value_name = "MIB", help_heading = "Sampling")]
     pub kv_mib: usize,
@@ -291,11 +255,6 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
-    /// How completions are judged: by meaning, but for tasks alone, which ask for a box.
-    pub fn reward(&self) -> String {
-        self.reward.clone().unwrap_or_else(|| default_reward(&self.data).into())
-    }
-
     /// What the objective's name stands for.
     pub fn defaults(&self) -> Defaults {
         self.objective.unwrap_or(self.algo).defaults()
@@ -357,38 +316,8 @@ impl TrainConfig {
     pub fn source(&self) -> SourceOptions {
         SourceOptions {
             seed: self.seed,
-            columns: Columns {
-                prompt: self.prompt_column.clone(),
-                answer: self.answer_column.clone(),
-                difficulty: self.difficulty_column.clone(),
-            },
+            columns: self.columns.clone(),
             curriculum: self.curriculum,
-        }
-    }
-
-    /// Who judges completions.
-    ///
-    /// # Errors
-    /// Those of [`Judge::parse`].
-    pub fn judge(&self) -> Result<Judge> {
-        let options = JudgeOptions {
-            max_response: self.max_response,
-            timeout: Duration::from_secs_f32(self.reward_timeout),
-        };
-        let mut judge = Judge::parse(&self.reward(), options)?;
-        if let Some(folder) = &self.reward_folder {
-            judge.run_in(folder);
-        }
-        Ok(judge)
-    }
-
-    /// Settings of sampling.
-    pub fn sampling(&self) -> Sampling {
-        Sampling {
-            temperature: self.temperature,
-            top_p: self.top_p,
-            top_k: self.top_k,
-            min_p: self.min_p,
         }
     }
 
@@ -408,6 +337,25 @@ impl TrainConfig {
             Some(LayerChoice::Layer(layer)) => layer,
             Some(LayerChoice::Auto) | None => (3 * n_layer).div_ceil(4),
         }
+    }
+
+    /// Settings from a table as `config.toml` holds it, `place`; what it leaves out has its default.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for what is no setting, and for a value of the wrong kind.
+    pub fn from_table(table: toml::Table, place: &str) -> Result<TrainConfig> {
+        let command = TrainConfig::augment_args(clap::Command::new("train"));
+        let names = command.get_arguments().map(|a| a.get_id().as_str().replace('_', "-"));
+        let names: Vec<String> =
+            names.chain(["internal-layer-why".into(), "reward-folder".into()]).collect();
+        let wrong = |got: String| {
+            Error::invalid(place, "settings of `train`", got, "mend it; train --help has them all")
+        };
+        if let Some(name) = table.keys().find(|name| !names.contains(name)) {
+            return Err(wrong(format!("{name}, which is none")));
+        }
+        let settings = table.try_into();
+        settings.map_err(|e: toml::de::Error| wrong(e.to_string().trim_end().replace('\n', " ")))
     }
 
     /// Settings from the words of a command line, the first of which is `train`.
@@ -453,17 +401,24 @@ impl TrainConfig {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
             Ok(())
         };
-        if self.judge()?.has_program() && self.reward_folder.is_none() {
-            self.reward_folder = Some(PathBuf::from("."));
+        let rewards = &mut self.rewards;
+        if rewards.judge(&self.data, self.max_response)?.has_program() {
+            rewards.reward_folder.get_or_insert(PathBuf::from("."));
         }
-        [&mut self.tokenizer, &mut self.adapter, &mut self.out, &mut self.reward_folder]
-            .into_iter()
-            .flatten()
-            .try_for_each(absolute)?;
+        [
+            &mut self.prompts.tokenizer,
+            &mut self.adapter,
+            &mut self.out,
+            &mut self.rewards.reward_folder,
+        ]
+        .into_iter()
+        .flatten()
+        .try_for_each(absolute)?;
         self.data = source::absolute(&self.data)?;
         self.eval_data = self.eval_data.as_deref().map(source::absolute).transpose()?;
-        if std::path::Path::new(&self.template).is_file() {
-            self.template = source::absolute(&self.template)?;
+        let template = &mut self.prompts.template;
+        if std::path::Path::new(template).is_file() {
+            *template = source::absolute(template)?;
         }
         Ok(self)
     }
@@ -478,7 +433,7 @@ impl TrainConfig {
         }
         self.mini_batch = Some(self.mini_batch());
         self.alpha = Some(self.alpha());
-        self.reward = Some(self.reward());
+        self.rewards.reward = Some(self.rewards.spec(&self.data));
         let loss = self.loss();
         self.ratio = Some(loss.ratio);
         self.surrogate = Some(loss.surrogate);
@@ -507,6 +462,8 @@ impl TrainConfig {
             Err(Error::invalid(option, expected, got, advice))
         };
         self.placement()?;
+        self.rewards.check()?;
+        self.sampling.check()?;
         let alone = matches!(self.baseline(), Baseline::Batch | Baseline::Value);
         if self.group < 2 && !(alone && self.group == 1) {
             let advice = "advantages compare completions of one prompt; try 8";
@@ -519,11 +476,6 @@ impl TrainConfig {
         if self.objective == Some(Algorithm::Bupo) {
             let advice = "leave it out for grpo";
             return refuse("--objective", "another algorithm than bupo", "bupo".into(), advice);
-        }
-        if !(1..=256).contains(&self.reward_workers) {
-            let advice = "leave it out for the default";
-            let got = self.reward_workers.to_string();
-            return refuse("--reward-workers", "1 to 256", got, advice);
         }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
@@ -556,9 +508,12 @@ impl TrainConfig {
         }
         let loss = self.loss();
         for (option, value, ok, expected) in [
-            ("--temperature", self.temperature, self.temperature > 0.0, "above 0"),
-            ("--top-p", self.top_p, self.top_p > 0.0 && self.top_p <= 1.0, "above 0, at most 1"),
-            ("--min-p", self.min_p, (0.0..1.0).contains(&self.min_p), "0 to below 1"),
+            (
+                "--temperature",
+                self.sampling.temperature,
+                self.sampling.temperature > 0.0,
+                "above 0",
+            ),
             ("--lr", self.lr, self.lr > 0.0, "above 0"),
             ("--clip-low", loss.clip_low, (0.0..=1.0).contains(&loss.clip_low), "0 to 1"),
             ("--clip-high", loss.clip_high, loss.clip_high >= 0.0, "at least 0"),
@@ -566,7 +521,6 @@ impl TrainConfig {
             ("--gae-lambda", self.gae_lambda, (0.0..=1.0).contains(&self.gae_lambda), "0 to 1"),
             ("--value-lr", self.value_lr, self.value_lr > 0.0, "above 0"),
             ("--lr-above", self.lr_above, self.lr_above >= 0.0, "at least 0"),
-            ("--reward-timeout", self.reward_timeout, self.reward_timeout > 0.0, "above 0"),
             ("--clip-c", self.clip_c, self.clip_c > 1.0, "above 1"),
             ("--kl-coef", self.kl_coef, self.kl_coef >= 0.0, "at least 0"),
             ("--tis-cap", self.tis_cap, self.tis_cap >= 0.0, "at least 0"),

@@ -30,7 +30,7 @@ impl Trainer<'_> {
             samples: c.eval_samples,
             max_prompt: c.max_prompt,
             max_response: c.max_response,
-            sampling: c.sampling(),
+            sampling: c.sampling,
             seed: c.seed,
         };
         let mut evaluator = Evaluator {

@@ -113,7 +113,7 @@ impl Trainer<'_> {
             rollouts: &mut self.rollouts,
             max_prompt: c.max_prompt,
             max_response: c.max_response,
-            sampling: c.sampling(),
+            sampling: c.sampling,
             seed: c.seed,
         };
         answers.sample(&self.stop)

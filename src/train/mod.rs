@@ -68,7 +68,7 @@ pub use schedule::Schedule;
 pub use state::State;
 pub use update::{Response, ResponseGroup};
 
-use crate::data::{Problem, ProblemSource, Template};
+use crate::data::{Problem, ProblemSource};
 use crate::ggml::{TensorSet, ThreadPool};
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::reward::JudgePool;
@@ -183,9 +183,8 @@ impl<'m> Trainer<'m> {
         }
         let mut problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let judge = config.judge()?;
-        let encoder = Encoder::new(model, config.tokenizer.as_deref(), config.system.clone())?
-            .with_template(&Template::parse(&config.template)?)?;
+        let judges = config.rewards.judges(&config.data, config.max_response)?;
+        let encoder = config.prompts.encoder(model)?;
         if config.drop_long_prompts {
             problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
         }
@@ -209,7 +208,6 @@ impl<'m> Trainer<'m> {
         let mut engine = Engine::on(model.device(), pool)?;
         engine.keep_up_to(kept_bytes);
         let critic = new_critic(&config, model)?;
-        let judges = JudgePool::new(judge, config.reward_workers)?;
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
             gradients: lora.zeros_like()?,
@@ -388,7 +386,7 @@ impl<'m> Trainer<'m> {
         let c = &self.config;
         UpdateConfig {
             policy,
-            temperature: c.temperature,
+            temperature: c.sampling.temperature,
             loss: c.loss(),
             aggregation: c.aggregation(),
             max_response: c.max_response,

@@ -46,8 +46,7 @@ impl Preset {
         notes.extend(kept.map(|(name, value)| {
             format!("{name}: {} as you ask, the preset has {value}", given[*name])
         }));
-        let config = table.try_into().map_err(|e: toml::de::Error| failed(e.to_string()))?;
-        Ok(Applied { config, notes })
+        Ok(Applied { config: TrainConfig::from_table(table, "--preset")?, notes })
     }
 }
 
@@ -136,7 +135,7 @@ mod tests {
         );
         assert_eq!((config.steps, config.prompts_per_step, config.mini_batch), (5, 128, Some(32)));
         assert_eq!((config.max_prompt, config.max_response), (1024, 8192));
-        assert_eq!((config.lr, config.template.as_str()), (1e-5, "qwen3-no-think"));
+        assert_eq!((config.lr, config.prompts.template.as_str()), (1e-5, "qwen3-no-think"));
         assert!(
             notes.iter().any(|n| n.starts_with("lr: the paper's 1e-6 is for full fine-tuning"))
         );
@@ -149,7 +148,7 @@ mod tests {
             (config.internal_layer, config.internal_steps),
             (Some(LayerChoice::Layer(27)), 20)
         );
-        assert_eq!((config.max_response, config.template.as_str()), (3072, "octothinker"));
+        assert_eq!((config.max_response, config.prompts.template.as_str()), (3072, "octothinker"));
         model.n_layer = 8;
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &Table::new()).unwrap();
         assert_eq!(config.internal_layer, None);

@@ -67,10 +67,10 @@ fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
     let names: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
     // Only a falling learning rate looks at the end of the run.
     let looks_at_end = |c: &TrainConfig| c.schedule != super::Schedule::Constant;
-    let program = new.judge()?.has_program();
+    let program = new.rewards.judge(&new.data, new.max_response)?.has_program();
     let effect = |name: &str| match name {
         // Older runs did not write it down.
-        "reward-folder" if old.reward_folder.is_none() => Effect::None,
+        "reward-folder" if old.rewards.reward_folder.is_none() => Effect::None,
         "steps" if looks_at_end(old) || looks_at_end(new) => Effect::Inexact,
         "steps" => Effect::None,
         _ if HARMLESS.contains(&name) => Effect::None,
@@ -157,11 +157,12 @@ impl Resume {
         let wrong = |e: String| Error::invalid("settings", "those of a run", e, "see train --help");
         let mut table = toml::Table::try_from(old).map_err(|e| wrong(e.to_string()))?;
         table.extend(settings.clone());
-        let new: TrainConfig =
-            table.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        // Another program counts from here.
-        let reward_folder = new.reward_folder.filter(|_| !settings.contains_key("reward"));
-        let mut new = TrainConfig { reward_folder, ..new }.absolute()?;
+        let mut new = TrainConfig::from_table(table, "settings")?;
+        if settings.contains_key("reward") {
+            // Another program counts from here.
+            new.rewards.reward_folder = None;
+        }
+        let mut new = new.absolute()?;
         new.out = old.out.clone();
         self.changes = changes(old, &new)?;
         if self.checkpoint.is_some() {
@@ -260,6 +261,7 @@ pub(super) fn model_path(path: &Path) -> Result<PathBuf> {
 mod tests {
     use super::*;
     use crate::ggml::ByteSize;
+    use crate::reward::RewardOptions;
     use crate::train::Schedule;
 
     #[test]
@@ -291,9 +293,12 @@ mod tests {
         assert!(changes(&old, &old).unwrap().is_empty());
 
         // A program may judge otherwise when it is started anew or asked again.
-        let judged = |reward: &str, timeout: f32| TrainConfig {
-            reward: Some(reward.into()),
-            reward_timeout: timeout,
+        let judged = |reward: &str, reward_timeout: f32| TrainConfig {
+            rewards: RewardOptions {
+                reward: Some(reward.into()),
+                reward_timeout,
+                ..RewardOptions::default()
+            },
             ..old.clone()
         };
         for (reward, effect) in [("math", Effect::None), ("cmd:judge", Effect::Inexact)] {

@@ -219,13 +219,13 @@ impl Trainer<'_> {
         self.inputs.insert("model".into(), sums);
         let c = &self.config;
         let data = crate::data::source::files(&c.data)?;
-        let template: Vec<_> = Some(std::path::PathBuf::from(&c.template))
+        let template: Vec<_> = Some(std::path::PathBuf::from(&c.prompts.template))
             .filter(|t| t.is_file())
             .into_iter()
             .collect();
         for (name, files) in [
             ("data", data),
-            ("tokenizer", c.tokenizer.iter().cloned().collect()),
+            ("tokenizer", c.prompts.tokenizer.iter().cloned().collect()),
             ("template", template),
         ] {
             let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;

@@ -41,20 +41,34 @@ impl RunConfig {
     pub fn read(folder: &Path) -> Result<RunConfig> {
         let path = folder.join(CONFIG);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        toml::from_str(&text).map_err(|e| {
-            // Older runs had MiB in two settings, one for all memory and one for kept activations.
-            let table = text.parse::<toml::Table>().unwrap_or_default();
-            let train = table.get("train").and_then(toml::Value::as_table);
-            let older = |key: &&&str| train.is_some_and(|t| t.get(**key).is_some_and(|v| v.is_integer()));
-            let advice = match ["memory-mib", "memory"].iter().find(older) {
-                Some(key) => format!(
-                    "an older version wrote {key}: in its place write memory = \"12GiB\", all that the run may take, or nothing"
-                ),
-                None => "restore the file, or start another run".into(),
-            };
-            let why = e.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-            Error::invalid(path.display().to_string(), "the settings of a run", why, advice)
-        })
+        let wrong = |got: String| {
+            let advice = "restore the file, or start another run";
+            Error::invalid(path.display().to_string(), "the settings of a run", got, advice)
+        };
+        let mut file: toml::Table =
+            text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let mut take = |name: &str| file.remove(name).ok_or_else(|| wrong(format!("no {name}")));
+        let model: PathBuf =
+            take("model")?.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let toml::Value::Table(train) = take("train")? else {
+            return Err(wrong("train is no table".into()));
+        };
+        if let Some(name) = file.keys().next() {
+            return Err(wrong(format!("unknown {name}")));
+        }
+        // Older runs had MiB in two settings, one for all memory and one for kept activations.
+        let older = ["memory-mib", "memory"];
+        if let Some(key) = older.iter().find(|key| train.get(**key).is_some_and(|v| v.is_integer()))
+        {
+            return Err(Error::invalid(
+                path.display().to_string(),
+                "the settings of a run",
+                format!("{key}, as an older version wrote it"),
+                "in its place write memory = \"12GiB\", all that the run may take, or nothing",
+            ));
+        }
+        let train = TrainConfig::from_table(train, &path.display().to_string())?;
+        Ok(RunConfig { model, train })
     }
 
     /// What `config.toml` holds.
