@@ -118,7 +118,7 @@ fn inspect_describes_and_refuses() {
 fn what_cannot_fit_is_refused_with_advice() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    let refused = run(&["train", "demo", "--memory-mib", "20", "--out", out.to_str().unwrap()]);
+    let refused = run(&["train", "demo", "--memory", "20MiB", "--out", out.to_str().unwrap()]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert!(!refused.status.success());
     assert!(said.contains("memory: ") && said.contains("planned"), "the plan comes first: {said}");

@@ -9,13 +9,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bupo_gguf::rollout::Progress;
+use bupo_gguf::rollout::{Progress, PromptOptions};
 use bupo_gguf::train::{Algorithm, Observer, Resume, StepRecord, Summary};
 use bupo_gguf::{Model, Result, TrainConfig, Trainer};
 use clap::ValueEnum;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 const STEPS: u64 = 4;
 
@@ -382,6 +383,74 @@ fn changed_settings_are_listed_and_refused_where_they_break_exactness() {
 }
 
 #[test]
+fn settings_of_an_older_version_are_refused_by_name() {
+    let (_dir, out) = three_steps();
+    let path = out.join("config.toml");
+    let config = fs::read_to_string(&path).unwrap();
+    for (old, key) in [("memory-mib = 4000", "memory-mib"), ("memory = 512", "memory")] {
+        fs::write(&path, config.replace("[train]\n", &format!("[train]\n{old}\n"))).unwrap();
+        let output = run(&resume(&out, &[]));
+        let said = stderr(&output);
+        let error = said.lines().find(|l| l.starts_with("error: ")).expect("an error line");
+        assert!(error.contains(&format!("{key}, as an older version wrote it")), "{error}");
+        assert!(error.contains("memory = \"12GiB\""), "{error}");
+    }
+    fs::write(&path, config.replace("[train]\n", "[train]\nmemory = \"4GiB\"\n")).unwrap();
+    Resume::open(&out).unwrap();
+}
+
+/// Resident kB and open descriptors of a process that is there.
+#[cfg(target_os = "linux")]
+fn held(pid: u32) -> Option<(u64, usize)> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let resident =
+        status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB"))?;
+    Some((resident.parse().ok()?, fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count()))
+}
+
+/// `tools/soak.sh` in short.
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_and_descriptors_stay_flat_and_a_killed_run_leaves_no_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, tmp) = (dir.path().join("run"), dir.path().join("tmp"));
+    fs::create_dir(&tmp).unwrap();
+    let mut args = fresh(&out);
+    (args[1], args[3]) = ("demo".into(), "100000".into());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(&args)
+        .env("TMPDIR", &tmp)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    let (mut early, mut late) = ((0, 0), (0, 0));
+    loop {
+        let step = lines(&out);
+        assert!(begun.elapsed().as_secs() < 300, "only {step} steps within five minutes");
+        let (resident, descriptors) = held(child.id()).expect("the run goes on");
+        let most =
+            |seen: &mut (u64, usize)| *seen = (seen.0.max(resident), seen.1.max(descriptors));
+        match step {
+            40..80 => most(&mut early),
+            200..240 => most(&mut late),
+            240.. => break,
+            _ => {}
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    println!("early and late (kB, descriptors): {early:?} {late:?}");
+    // What the allocator and newly seen batch shapes take; a leak of 8 kB a step is beyond it.
+    assert!(late.0 <= early.0 + 1280, "resident kB: {early:?}, later {late:?}");
+    assert!(late.1 <= early.1 + 1, "descriptors: {early:?}, later {late:?}");
+    let left: Vec<_> = fs::read_dir(&tmp).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert!(left.is_empty(), "left in the temporary folder: {left:?}");
+}
+
+#[test]
 fn one_run_per_folder() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
@@ -430,6 +499,117 @@ fn a_full_disk_costs_no_checkpoint() {
     let output = run(&resume(&out, &["--steps", "4"]));
     assert!(output.status.success(), "{}", stderr(&output));
     Left::by(&out, STEPS).is(undisturbed(), "after the full disk");
+}
+
+/// Writes the sums of a checkpoint that was changed on purpose.
+fn right_the_sums(checkpoint: &Path) {
+    let mut sums = String::new();
+    for name in ["adapter.gguf", "config.toml", "state.json", "state.safetensors"] {
+        let sum = Sha256::digest(fs::read(checkpoint.join(name)).unwrap());
+        let hex: String = sum.iter().map(|b| format!("{b:02x}")).collect();
+        sums += &format!("{hex}  {name}\n");
+    }
+    fs::write(checkpoint.join("SHA256SUMS"), sums).unwrap();
+}
+
+/// Makes a run believe that it began this many seconds later.
+fn begin_later(out: &Path, step: u64, seconds: f64) {
+    let checkpoint = out.join(format!("checkpoints/step-{step}"));
+    let path = checkpoint.join("state.json");
+    let mut state: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let began = &mut state["numbers"]["began_unix_s"];
+    let bits = u64::from_str_radix(began.as_str().unwrap(), 16).unwrap();
+    *began = format!("{:016x}", (f64::from_bits(bits) + seconds).to_bits()).into();
+    fs::write(&path, state.to_string()).unwrap();
+    right_the_sums(&checkpoint);
+}
+
+#[test]
+fn a_clock_that_was_set_back_changes_nothing() {
+    let (_dir, out) = three_steps();
+    // As the run sees it, the clock now stands ten years before its beginning.
+    begin_later(&out, 3, 10.0 * 365.0 * 86_400.0);
+    let output = run(&resume(&out, &["--steps", "4"]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    Left::by(&out, STEPS).is(undisturbed(), "with the clock set back");
+    let metrics = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    for line in metrics.lines() {
+        let record: Value = serde_json::from_str(line).unwrap();
+        let seconds = record["seconds"].as_f64().unwrap();
+        assert!((0.0..300.0).contains(&seconds), "{line}");
+    }
+}
+
+#[test]
+fn the_date_in_a_template_is_that_of_the_runs_beginning() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = dir.path().join("dated.jinja");
+    fs::write(&template, "{{ strftime_now('%d %H:%M:%S ') }}{{ messages[-1]['content'] }}")
+        .unwrap();
+    let template = template.to_str().unwrap().into();
+    let prompts = PromptOptions { template, ..PromptOptions::default() };
+    let whole = dir.path().join("whole");
+    let model = Model::open(&demo()).unwrap();
+    let config = TrainConfig { prompts, keep_checkpoints: 0, ..small() };
+    Trainer::new(&model, config).unwrap().run(&whole, &mut At::default()).unwrap();
+    let whole_left = Left::by(&whole, STEPS);
+    // Back to step 2, on another second.
+    let back = |name: &str| {
+        let cut = dir.path().join(name);
+        copy(&whole, &cut);
+        for step in [3, 4] {
+            fs::remove_dir_all(cut.join(format!("checkpoints/step-{step}"))).unwrap();
+        }
+        cut
+    };
+    std::thread::sleep(Duration::from_millis(1100));
+    let cut = back("cut");
+    go_on(&cut, &mut At::default()).unwrap();
+    Left::by(&cut, STEPS).is(&whole_left, "on another second");
+    // The template does write the date: with another one the run is another.
+    let other = back("other");
+    begin_later(&other, 2, 86_400.0);
+    go_on(&other, &mut At::default()).unwrap();
+    assert!(Left::by(&other, STEPS).completions != whole_left.completions, "no date in the prompt");
+}
+
+#[test]
+fn a_reward_program_that_dies_ends_the_run_and_it_goes_on_exactly_from_any_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    // Dies for good once the run has done two steps, until it is mended.
+    let script = r#"while read -r line; do
+    if [ ! -e mended ] && [ "$(cat run/metrics.jsonl | wc -l)" -ge 2 ]; then exit 3; fi
+    case "$line" in *boxed{[1-4]*) echo 1;; *) echo 0;; esac
+done
+"#;
+    fs::write(dir.path().join("judge.sh"), script).unwrap();
+    let train = |folder: &Path, args: Vec<String>| {
+        Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+            .args(args)
+            .current_dir(folder)
+            .output()
+            .unwrap()
+    };
+    let judged = |out: &str| {
+        let reward = ["--reward".to_string(), "cmd:sh ./judge.sh".into()];
+        [fresh(Path::new(out)), reward.to_vec()].concat()
+    };
+    let output = train(dir.path(), judged("run"));
+    let said = stderr(&output);
+    assert!(!output.status.success(), "{said}");
+    let error = said.lines().find(|l| l.starts_with("error: ")).expect("an error line");
+    assert!(error.contains("the reward program") && error.contains("exit status: 3"), "{error}");
+    assert!(error.contains("step 2 is sound") && error.contains("--resume"), "{error}");
+
+    fs::write(dir.path().join("mended"), "").unwrap();
+    let output = train(Path::new("/"), resume(&dir.path().join("run"), &[]));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let output = train(dir.path(), judged("whole"));
+    assert!(output.status.success(), "{}", stderr(&output));
+    let left = |name: &str| Left::by(&dir.path().join(name), STEPS);
+    left("run").is(&left("whole"), "after the program was mended");
+    let rewards: Vec<_> = left("whole").metrics.iter().map(|m| m["reward"].clone()).collect();
+    assert!(rewards.iter().any(|r| r.as_f64() != Some(0.0)), "the program decides: {rewards:?}");
 }
 
 #[test]

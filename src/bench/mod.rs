@@ -53,7 +53,7 @@ pub struct Options {
     /// Layer of the internal phase; none is a fifth of the layers.
     pub internal_layer: Option<usize>,
     /// Bytes for activations that an update keeps.
-    pub memory: usize,
+    pub keep: usize,
     /// Numbers of sequences that decode together.
     pub sequences: Vec<usize>,
 }

@@ -133,7 +133,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let lora = bench.adapter()?;
     let mut gradients = lora.zeros_like()?;
     let mut engine = Engine::new(bench.pool.clone())?;
-    engine.keep_up_to(if name.contains("computed again") { 0 } else { bench.options.memory });
+    engine.keep_up_to(if name.contains("computed again") { 0 } else { bench.options.keep });
     let n = case.batch.scored.len();
     // Signs in turn, as advantages have them.
     let cotangents: Vec<f32> =

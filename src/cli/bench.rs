@@ -4,6 +4,7 @@ use clap::Args;
 
 use super::{ModelArgs, print_json, print_line};
 use crate::bench::{self, Options, Part};
+use crate::ggml::ByteSize;
 use crate::{Error, Result};
 
 /// Measure how fast a model rolls out, trains and is looked into here, and with how much memory.
@@ -43,9 +44,9 @@ pub struct BenchArgs {
     /// Layer of the internal phase [default: a fifth of the layers]
     #[arg(long, value_name = "N")]
     internal_layer: Option<usize>,
-    /// Memory for activations that an update keeps, MiB
-    #[arg(long, default_value_t = 1024, value_name = "MIB")]
-    memory: usize,
+    /// Memory for activations that an update keeps
+    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    keep: ByteSize,
     /// Numbers of sequences that decode together
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_name = "LIST")]
     sequences: Vec<usize>,
@@ -77,7 +78,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         rank: args.rank,
         tokens: args.tokens,
         internal_layer: args.internal_layer,
-        memory: args.memory << 20,
+        keep: args.keep.bytes(),
         sequences: args.sequences,
     };
     if let Some(case) = &args.case {

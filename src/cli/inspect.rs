@@ -48,14 +48,13 @@ pub fn run(args: InspectArgs) -> Result<()> {
         }
         None => (None, None),
     };
-    let available = memory::available_bytes();
     if args.json {
         return print_json(&serde_json::json!({
-            "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": available}));
+            "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": memory::available_bytes()}));
     }
     print_line(&description.to_string())?;
     if let Some(plan) = plan {
-        print_line(&plan.table(available))?;
+        print_line(&plan.table())?;
     }
     if let Some(gpu) = gpu {
         print_line(&gpu.line())?;

@@ -7,7 +7,7 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{GpuPlan, Plan, Preset, Resume, Summary, TrainConfig, Trainer, memory};
+use crate::train::{GpuPlan, Plan, Preset, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin
@@ -106,8 +106,7 @@ fn plan(model: &Model, config: &TrainConfig) -> Result<()> {
     }
     let plan = Plan::new(model, config)?;
     eprintln!("{}", plan.line());
-    let limit = config.memory_mib.map(|mib| mib << 20).or_else(memory::available_bytes);
-    limit.map_or(Ok(()), |limit| plan.check(limit))
+    plan.check()
 }
 
 /// Runs with a person watching, who may stop it, and prints the summary.

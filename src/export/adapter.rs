@@ -105,7 +105,7 @@ pub fn export_peft(
 ) -> Result<AdapterReport> {
     let set = GgufSet::open(base.path())?;
     let adapters = Adapters::read(specs)?;
-    adapters.check(&set)?;
+    adapters.check(&set, base.name())?;
     let file = adapters.combined()?;
     write_peft(&file, &PeftBase::from_gguf(set.head())?, base.name(), folder)?;
     Ok(AdapterReport::new(&file, folder, Type::F32, Vec::new()))
@@ -126,7 +126,7 @@ pub fn import_peft(
     let file = read_peft(folder, &PeftBase::from_gguf(set.head())?)?;
     let spec = AdapterSpec { path: folder.into(), factor: 1.0 };
     let adapters = Adapters::of(vec![(spec, file)])?;
-    adapters.check(&set)?;
+    adapters.check(&set, base.name())?;
     let file = adapters.combined()?;
     let in_f16 = file.write_as(out, ty)?;
     Ok(AdapterReport::new(&file, out, ty, in_f16))

@@ -115,23 +115,23 @@ impl Adapters {
         deltas
     }
 
-    /// Refuses an adapter that does not fit the model.
+    /// Refuses an adapter that does not fit the model, which messages call `name`.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the adapter, the tensor, and both shapes.
-    pub fn check(&self, base: &GgufSet) -> Result<()> {
+    pub fn check(&self, base: &GgufSet, name: &str) -> Result<()> {
         let advice = "use the model that the adapter was trained on";
         let arch = base.head().architecture()?;
         for (spec, file) in &self.list {
             let place = spec.path.display().to_string();
             if file.arch != arch {
-                let expected = format!("an adapter for {arch}, as {} is", base.head().name());
+                let expected = format!("an adapter for {arch}, as {name} is");
                 return Err(Error::invalid(place, expected, file.arch.clone(), advice));
             }
             for pair in &file.pairs {
                 let place = format!("{place}: {}", pair.weight);
                 let Some((_, tensor)) = base.tensor(&pair.weight) else {
-                    let expected = format!("a tensor of {}", base.head().name());
+                    let expected = format!("a tensor of {name}");
                     return Err(Error::invalid(place, expected, "one it lacks", advice));
                 };
                 if tensor.shape != [pair.n_in as u64, pair.n_out as u64] {

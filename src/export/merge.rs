@@ -102,7 +102,7 @@ impl Merger {
     ) -> Result<Merger> {
         let base = GgufSet::open(path)?;
         let adapters = Adapters::read(adapters)?;
-        adapters.check(&base)?;
+        adapters.check(&base, name)?;
         Ok(Merger { base, path: path.into(), name: name.into(), adapters, imatrix })
     }
 

@@ -53,8 +53,8 @@ pub struct Model {
 pub struct ModelFile {
     path: PathBuf,
     name: String,
-    // The demo model's file; removed when this is dropped.
-    _demo: Option<tempfile::TempPath>,
+    // The demo model's file; gone when this is dropped.
+    _demo: Option<DemoFile>,
 }
 
 impl ModelFile {
@@ -65,11 +65,7 @@ impl ModelFile {
     pub fn find(path: &Path) -> Result<ModelFile> {
         if path.as_os_str() == DEMO {
             let demo = write_demo()?;
-            return Ok(ModelFile {
-                path: demo.to_path_buf(),
-                name: DEMO.into(),
-                _demo: Some(demo),
-            });
+            return Ok(ModelFile { path: demo.path(), name: DEMO.into(), _demo: Some(demo) });
         }
         Ok(ModelFile { path: path.into(), name: path.display().to_string(), _demo: None })
     }
@@ -145,8 +141,44 @@ impl Model {
     }
 }
 
+/// A file in memory, which ends with the process, however that ends.
+#[cfg(target_os = "linux")]
+struct DemoFile(std::fs::File);
+
+#[cfg(target_os = "linux")]
+impl DemoFile {
+    fn path(&self) -> PathBuf {
+        use std::os::fd::AsRawFd;
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+}
+
 /// llama.cpp opens files, so the embedded model is put into one for as long as it is in use.
-fn write_demo() -> Result<tempfile::TempPath> {
+#[cfg(target_os = "linux")]
+fn write_demo() -> Result<DemoFile> {
+    use rustix::fs::{MemfdFlags, memfd_create};
+    let place = Path::new("memfd:bupo-demo");
+    let memory = memfd_create("bupo-demo", MemfdFlags::CLOEXEC)
+        .map_err(|e| Error::io("create", place)(e.into()))?;
+    let mut file = std::fs::File::from(memory);
+    std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", place))?;
+    Ok(DemoFile(file))
+}
+
+/// A temporary file; a process that is killed leaves it behind.
+#[cfg(not(target_os = "linux"))]
+struct DemoFile(tempfile::TempPath);
+
+#[cfg(not(target_os = "linux"))]
+impl DemoFile {
+    fn path(&self) -> PathBuf {
+        self.0.to_path_buf()
+    }
+}
+
+/// llama.cpp opens files, so the embedded model is put into one for as long as it is in use.
+#[cfg(not(target_os = "linux"))]
+fn write_demo() -> Result<DemoFile> {
     let folder = std::env::temp_dir();
     let mut file = tempfile::Builder::new()
         .prefix("bupo-demo-")
@@ -154,5 +186,5 @@ fn write_demo() -> Result<tempfile::TempPath> {
         .tempfile_in(&folder)
         .map_err(Error::io("create a file in", &folder))?;
     std::io::Write::write_all(&mut file, DEMO_BYTES).map_err(Error::io("write", file.path()))?;
-    Ok(file.into_temp_path())
+    Ok(DemoFile(file.into_temp_path()))
 }

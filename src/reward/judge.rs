@@ -11,6 +11,7 @@
 //! Parts are joined by `+`; a pattern or a command line goes on until a ` + ` with blanks around, or to the
 //! end. The first part decides whether an answer counts as right, for accuracies.
 
+use std::path::Path;
 use std::time::Duration;
 
 use regex::{Regex, RegexBuilder};
@@ -108,6 +109,20 @@ impl Judge {
     /// Name of each part: `math`, `format`, and `regex-2` for a second one of a kind.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.parts.iter().map(|part| part.name.as_str())
+    }
+
+    /// Whether a part is a program's, which may say something else when it is asked again.
+    pub fn has_program(&self) -> bool {
+        self.parts.iter().any(|part| matches!(part.rule, Rule::Program(_)))
+    }
+
+    /// Runs programs in this folder; without it they run in the current one.
+    pub fn run_in(&mut self, folder: &Path) {
+        for part in &mut self.parts {
+            if let Rule::Program(program) = &mut part.rule {
+                program.run_in(folder);
+            }
+        }
     }
 
     /// Starts programs, so that the first completion need not wait for them.

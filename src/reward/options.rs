@@ -1,5 +1,6 @@
 //! The settings of judging, as the command line and `config.toml` fill them.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -20,6 +21,9 @@ pub struct RewardOptions {
     /// [default: math; boxed where tasks alone are asked]
     #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]
     pub reward: Option<String>,
+    /// The folder that reward programs run in: where the run was begun. None is the current one.
+    #[arg(skip)]
+    pub reward_folder: Option<PathBuf>,
     /// Threads that judge while others sample; each has its own reward program
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Data and reward")]
     pub reward_workers: usize,
@@ -49,14 +53,25 @@ impl RewardOptions {
         self.reward.clone().unwrap_or_else(default)
     }
 
-    /// The judges for completions of problems from `data` with at most `max_response` tokens.
+    /// What judges completions of problems from `data` with at most `max_response` tokens.
     ///
     /// # Errors
     /// The specification has a part that does not exist or cannot be made.
-    pub fn judges(&self, data: &str, max_response: usize) -> Result<JudgePool> {
+    pub fn judge(&self, data: &str, max_response: usize) -> Result<Judge> {
         let timeout = Duration::from_secs_f32(self.reward_timeout);
-        let judge = Judge::parse(&self.spec(data), JudgeOptions { max_response, timeout })?;
-        JudgePool::new(judge, self.reward_workers)
+        let mut judge = Judge::parse(&self.spec(data), JudgeOptions { max_response, timeout })?;
+        if let Some(folder) = &self.reward_folder {
+            judge.run_in(folder);
+        }
+        Ok(judge)
+    }
+
+    /// The judges for completions of problems from `data` with at most `max_response` tokens.
+    ///
+    /// # Errors
+    /// As [`RewardOptions::judge`]; a program cannot be started.
+    pub fn judges(&self, data: &str, max_response: usize) -> Result<JudgePool> {
+        JudgePool::new(self.judge(data, max_response)?, self.reward_workers)
     }
 
     /// Refuses settings that cannot work.

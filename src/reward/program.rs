@@ -11,6 +11,7 @@
 //! belong on stderr, which is passed on.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,6 +36,7 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Program {
     command: String,
     timeout: Duration,
+    folder: Option<PathBuf>,
     running: Option<Running>,
     asked: u64,
 }
@@ -56,23 +58,34 @@ enum Silent {
 
 impl Clone for Program {
     fn clone(&self) -> Program {
-        Program::new(&self.command, self.timeout)
+        Program { folder: self.folder.clone(), ..Program::new(&self.command, self.timeout) }
     }
 }
 
 impl Program {
     /// A command line for `sh -c`. Nothing is started yet.
     pub fn new(command: &str, timeout: Duration) -> Program {
-        Program { command: command.into(), timeout, running: None, asked: 0 }
+        Program { command: command.into(), timeout, folder: None, running: None, asked: 0 }
+    }
+
+    /// Runs it in this folder, from which its command line's relative paths count.
+    pub fn run_in(&mut self, folder: &Path) {
+        self.folder = Some(folder.into());
     }
 
     /// Starts the process, where none is running.
     ///
     /// # Errors
-    /// There is no shell, or the system refuses a process.
+    /// There is no shell, its folder is gone, or the system refuses a process.
     pub fn start(&mut self) -> Result<()> {
         if self.running.is_none() {
-            let started = Running::start(&self.command);
+            if let Some(folder) = self.folder.as_deref().filter(|folder| !folder.is_dir()) {
+                let place = format!("--reward cmd:{}", shorten(&self.command, 80));
+                let expected = format!("the folder that the run began in ({})", folder.display());
+                let advice = "make it again, or give --reward and --allow-change";
+                return Err(Error::invalid(place, expected, "no such folder", advice));
+            }
+            let started = Running::start(&self.command, self.folder.as_deref());
             self.running = Some(started.map_err(Error::io("start", &self.command))?);
         }
         Ok(())
@@ -132,8 +145,11 @@ impl Program {
 }
 
 impl Running {
-    fn start(command: &str) -> std::io::Result<Running> {
+    fn start(command: &str, folder: Option<&Path>) -> std::io::Result<Running> {
         let mut shell = Command::new("sh");
+        if let Some(folder) = folder {
+            shell.current_dir(folder);
+        }
         shell.arg("-c").arg(command).stdin(Stdio::piped()).stdout(Stdio::piped());
         // Of its own group: Ctrl-C is ours to handle, and what the shell starts ends with it.
         #[cfg(unix)]

@@ -151,10 +151,10 @@ pub struct TrainConfig {
     /// allows]
     #[arg(long, value_name = "N", help_heading = "Batch")]
     pub micro_batch_tokens: Option<usize>,
-    /// Memory for activations that an update keeps instead of computing them again, MiB (a third of its
-    /// time); results are the same [default: half of what is free]
-    #[arg(long, value_name = "MIB", help_heading = "Batch")]
-    pub memory: Option<usize>,
+    /// Compute activations again in the backward instead of keeping them: least memory, a third more time; results
+    /// are the same
+    #[arg(long, help_heading = "Batch")]
+    pub recompute: bool,
     /// Prompts longer than this lose their beginning
     #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Batch")]
     pub max_prompt: usize,
@@ -223,9 +223,10 @@ pub struct TrainConfig {
     /// Checkpoints to keep, the newest ones (0 = all)
     #[arg(long, default_value_t = 2, value_name = "N", help_heading = "Run")]
     pub keep_checkpoints: usize,
-    /// Memory that the run may take; a plan beyond it is refused [default: what is available]
-    #[arg(long, value_name = "MIB", help_heading = "Run")]
-    pub memory_mib: Option<u64>,
+    /// Memory that the run may take in all, as 12GiB or 800MiB: a plan beyond it is refused, what it leaves keeps
+    /// activations for the backward [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "Run")]
+    pub memory: Option<ByteSize>,
     /// Same seed, same run
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,
@@ -361,7 +362,8 @@ impl TrainConfig {
     pub fn from_table(table: toml::Table, place: &str) -> Result<TrainConfig> {
         let command = TrainConfig::augment_args(clap::Command::new("train"));
         let names = command.get_arguments().map(|a| a.get_id().as_str().replace('_', "-"));
-        let names: Vec<String> = names.chain(["internal-layer-why".into()]).collect();
+        let names: Vec<String> =
+            names.chain(["internal-layer-why".into(), "reward-folder".into()]).collect();
         let wrong = |got: String| {
             Error::invalid(place, "settings of `train`", got, "mend it; train --help has them all")
         };
@@ -415,10 +417,19 @@ impl TrainConfig {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
             Ok(())
         };
-        [&mut self.prompts.tokenizer, &mut self.adapter, &mut self.out]
-            .into_iter()
-            .flatten()
-            .try_for_each(absolute)?;
+        let rewards = &mut self.rewards;
+        if rewards.judge(&self.data, self.max_response)?.has_program() {
+            rewards.reward_folder.get_or_insert(PathBuf::from("."));
+        }
+        [
+            &mut self.prompts.tokenizer,
+            &mut self.adapter,
+            &mut self.out,
+            &mut self.rewards.reward_folder,
+        ]
+        .into_iter()
+        .flatten()
+        .try_for_each(absolute)?;
         self.data = source::absolute(&self.data)?;
         self.eval_data = self.eval_data.as_deref().map(source::absolute).transpose()?;
         let template = &mut self.prompts.template;

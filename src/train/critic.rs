@@ -61,6 +61,11 @@ impl Critic {
         Ok(Critic { config, heads })
     }
 
+    /// Bytes of all heads.
+    pub fn n_bytes(&self) -> usize {
+        self.heads.iter().map(|h| h.tensors.n_bytes() + 8 * h.gradient.len()).sum()
+    }
+
     fn head(&mut self, depth: usize) -> &mut Head {
         let head = self.heads.iter_mut().find(|h| h.depth == depth);
         head.expect("a head for each policy of the run")

@@ -4,9 +4,6 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::TrainConfig;
-use crate::ggml::Device;
-
 /// Largest resident memory of this process so far, bytes (`VmHWM`); 0 where the system does not say.
 pub fn peak_bytes() -> u64 {
     field(&read("/proc/self/status"), "VmHWM:").unwrap_or(0)
@@ -15,8 +12,10 @@ pub fn peak_bytes() -> u64 {
 /// Resident memory of this process, bytes, without what it maps of these files; 0 where the system does not
 /// say.
 pub fn resident_besides(files: &[PathBuf]) -> u64 {
+    // A file in memory has no path, but a link with the name that its mappings bear.
+    let mapped_as = |f: &PathBuf| fs::canonicalize(f).or_else(|_| fs::read_link(f));
     let files: HashSet<PathBuf> =
-        files.iter().map(|f| fs::canonicalize(f).unwrap_or_else(|_| f.clone())).collect();
+        files.iter().map(|f| mapped_as(f).unwrap_or_else(|_| f.clone())).collect();
     let (mut bytes, mut counts) = (0, true);
     for line in read("/proc/self/smaps").lines() {
         let first = line.split(' ').next().unwrap_or_default();
@@ -36,16 +35,6 @@ pub fn resident_besides(files: &[PathBuf]) -> u64 {
 pub fn available_bytes() -> Option<u64> {
     let machine = field(&read("/proc/meminfo"), "MemAvailable:");
     machine.into_iter().chain(group_limits()).min()
-}
-
-/// Bytes for activations that an update keeps: `--memory`, else half of what is free on the CPU; that says
-/// nothing of another device, which keeps none unless told.
-pub(super) fn keep_budget(config: &TrainConfig, device: Device) -> usize {
-    match config.memory {
-        Some(mib) => mib << 20,
-        None if device != Device::Cpu => 0,
-        None => available_bytes().unwrap_or(0) as usize / 2,
-    }
 }
 
 /// What is left in each control group of this process.

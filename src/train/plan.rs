@@ -6,8 +6,9 @@
 
 use serde::Serialize;
 
-use super::memory::{keep_budget, resident_besides};
-use super::{Algorithm, TrainConfig};
+use super::memory::{available_bytes, resident_besides};
+use super::{Algorithm, TrainConfig, new_critic};
+use crate::ggml::Device;
 use crate::gguf::AdapterFile;
 use crate::model::{Lora, Model, activations, kept_floats};
 use crate::ops::logprob_tiles_bytes;
@@ -17,6 +18,11 @@ use crate::{Error, Result};
 /// The system's allocator keeps freed blocks of up to this size (glibc's largest mmap threshold): the
 /// forward's intermediate results, about half of the backward's, stay when these take their place.
 const HEAP_KEEPS: usize = 32 << 20;
+
+/// Kept activations leave this part of the limit free: a plan can be off by up to 15 %, most are by less.
+const MARGIN: u64 = 8;
+/// Name of the part that grows into what the others leave.
+const KEPT: &str = "kept for vjp";
 
 /// One use of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -43,6 +49,9 @@ pub struct Plan {
     pub total_bytes: u64,
     /// Those that a graphics card would hold, bytes; an estimate, its libraries' own not counted.
     pub gpu_bytes: u64,
+    /// What the process may take in all, bytes: `--memory`, else what it has and what is free; none where the
+    /// system does not say.
+    pub limit_bytes: Option<u64>,
 }
 
 impl Plan {
@@ -73,7 +82,6 @@ impl Plan {
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
         let acts = activations(model, &c.targets, rank, depth, tokens, scored)?;
         let layer_kept = 4 * kept_floats(m, rank, tokens);
-        let layers_kept = depth.min(keep_budget(&c, model.device()) / layer_kept);
         let adapter = 4 * Lora::count_params(model, &c.targets, rank);
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
@@ -85,10 +93,15 @@ impl Plan {
             what,
             advice,
         };
-        let parts = vec![
+        let program = resident_besides(model.files());
+        let limit_bytes = match c.memory {
+            Some(size) => Some(size.0),
+            None => available_bytes().map(|free| free + program),
+        };
+        let mut parts = vec![
             part(
                 "program",
-                resident_besides(model.files()) as usize,
+                program as usize,
                 false,
                 "code, vocabulary, what is open now".into(),
                 "",
@@ -122,13 +135,6 @@ impl Plan {
                 "lower --micro-batch-tokens",
             ),
             part(
-                "kept for vjp",
-                layers_kept * layer_kept,
-                true,
-                format!("activations of {layers_kept} layers that are not computed again"),
-                "lower --memory",
-            ),
-            part(
                 "logprob tiles",
                 logprob_tiles_bytes(m.n_embd, scored, threads),
                 true,
@@ -143,26 +149,44 @@ impl Plan {
                 "lower --rank",
             ),
         ];
+        if let Some(critic) = new_critic(&c, model)? {
+            parts.push(part(
+                "critic",
+                critic.n_bytes() + 4 * m.n_embd * tokens,
+                false,
+                "value heads, a residual as they read it".into(),
+                "lower --micro-batch-tokens",
+            ));
+        }
+        // The limit is the CPU's memory: what a card has left is not known here.
+        let keeps = !c.recompute && model.device() == Device::Cpu;
+        let taken: u64 = parts.iter().map(|p| p.bytes).sum();
+        let left = limit_bytes.map_or(0, |limit| (limit - limit / MARGIN).saturating_sub(taken));
+        let layers_kept = if keeps { depth.min(left as usize / layer_kept) } else { 0 };
+        parts.push(part(
+            KEPT,
+            layers_kept * layer_kept,
+            true,
+            format!("activations of {layers_kept} layers that are not computed again"),
+            "",
+        ));
         let total_bytes = parts.iter().map(|p| p.bytes).sum();
         let gpu_bytes = parts.iter().filter(|p| p.on_gpu).map(|p| p.bytes).sum();
-        Ok(Plan { parts, total_bytes, gpu_bytes })
+        Ok(Plan { parts, total_bytes, gpu_bytes, limit_bytes })
     }
 
-    /// Bytes that are still to be taken.
-    pub fn missing_bytes(&self) -> u64 {
-        let taken = self.parts.iter().filter(|p| p.name == "program").map(|p| p.bytes);
-        self.total_bytes - taken.sum::<u64>()
+    /// Bytes for activations that an update keeps for its backward.
+    pub fn kept_bytes(&self) -> usize {
+        self.parts.iter().filter(|p| p.name == KEPT).map(|p| p.bytes as usize).sum()
     }
 
-    /// Refuses a plan that does not fit.
+    /// Refuses a plan that does not fit into the limit.
     ///
     /// # Errors
     /// [`Error::Invalid`] with the largest parts and what makes them smaller.
-    pub fn check(&self, available: u64) -> Result<()> {
-        let needed = self.missing_bytes();
-        if needed <= available {
-            return Ok(());
-        }
+    pub fn check(&self) -> Result<()> {
+        let needed = self.total_bytes;
+        let Some(limit) = self.limit_bytes.filter(|limit| needed > *limit) else { return Ok(()) };
         let mut largest: Vec<&Part> = self.parts.iter().filter(|p| !p.advice.is_empty()).collect();
         largest.sort_by_key(|p| std::cmp::Reverse(p.bytes));
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
@@ -174,13 +198,13 @@ impl Plan {
         Err(Error::invalid(
             "memory",
             format!("{} MiB for this run", mib(needed)),
-            format!("{} MiB available", mib(available)),
-            format!("{}; --memory-mib N sets another limit", advice.join(", ")),
+            format!("{} MiB available", mib(limit)),
+            format!("{}; --memory SIZE sets another limit", advice.join(", ")),
         ))
     }
 
-    /// The plan as a table, with what is available beside it.
-    pub fn table(&self, available: Option<u64>) -> String {
+    /// The plan as a table, with the limit beside it.
+    pub fn table(&self) -> String {
         let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
         let mut text = String::from("memory of a run    CPU MiB   GPU MiB\n");
         for p in &self.parts {
@@ -189,8 +213,8 @@ impl Plan {
         }
         let (cpu, gpu) = (mib(self.total_bytes), mib(self.gpu_bytes));
         text += &format!("  {:<14}  {cpu:>9.1} {gpu:>9.1}", "peak");
-        if let Some(available) = available {
-            text += &format!("  ({:.0} MiB available to the CPU)", mib(available));
+        if let Some(limit) = self.limit_bytes {
+            text += &format!("  ({:.0} MiB available to the CPU)", mib(limit));
         }
         text
     }

@@ -40,21 +40,21 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 13] = [
+const HARMLESS: [&str; 11] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
     "eval-every",
     "entropy-every",
-    "reward-workers",
-    "reward-timeout",
     "checkpoint-every",
     "keep-checkpoints",
     "memory",
-    "memory-mib",
+    "recompute",
     "vram",
     "out",
 ];
+/// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
+const HARMLESS_WITHOUT_PROGRAM: [&str; 2] = ["reward-workers", "reward-timeout"];
 /// Settings that the adapter of a checkpoint has already.
 const SETTLED: [&str; 4] = ["adapter", "rank", "alpha", "targets"];
 
@@ -68,10 +68,14 @@ fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
     let names: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
     // Only a falling learning rate looks at the end of the run.
     let looks_at_end = |c: &TrainConfig| c.schedule != super::Schedule::Constant;
+    let program = new.rewards.judge(&new.data, new.max_response)?.has_program();
     let effect = |name: &str| match name {
+        // Older runs did not write it down.
+        "reward-folder" if old.rewards.reward_folder.is_none() => Effect::None,
         "steps" if looks_at_end(old) || looks_at_end(new) => Effect::Inexact,
         "steps" => Effect::None,
         _ if HARMLESS.contains(&name) => Effect::None,
+        _ if HARMLESS_WITHOUT_PROGRAM.contains(&name) && !program => Effect::None,
         _ if SETTLED.contains(&name) => Effect::Impossible,
         _ => Effect::Inexact,
     };
@@ -154,7 +158,12 @@ impl Resume {
         let wrong = |e: String| Error::invalid("settings", "those of a run", e, "see train --help");
         let mut table = toml::Table::try_from(old).map_err(|e| wrong(e.to_string()))?;
         table.extend(settings.clone());
-        let mut new = TrainConfig::from_table(table, "settings")?.absolute()?;
+        let mut new = TrainConfig::from_table(table, "settings")?;
+        if settings.contains_key("reward") {
+            // Another program counts from here.
+            new.rewards.reward_folder = None;
+        }
+        let mut new = new.absolute()?;
         new.out = old.out.clone();
         self.changes = changes(old, &new)?;
         if self.checkpoint.is_some() {
@@ -252,20 +261,21 @@ pub(super) fn model_path(path: &Path) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ggml::ByteSize;
+    use crate::reward::RewardOptions;
     use crate::train::Schedule;
 
     #[test]
     fn every_setting_counts_as_inexact_unless_it_is_known_to_be_harmless() {
         let all = TrainConfig {
             eval_data: Some("held-out.jsonl".into()),
-            memory: Some(1),
-            memory_mib: Some(1),
-            vram: Some(crate::ggml::ByteSize(1)),
+            memory: Some(ByteSize(1)),
+            vram: Some(ByteSize(1)),
             out: Some("run".into()),
             ..TrainConfig::default()
         };
         let table = toml::Table::try_from(all).unwrap();
-        for name in HARMLESS {
+        for name in HARMLESS.into_iter().chain(HARMLESS_WITHOUT_PROGRAM) {
             assert!(table.contains_key(name), "{name} is no setting");
         }
         let old = TrainConfig::default();
@@ -283,5 +293,19 @@ mod tests {
         let longer = TrainConfig { steps: 50, ..falling.clone() };
         assert_eq!(changes(&falling, &longer).unwrap()[0].effect, Effect::Inexact);
         assert!(changes(&old, &old).unwrap().is_empty());
+
+        // A program may judge otherwise when it is started anew or asked again.
+        let judged = |reward: &str, reward_timeout: f32| TrainConfig {
+            rewards: RewardOptions {
+                reward: Some(reward.into()),
+                reward_timeout,
+                ..RewardOptions::default()
+            },
+            ..old.clone()
+        };
+        for (reward, effect) in [("math", Effect::None), ("cmd:judge", Effect::Inexact)] {
+            let found = changes(&judged(reward, 1.0), &judged(reward, 2.0)).unwrap();
+            assert_eq!(found[0].effect, effect, "{reward}");
+        }
     }
 }

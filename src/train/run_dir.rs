@@ -56,6 +56,17 @@ impl RunConfig {
         if let Some(name) = file.keys().next() {
             return Err(wrong(format!("unknown {name}")));
         }
+        // Older runs had MiB in two settings, one for all memory and one for kept activations.
+        let older = ["memory-mib", "memory"];
+        if let Some(key) = older.iter().find(|key| train.get(**key).is_some_and(|v| v.is_integer()))
+        {
+            return Err(Error::invalid(
+                path.display().to_string(),
+                "the settings of a run",
+                format!("{key}, as an older version wrote it"),
+                "in its place write memory = \"12GiB\", all that the run may take, or nothing",
+            ));
+        }
         let train = TrainConfig::from_table(train, &path.display().to_string())?;
         Ok(RunConfig { model, train })
     }

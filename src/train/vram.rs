@@ -292,7 +292,10 @@ impl<'m> Demand<'m> {
         let (rollout_bytes, update_bytes) =
             (self.rollout(n_seq)?, self.update(micro_batch_tokens)?);
         let layer = 4 * kept_floats(self.model.config(), self.rank, micro_batch_tokens) as u64;
-        let layers = (room.saturating_sub(update_bytes) / layer).min(self.depth() as u64);
+        let layers = match c.recompute {
+            true => 0,
+            false => (room.saturating_sub(update_bytes) / layer).min(self.depth() as u64),
+        };
         let kv_bytes = n_seq * self.sizes(usize::MAX)?.sequence_bytes;
         Ok(Ok(GpuPlan {
             budget_bytes: budget,
