@@ -38,6 +38,11 @@ struct Context : BackendContext {
 
     size_t scratch_bytes() const override { return device.scratch_bytes(); }
 
+    bupo_rates rates(int64_t n, size_t bytes, int reps) override {
+        device.enter();
+        return measure_rates(device, n, bytes, reps);
+    }
+
     void release() override {
         ggml_backend_synchronize(inner.get());
         device.enter();
@@ -199,6 +204,18 @@ size_t bupo_backend_scratch_bytes(ggml_backend_t backend) {
     return static_cast<bupo::BackendContext *>(backend->context)->scratch_bytes();
 }
 
+bupo_status bupo_backend_rates(ggml_backend_t backend, int64_t n, size_t bytes, int reps, bupo_rates * out) {
+    if (!out || n < 1 || bytes < sizeof(int32_t) || reps < 1) {
+        return bupo::fail(BUPO_ERR_ARGUMENT, "null argument, or nothing to measure");
+    }
+    return bupo::guarded(
+        [&] {
+            *out = static_cast<bupo::BackendContext *>(backend->context)->rates(n, bytes, reps);
+            return BUPO_OK;
+        },
+        BUPO_ERR_DEVICE);
+}
+
 void bupo_backend_release(ggml_backend_t backend) {
     bupo::guarded([&] { return static_cast<bupo::BackendContext *>(backend->context)->release(), BUPO_OK; });
 }
@@ -225,6 +242,10 @@ static bupo_status not_built() {
 }
 
 bool bupo_cuda_built(void) {
+    return false;
+}
+
+bool bupo_cuda_decodes(ggml_type) {
     return false;
 }
 

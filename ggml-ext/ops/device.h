@@ -254,6 +254,9 @@ inline float * data_of(const ggml_tensor * tensor) {
     return static_cast<float *>(tensor->data);
 }
 
+// What bupo_backend_rates gives.
+bupo_rates measure_rates(Device & device, int64_t n, size_t bytes, int reps);
+
 void run_linear(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_linear_back(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_outer(Device & device, ggml_tensor * dst, const bupo_linear_params & params);

@@ -78,7 +78,6 @@ use crate::rollout::{Encoder, Progress, RolloutOptions, Rollouts};
 use crate::{Error, Result};
 use critic::Critic;
 use update::{Learner, Tally, UpdateConfig};
-use vram::Meter;
 
 /// Whoever watches a run. All methods may do nothing.
 pub trait Observer {
@@ -112,7 +111,7 @@ pub struct Trainer<'m> {
     judges: JudgePool,
     critic: Option<Critic>,
     /// On a GPU.
-    meter: Option<Meter>,
+    gpu: Option<GpuPlan>,
     stop: Arc<AtomicBool>,
     /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
     probe_set: Vec<crate::analysis::Sample>,
@@ -233,7 +232,7 @@ impl<'m> Trainer<'m> {
             held_out,
             judges,
             critic,
-            meter: gpu.map(|plan| Meter::new(plan, model)),
+            gpu,
             inputs: BTreeMap::new(),
             mid_step: false,
             steps_done: 0,
@@ -277,7 +276,7 @@ impl<'m> Trainer<'m> {
             problems: _,
             held_out: _,
             judges: _,
-            meter: _,
+            gpu: _,
             stop: _,
             inputs: _,
             // Cleared or filled anew by every update, rollout or forward.
@@ -387,8 +386,8 @@ impl<'m> Trainer<'m> {
 
     /// On a GPU rollouts and updates have its memory in turn: theirs goes to updates.
     fn end_rollouts(&mut self) -> Result<()> {
-        if let Some(meter) = &mut self.meter {
-            meter.look()?;
+        if self.gpu.is_some() {
+            self.model.engine().look_at_memory()?;
             self.rollouts.release();
         }
         Ok(())
@@ -396,8 +395,8 @@ impl<'m> Trainer<'m> {
 
     /// The same the other way round.
     fn end_updates(&mut self) -> Result<()> {
-        if let Some(meter) = &mut self.meter {
-            meter.look()?;
+        if self.gpu.is_some() {
+            self.model.engine().look_at_memory()?;
             self.engine.release();
         }
         Ok(())

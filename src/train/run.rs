@@ -80,8 +80,8 @@ impl Trainer<'_> {
             Err(Error::Interrupted) => (None, true),
             Err(error) => return Err(self.with_way_on(error, &keeper)),
         };
-        let gpu = self.meter.as_ref().filter(|meter| meter.peak_bytes > 0);
-        if let Some(word) = gpu.and_then(|meter| meter.plan.verdict(meter.peak_bytes)) {
+        let gpu = self.gpu.as_ref().zip(self.model.engine().gpu_peak_bytes());
+        if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
             observer.note(&word);
         }
         Ok(Summary {
@@ -91,8 +91,8 @@ impl Trainer<'_> {
             steps: self.steps_done,
             seconds: self.seconds,
             peak_bytes: super::memory::peak_bytes(),
-            gpu_peak_bytes: gpu.map(|meter| meter.peak_bytes),
-            gpu_planned_bytes: gpu.map(|meter| meter.plan.peak_bytes()),
+            gpu_peak_bytes: gpu.map(|(_, used)| used),
+            gpu_planned_bytes: gpu.map(|(plan, _)| plan.peak_bytes()),
             interrupted,
             adapter: keeper.dir.adapter(),
         })

@@ -223,7 +223,8 @@ impl<'m> Demand<'m> {
         let n_batch = sizes.n_batch.max(n_seq);
         let graph = 4 * n_batch * (3 * m.n_ff + 4 * m.n_embd);
         let mask = 6 * n_batch * sizes.n_ctx_seq;
-        let kv = n_seq * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
+        // One more sequence for prompts.
+        let kv = (n_seq + 1) * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
         Ok((kv + graph + mask + 4 * m.n_vocab * n_seq) as u64)
     }
 
@@ -369,30 +370,6 @@ fn largest(
         }
     }
     Ok((good * step).max(low))
-}
-
-/// Compares a run's GPU memory with its plan.
-pub(super) struct Meter {
-    pub plan: GpuPlan,
-    device: Device,
-    free_before: Option<u64>,
-    /// Largest memory seen, bytes; 0 where the device does not say.
-    pub peak_bytes: u64,
-}
-
-impl Meter {
-    pub fn new(plan: GpuPlan, model: &Model) -> Meter {
-        let free_before = model.engine().free_before();
-        Meter { plan, device: model.device(), free_before, peak_bytes: 0 }
-    }
-
-    /// Looks how much is taken now: at the end of a turn, when all of it is there.
-    pub fn look(&mut self) -> Result<()> {
-        if let (Some(before), Some(free)) = (self.free_before, self.device.free_bytes()?) {
-            self.peak_bytes = self.peak_bytes.max(before.saturating_sub(free));
-        }
-        Ok(())
-    }
 }
 
 /// Refuses `--vram` where no GPU computes.

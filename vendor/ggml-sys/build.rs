@@ -14,7 +14,7 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 10] = [
+const KERNELS: [&str; 11] = [
     "activations",
     "linear",
     "logprob",
@@ -25,6 +25,7 @@ const KERNELS: [&str; 10] = [
     "swiglu",
     "rows",
     "adamw",
+    "yardstick",
 ];
 
 fn main() {
@@ -83,7 +84,8 @@ fn main() {
         .compile_intermediates();
     emulated.objects(objects).compile("bupo-ggml-emulated");
     // After what uses it: bridge.cpp holds the last error.
-    cpp(&ext, &source).file(ext.join("bridge.cpp")).compile("bupo-ggml-ext");
+    let host = ["bridge.cpp", "sampler.cpp"].map(|file| ext.join(file));
+    cpp(&ext, &source).files(host).compile("bupo-ggml-ext");
 }
 
 /// A C++ compilation whose warnings are errors; llama.cpp's headers come in as system headers, for their
