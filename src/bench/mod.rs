@@ -252,7 +252,7 @@ mod tests {
             rank: 2,
             tokens: 8,
             internal_layer: None,
-            memory: 0,
+            keep: 0,
             sequences: vec![1],
         };
         for case in ["ops/policies", "ops/rows", "ops/head", "train/full phase"] {
