@@ -15,26 +15,30 @@ pub fn compile(ext: &Path, source: &Path, kernels: &[PathBuf]) {
         println!("cargo:rerun-if-env-changed={name}");
     }
     let (nvcc, root) = toolkit();
-    let mut build = cc::Build::new();
-    build
-        .cuda(true)
-        .cudart("none")
-        .compiler(&nvcc)
-        .files(kernels)
-        .files(["ops/device-cuda.cu", "backend-cuda.cu"].map(|file| ext.join(file)))
-        .include(ext)
-        .std("c++17")
-        .opt_level(3)
-        .warnings(false)
-        .flag("-Werror=all-warnings")
-        .flag("-Xcompiler=-Wall,-Wextra,-Werror");
-    for folder in ["include", "ggml/include", "ggml/src", "ggml/src/ggml-cuda"] {
-        build.flag("-isystem").flag(source.join(folder));
+    // Not by cc's own support of CUDA: it hands a host compiler's flags to an nvcc that has a path, and debug
+    // information would turn off the optimisation of device code. tools/gpu-check compiles with the same flags.
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let own = ["ops/device-cuda.cu", "backend-cuda.cu"].map(|file| ext.join(file));
+    let mut archive = cc::Build::new();
+    for file in kernels.iter().chain(&own) {
+        let object = out.join(file.file_name().expect("a file")).with_extension("cuda.o");
+        let mut command = Command::new(&nvcc);
+        command
+            .args(["-std=c++17", "-O3", "-Werror=all-warnings"])
+            .args(["-Xcompiler=-fPIC,-Wall,-Wextra,-Werror", "-c"])
+            .arg(file)
+            .arg("-o")
+            .arg(&object)
+            .arg("-I")
+            .arg(ext);
+        for folder in ["include", "ggml/include", "ggml/src", "ggml/src/ggml-cuda"] {
+            command.arg("-isystem").arg(source.join(folder));
+        }
+        let status = command.args(architectures(&nvcc)).status().expect("run nvcc");
+        assert!(status.success(), "nvcc on {}: {status}; its words stand above", file.display());
+        archive.object(object);
     }
-    for flag in architectures(&nvcc) {
-        build.flag(flag);
-    }
-    build.compile("bupo-ggml-cuda");
+    archive.compile("bupo-ggml-cuda");
 
     let lib = ["lib64", "lib"].map(|name| root.join(name)).into_iter().find(|lib| lib.is_dir());
     let lib =
