@@ -37,6 +37,17 @@ struct Context : BackendContext {
         : inner(inner), name(std::string("bupo-") + ggml_backend_name(inner)), device(index, stream, precise) {}
 
     size_t scratch_bytes() const override { return device.scratch_bytes(); }
+
+    bupo_rates rates(int64_t n, size_t bytes, int reps) override {
+        device.enter();
+        return measure_rates(device, n, bytes, reps);
+    }
+
+    void release() override {
+        ggml_backend_synchronize(inner.get());
+        device.enter();
+        device.release();
+    }
 };
 
 Context & context_of(ggml_backend_t backend) {
@@ -64,6 +75,9 @@ void run_custom(Device & device, ggml_tensor * node) {
         case BUPO_OP_LINEAR_BACK:    return run_linear_back(device, node, params_as<bupo_linear_params>(params));
         case BUPO_OP_OUTER:          return run_outer(device, node, params_as<bupo_linear_params>(params));
         case BUPO_OP_LOGPROB:        return run_logprob(device, node, params_as<bupo_logprob_params>(params));
+        case BUPO_OP_TAKEN_LOGITS:   return run_taken_logits(device, node);
+        case BUPO_OP_POLICIES:       return run_policies(device, node, params_as<bupo_policies_params>(params));
+        case BUPO_OP_DIVERGENCE:     return run_divergence(device, node);
         case BUPO_OP_ATTENTION:      return run_attention(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_ATTENTION_BACK: return run_attention_back(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_RMS_NORM:       return run_rms_norm(device, node, params_as<bupo_norm_params>(params));
@@ -190,6 +204,22 @@ size_t bupo_backend_scratch_bytes(ggml_backend_t backend) {
     return static_cast<bupo::BackendContext *>(backend->context)->scratch_bytes();
 }
 
+bupo_status bupo_backend_rates(ggml_backend_t backend, int64_t n, size_t bytes, int reps, bupo_rates * out) {
+    if (!out || n < 1 || bytes < sizeof(int32_t) || reps < 1) {
+        return bupo::fail(BUPO_ERR_ARGUMENT, "null argument, or nothing to measure");
+    }
+    return bupo::guarded(
+        [&] {
+            *out = static_cast<bupo::BackendContext *>(backend->context)->rates(n, bytes, reps);
+            return BUPO_OK;
+        },
+        BUPO_ERR_DEVICE);
+}
+
+void bupo_backend_release(ggml_backend_t backend) {
+    bupo::guarded([&] { return static_cast<bupo::BackendContext *>(backend->context)->release(), BUPO_OK; });
+}
+
 bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend_t * out) {
     if (!out || n_threads < 1) {
         return bupo::fail(BUPO_ERR_ARGUMENT, "null argument, or no threads");
@@ -212,6 +242,10 @@ static bupo_status not_built() {
 }
 
 bool bupo_cuda_built(void) {
+    return false;
+}
+
+bool bupo_cuda_decodes(ggml_type) {
     return false;
 }
 

@@ -120,11 +120,33 @@ enum bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend
 // GPU `index` of bupo_cuda_count.
 enum bupo_status bupo_backend_cuda(int index, bool precise, ggml_backend_t * out);
 
-// Scratch memory of our ops in a backend made here, bytes.
+// Bytes of a tile of dequantised weights, of scores or of logits, and tokens whose logits are taken at once. The host's
+// are small, so that small tests have several tiles.
+#define BUPO_GPU_TILE_BYTES      67108864
+#define BUPO_GPU_TOKEN_TILE      2048
+#define BUPO_EMULATED_TILE_BYTES 16384
+#define BUPO_EMULATED_TOKEN_TILE 24
+
+// Scratch memory of our ops in a backend made here, bytes; it is kept for the next op until it is given back.
 size_t bupo_backend_scratch_bytes(ggml_backend_t backend);
+
+// Gives the scratch memory back, once all work is done.
+void bupo_backend_release(ggml_backend_t backend);
+
+// The least of `reps` times: products of two n x n matrices in the type of weights and activations, and copies of `bytes`,
+// which are read and written.
+struct bupo_rates {
+    double flop_per_s;
+    double bytes_per_s;
+};
+
+enum bupo_status bupo_backend_rates(ggml_backend_t backend, int64_t n, size_t bytes, int reps, struct bupo_rates * out);
 
 // Whether this build has the CUDA kernels.
 bool bupo_cuda_built(void);
+
+// Whether ggml-cuda can decode weights of this type; false without CUDA.
+bool bupo_cuda_decodes(enum ggml_type type);
 
 struct bupo_gpu {
     char     name[256];
@@ -211,6 +233,15 @@ struct bupo_tensor_entry {
 // quantiser for this model, in the order that the quantiser takes them. Without an importance matrix.
 enum bupo_status bupo_quantize_types(const struct llama_model * model, int32_t ftype, const struct bupo_tensor_entry * tensors,
                                      size_t n_tensors, uint32_t * types);
+
+// A backend sampler that draws a token in the decoding graph, where the logits lie (sampler.cpp). One per sequence; the
+// caller frees it with llama_sampler_free after it was detached or the context freed. What is set before a decode holds
+// for it: `uniform` in [0, 1 - 2^-23], and 1/T. llama_get_sampled_token_ith gives the token, llama_get_sampled_probs_ith
+// its log-prob under the whole distribution at T.
+enum bupo_status bupo_draw_new(struct llama_sampler ** out);
+void             bupo_draw_set(struct llama_sampler * sampler, float uniform, float inv_temperature);
+// Attaches it to a sequence of the context; null detaches.
+enum bupo_status bupo_draw_attach(struct llama_context * context, llama_seq_id sequence, struct llama_sampler * sampler);
 
 // llama_decode with exceptions stopped at the header. *result: its return value.
 enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, int32_t * result);

@@ -26,6 +26,8 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
 struct BackendContext {
     virtual ~BackendContext() = default;
     virtual size_t scratch_bytes() const = 0;
+    virtual void   release() = 0;
+    virtual bupo_rates rates(int64_t n, size_t bytes, int reps) = 0;
 };
 
 } // namespace bupo

@@ -158,7 +158,7 @@ fn small(algo: Algorithm) -> TrainConfig {
         max_response: 12,
         rank: 2,
         threads: Some(1),
-        kv_mib: 64,
+        kv_mib: Some(64),
         internal_steps: 1,
         ..TrainConfig::default()
     }

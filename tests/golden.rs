@@ -117,6 +117,42 @@ fn rounding_kernels_agree() {
     }
 }
 
+/// The figures of `entropy` and `diff` with the kernels, as on the CPU.
+#[test]
+fn kernels_of_entropy_and_diff_agree() {
+    use bupo_gguf::analysis::{Figure, Look, measure};
+    use bupo_gguf::model::{Contestant, compare};
+    let figures = |golden: &Golden| {
+        let (mut engine, lora) = (golden.engine(), golden.lora());
+        let mut batch = Batch::default();
+        let row = &golden.rollouts()[0];
+        let completion = row.completions[0].as_slice();
+        batch.push_group(&row.prompt, &[completion], golden.model.config().n_vocab).unwrap();
+        let picked: Vec<usize> = (0..batch.scored.len()).collect();
+        let layers =
+            measure(&mut engine, &golden.model, Some(&lora), &batch, &picked, Look::default());
+        let of = |figure: usize| -> Vec<f32> {
+            layers.as_ref().unwrap().iter().flatten().map(|m| m.figures[figure]).collect()
+        };
+        let mut all: Vec<Vec<f32>> = (0..Figure::N).map(of).collect();
+        let mut base = golden.engine();
+        let mut p = Contestant { engine: &mut base, model: &golden.model, lora: None };
+        let mut q = Contestant { engine: &mut engine, model: &golden.model, lora: Some(&lora) };
+        let c = compare(&mut p, &mut q, &batch).unwrap();
+        all.extend([c.kl_nats, c.logprob_p, c.logprob_q, c.agree]);
+        all
+    };
+    for case in ["qwen3-f32", "qwen3-q4_k"] {
+        let want = figures(&Golden::load(case));
+        let got = figures(&Golden::load_on(case, common::device(true)));
+        for (i, (got, want)) in got.iter().zip(&want).enumerate() {
+            let error = relative_error(got, want);
+            println!("{error:.1e} of 1e-3  {case} figure {i}");
+            assert!(error < 1e-3, "{case} figure {i}: {error}");
+        }
+    }
+}
+
 /// Whose log-probs make the loss and the cotangents.
 #[derive(PartialEq)]
 enum Logprobs {

@@ -134,6 +134,109 @@ fn logprob() {
     }
 }
 
+#[test]
+fn policies() {
+    let mut random = Random::new(8);
+    for (ty, d, v, groups, group, top_k, gain) in [
+        (Type::F32, 40, 301, 9, 7, 3, 0.2),
+        (Type::Q8_0, 64, 130, 50, 1, 0, 0.2),
+        (Type::Q8_0, 96, 1000, 2, 30, 5, 1.0), // peaked; a group larger than a tile of columns
+        (Type::F16, 24, 33, 1, 2, 33, 0.5),
+    ] {
+        let (e_u, _) = random.weight(ty, d, v);
+        let n = groups * group;
+        let h: Vec<f32> = random.normal(d * n).iter().map(|x| gain * x).collect();
+        let mut taken = random.below(n, v);
+        taken[0] = v as i32 - 1;
+        let sources = [Source::f32(&h, &[d, n]), e_u, Source::I32(taken)];
+        let what = format!("policies {ty} D={d} V={v} {groups} groups of {group}, top {top_k}");
+        for with_taken in [true, false] {
+            let run = |device| {
+                run_on(device, &sources, |arena, s| {
+                    let taken = with_taken.then_some(s[2]);
+                    let wanted = ops::Compare { taken, group, top_k };
+                    vec![ops::policies(arena, s[0], s[1], wanted).values]
+                })
+            };
+            let want = run(Device::Cpu);
+            // Products are F32 in either case.
+            for precise in [true, false] {
+                let got = run(device(precise));
+                let width = 7 + 2 * top_k;
+                for field in 0..width {
+                    let of = |all: &[f32]| {
+                        all.iter().skip(field).step_by(width).copied().collect::<Vec<_>>()
+                    };
+                    let (got, want) = (of(&got[0]), of(&want[0]));
+                    // The likeliest token, the taken one's rank, the ids of the likeliest.
+                    if [2, 4].contains(&field) || (7..7 + top_k).contains(&field) {
+                        assert_eq!(got, want, "{what}, field {field}");
+                        continue;
+                    }
+                    let error = relative_error(&got, &want);
+                    println!(
+                        "{error:.1e} of {PRECISE:.0e}  {what}, field {field}, precise {precise}"
+                    );
+                    assert!(
+                        error <= PRECISE,
+                        "{what}, field {field}, precise {precise}: {error:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn policies_that_are_equal_have_no_divergence() {
+    let mut random = Random::new(9);
+    let (d, v) = (64, 130);
+    let (e_u, _) = random.weight(Type::Q8_0, d, v);
+    let h = random.normal(d).repeat(4);
+    let compare = ops::Compare { taken: None, group: 4, top_k: 2 };
+    let sources = [Source::f32(&h, &[d, 4]), e_u];
+    let got = run_on(device(false), &sources, |arena, s| {
+        vec![ops::policies(arena, s[0], s[1], compare).values]
+    });
+    let answers = ops::Answers::new(got[0].clone(), 2);
+    for c in 0..4 {
+        assert_eq!((answers.kl_to(c), answers.kl_from(c)), (0.0, 0.0));
+        assert_eq!(answers.top(c).next().unwrap().0, answers.best(c));
+    }
+}
+
+#[test]
+fn divergence() {
+    let mut random = Random::new(10);
+    for (p_ty, q_ty, d_p, d_q, v, t, gain) in [
+        (Type::F32, Type::Q8_0, 40, 64, 301, 61, 0.2),
+        (Type::Q8_0, Type::F16, 96, 24, 1000, 25, 1.0),
+        (Type::F16, Type::F16, 24, 24, 33, 1, 0.5),
+    ] {
+        let (e_p, _) = random.weight(p_ty, d_p, v);
+        let (e_q, _) = random.weight(q_ty, d_q, v);
+        let mut hidden = |d: usize| {
+            let h: Vec<f32> = random.normal(d * t).iter().map(|x| gain * x).collect();
+            Source::f32(&h, &[d, t])
+        };
+        let (h_p, h_q) = (hidden(d_p), hidden(d_q));
+        let mut target = random.below(t, v);
+        target[0] = v as i32 - 1;
+        let sources = [h_p, e_p, h_q, e_q, Source::I32(target)];
+        let what = format!("divergence {p_ty} {q_ty} V={v} T={t}");
+        agree_within(
+            &what,
+            &sources,
+            |arena, s| {
+                let d = ops::divergence(arena, (s[0], s[1]), (s[2], s[3]), s[4]);
+                let same = ops::divergence(arena, (s[0], s[1]), (s[0], s[1]), s[4]);
+                vec![d.kl, d.logprob_p, d.logprob_q, d.agree, same.kl]
+            },
+            [PRECISE; 2],
+        );
+    }
+}
+
 fn segments(trees: &[(i32, &[i32])]) -> Vec<Segment> {
     let (mut all, mut next) = (Vec::new(), 0);
     for &(prompt, completions) in trees {

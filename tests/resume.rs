@@ -30,7 +30,7 @@ fn small() -> TrainConfig {
         group: 4,
         eval_problems: 2,
         rank: 2,
-        kv_mib: 16,
+        kv_mib: Some(16),
         threads: Some(1),
         checkpoint_every: 1,
         ..TrainConfig::default()

@@ -19,7 +19,7 @@ fn small() -> TrainConfig {
         eval_problems: 8,
         rank: 4,
         threads: Some(2),
-        kv_mib: 64,
+        kv_mib: Some(64),
         ..TrainConfig::default()
     }
 }
@@ -30,6 +30,95 @@ fn greedy_logprobs(rollouts: &mut Rollouts, prompt: &[i32]) -> Vec<f32> {
     let stop = AtomicBool::new(false);
     let mut groups = rollouts.generate(&[request], &sampling, 1, &mut |_| (), &stop).unwrap();
     groups.remove(0).remove(0).logprobs
+}
+
+#[test]
+fn tokens_drawn_in_the_graph_are_those_drawn_from_the_logits() {
+    let model = Model::open("demo".as_ref()).unwrap();
+    let pool = Arc::new(ThreadPool::new(1).unwrap());
+    let mut lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
+    lora.tensors_mut().values_mut(1).iter_mut().for_each(|b| *b = 0.03);
+    let row = model.config().n_embd; // any number of tokens below the vocabulary
+    let prompt = |i: usize| (0..5 + 3 * i).map(|t| ((t * 37 + i * 11) % row) as i32).collect();
+    let requests: Vec<Request> = (0..3)
+        .map(|i| Request {
+            prompt_tokens: prompt(i),
+            n: 5,
+            seed_stream: i as u64,
+            max_tokens: 12 + i,
+        })
+        .collect();
+    // Four sequences for fifteen completions: slots are taken again, and holes closed.
+    let config = model.config();
+    let sequence = 256 * 2 * config.head_size * config.n_head_kv * config.n_layer * 2;
+    let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 4 * sequence };
+    let stop = AtomicBool::new(false);
+    let mut generate = |in_graph: bool, sampling: &Sampling| {
+        let mut rollouts = Rollouts::new(model.engine(), &pool, options).unwrap();
+        if in_graph {
+            rollouts.draw_in_graph();
+        }
+        assert_eq!(rollouts.n_seq(), 4);
+        rollouts.set_adapter(Some(lora.live(&model).unwrap())).unwrap();
+        // Twice, and with the memory given back between: the same again.
+        let first = rollouts.generate(&requests, sampling, 7, &mut |_| (), &stop).unwrap();
+        rollouts.release();
+        let again = rollouts.generate(&requests, sampling, 7, &mut |_| (), &stop).unwrap();
+        assert_eq!(first, again);
+        first
+    };
+    for sampling in [
+        Sampling::default(),
+        Sampling { temperature: 0.6, ..Sampling::default() },
+        // Chosen from the logits in either case.
+        Sampling { top_k: 5, ..Sampling::default() },
+        Sampling { temperature: 0.0, ..Sampling::default() },
+    ] {
+        let (host, graph) = (generate(false, &sampling), generate(true, &sampling));
+        let all = |groups: Vec<Vec<bupo_gguf::rollout::Completion>>| -> (Vec<Vec<i32>>, Vec<f32>) {
+            let tokens = groups.iter().flatten().map(|c| c.tokens.clone()).collect();
+            (tokens, groups.iter().flatten().flat_map(|c| c.logprobs.clone()).collect())
+        };
+        let ((want, want_logprobs), (got, got_logprobs)) = (all(host), all(graph));
+        assert!(want.iter().map(Vec::len).sum::<usize>() > 60, "{want:?}");
+        assert_eq!(want, got, "{sampling:?}");
+        for (want, got) in want_logprobs.iter().zip(&got_logprobs) {
+            assert!((want - got).abs() < 1e-4, "{sampling:?}: {want} {got}");
+        }
+    }
+}
+
+#[test]
+fn turns_in_a_budget_change_nothing_but_the_memory() {
+    use bupo_gguf::ggml::Device;
+    use bupo_gguf::model::Placement;
+    // A GPU's kernels on the host: with a budget, rollouts and updates take turns.
+    let placement = Placement { device: Device::Emulated { precise: true }, gpu_layers: None };
+    let model = Model::open_on(&common::golden_dir().join("qwen3-f32.gguf"), placement).unwrap();
+    let adapter = |vram: Option<&str>| {
+        let config = TrainConfig {
+            vram: vram.map(|size| size.parse().unwrap()),
+            micro_batch_tokens: Some(96),
+            data: "task:max".into(),
+            prompts: bupo_gguf::rollout::PromptOptions {
+                template: "plain".into(),
+                ..Default::default()
+            },
+            prompts_per_step: 2,
+            group: 2,
+            max_response: 8,
+            rank: 2,
+            internal_steps: 1,
+            ..small()
+        };
+        let mut trainer = Trainer::new(&model, config).unwrap();
+        for step in 1..=2 {
+            trainer.step(step, &mut Silent).unwrap();
+        }
+        let tensors = trainer.lora().tensors();
+        (0..tensors.len()).flat_map(|i| tensors.values(i).to_vec()).collect::<Vec<_>>()
+    };
+    assert_eq!(adapter(None), adapter(Some("1GiB")));
 }
 
 #[test]

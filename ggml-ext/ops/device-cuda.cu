@@ -175,6 +175,10 @@ void * stream_of(ggml_backend_t backend) {
 
 using bupo::cuda::check_cuda;
 
+bool bupo_cuda_decodes(ggml_type type) {
+    return type == GGML_TYPE_F32 || (ggml_get_to_fp32_cuda(type) && (type == GGML_TYPE_F16 || ggml_get_to_fp16_cuda(type)));
+}
+
 bupo_status bupo_cuda_count(int * n) {
     if (!n) {
         return bupo::fail(BUPO_ERR_ARGUMENT, "null argument");

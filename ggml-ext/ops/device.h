@@ -95,6 +95,8 @@ public:
     float * floats(size_t n) { return static_cast<float *>(scratch(n * sizeof(float))); }
     // Bytes that all scratch memory takes; it is kept for the next op.
     size_t  scratch_bytes() const;
+    // Gives it back; nothing may be lent, and all work must be done.
+    void    release();
 
     // Gives back the scratch memory lent in its life. Safe without waiting, for the next user's work stands behind
     // the last one's on the stream.
@@ -107,7 +109,7 @@ public:
 
     private:
         Device & device_;
-        size_t   chunk_, used_;
+        size_t   chunk_, used_, lent_;
     };
 
     void zero(void * to, size_t bytes);
@@ -167,17 +169,24 @@ private:
 // turns and small tests should have several tiles.
 #ifdef BUPO_EMULATE
 constexpr unsigned THREADS    = 64;
-constexpr size_t   TILE_BYTES = 16 * 1024;
-constexpr int64_t  TOKEN_TILE = 24;
+constexpr size_t   TILE_BYTES = BUPO_EMULATED_TILE_BYTES;
+constexpr int64_t  TOKEN_TILE = BUPO_EMULATED_TOKEN_TILE;
 #else
 constexpr unsigned THREADS    = 256;
-constexpr size_t   TILE_BYTES = 64 * 1024 * 1024;
-constexpr int64_t  TOKEN_TILE = 2048;
+constexpr size_t   TILE_BYTES = BUPO_GPU_TILE_BYTES;
+constexpr int64_t  TOKEN_TILE = BUPO_GPU_TOKEN_TILE;
 #endif
 
 // Rows of `row_bytes` in a tile: multiples of 32, for the tensor cores and so that most super-blocks are whole.
 inline int64_t rows_of_tile(size_t row_bytes) {
     return std::max<int64_t>(32, (int64_t) (TILE_BYTES / row_bytes) / 32 * 32);
+}
+
+// Rows of the unembedding, of `row_bytes`, in a tile, so that neither they nor their logits for a tile of `n` tokens
+// are more than a tile.
+inline int64_t vocab_step(int64_t row_bytes, int64_t n) {
+    const int64_t t = std::min(n, TOKEN_TILE);
+    return rows_of_tile((size_t) std::max<int64_t>(row_bytes, t * (int64_t) sizeof(float)));
 }
 
 // Whole warps for a row of n values.
@@ -195,6 +204,10 @@ struct Sum {
 
 struct Largest {
     template <typename T> __device__ T operator()(T a, T b) const { return a > b ? a : b; }
+};
+
+struct Smallest {
+    template <typename T> __device__ T operator()(T a, T b) const { return a < b ? a : b; }
 };
 
 // `combine` over all threads of the block, the same value for each. All threads must call it.
@@ -241,10 +254,16 @@ inline float * data_of(const ggml_tensor * tensor) {
     return static_cast<float *>(tensor->data);
 }
 
+// What bupo_backend_rates gives.
+bupo_rates measure_rates(Device & device, int64_t n, size_t bytes, int reps);
+
 void run_linear(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_linear_back(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_outer(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_logprob(Device & device, ggml_tensor * dst, const bupo_logprob_params & params);
+void run_taken_logits(Device & device, ggml_tensor * dst);
+void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params & params);
+void run_divergence(Device & device, ggml_tensor * dst);
 void run_attention(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_attention_back(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_rms_norm(Device & device, ggml_tensor * dst, const bupo_norm_params & params);

@@ -110,7 +110,7 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
     const int64_t       d       = h->ne[0];
     const int64_t       n       = h->ne[1];
     const int64_t       v       = e_u->ne[1];
-    const int64_t       v_step  = rows_of_tile((size_t) d * sizeof(E));
+    const int64_t       v_step  = vocab_step(d * (int64_t) sizeof(E), n);
     float *             out     = data_of(dst);
 
     for (int64_t first = 0; first < n; first += TOKEN_TILE) {

@@ -171,7 +171,7 @@ pub fn dump<'m>(
         watcher.resumed(findings.sums[0].tokens());
     }
     let mut dump = Dump {
-        engine: Engine::new(pool.clone())?,
+        engine: Engine::on(sides[0].model.device(), pool.clone())?,
         sides,
         settings,
         conduct,

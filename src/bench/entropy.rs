@@ -21,13 +21,14 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let mut batch = Batch::default();
     batch.push_group(&tokens[..1], &[&tokens[1..]], config.n_vocab)?;
     let picked: Vec<usize> = (0..TOKENS).collect();
-    let mut engine = Engine::new(bench.pool.clone())?;
+    let mut engine = Engine::on(bench.model.device(), bench.pool.clone())?;
     // The heads of all taps; the layers themselves are little beside them.
     let taps = 5 * config.n_layer + 2;
     let flop = 2.0 * (taps * TOKENS) as f64 * (config.n_embd * config.n_vocab) as f64;
     let timing = timed(bench, flop, || {
         measure(&mut engine, model, None, &batch, &picked, Look::default()).map(drop)
     })?;
+    model.engine().look_at_memory()?;
     Ok(Some(vec![row(
         format!("entropy/{name}"),
         &[

@@ -1,9 +1,10 @@
-//! Times, taken in turn with the machine's sgemm rate.
+//! Times, taken in turn with the machine's sgemm rate; on a GPU, held against its own rates.
 
 use std::time::{Duration, Instant};
 
 use super::Bench;
 use crate::Result;
+use crate::ggml::{Device, Executor, Rates};
 use crate::ops::Yardstick;
 
 /// Medians over the repetitions.
@@ -11,7 +12,7 @@ use crate::ops::Yardstick;
 pub(super) struct Timing {
     /// Time of a run.
     pub seconds: f64,
-    /// The machine's sgemm rate, from products between the runs.
+    /// The machine's sgemm rate, from products between the runs; on a GPU, its rate of products.
     pub sgemm_flop_per_s: f64,
     /// Time of a run over the time its `flop` would take at the sgemm rate measured beside it.
     pub times_sgemm: f64,
@@ -30,6 +31,12 @@ pub(super) fn timed(
     flop: f64,
     mut work: impl FnMut() -> Result<()>,
 ) -> Result<Timing> {
+    if bench.model.device() != Device::Cpu {
+        let rate = device_rates(bench)?.flop_per_s;
+        let seconds = median_seconds(bench.options.reps, work)?;
+        let times_sgemm = seconds * rate / flop;
+        return Ok(Timing { seconds, sgemm_flop_per_s: rate, times_sgemm });
+    }
     let mut yardstick = Yardstick::new(bench.options.sgemm, bench.pool.n_threads());
     yardstick.run();
     work()?;
@@ -50,6 +57,27 @@ pub(super) fn timed(
         sgemm_flop_per_s: median(&mut rates),
         times_sgemm: median(&mut ratios),
     })
+}
+
+/// What the model's device, which is not the CPU, can do.
+pub(super) fn device_rates(bench: &Bench<'_>) -> Result<Rates> {
+    let device = bench.model.device();
+    // The kernels on the host are slow, and only tests run them.
+    let (n, bytes) = if device.is_host() { (64, 1 << 20) } else { (4096, 1 << 28) };
+    let rates = Executor::new(device, bench.pool.clone())?.rates(n, bytes, 5)?;
+    Ok(rates.expect("no CPU"))
+}
+
+/// Median time of `work`, after one run to warm up.
+pub(super) fn median_seconds(reps: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+    work()?;
+    let mut times = Vec::with_capacity(reps);
+    for _ in 0..reps {
+        let (time, ran) = once(&mut work);
+        ran?;
+        times.push(time.as_secs_f64());
+    }
+    Ok(median(&mut times))
 }
 
 /// The time of one call.

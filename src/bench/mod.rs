@@ -2,7 +2,8 @@
 //!
 //! Every case runs in a process of its own, so that its peak memory is its own, and measures the
 //! machine's sgemm rate in turn with what it times: a share of that rate means the same on a busy machine
-//! as on a quiet one. Times are medians.
+//! as on a quiet one. Times are medians. On a GPU single operations are held against its measured rates of
+//! products and copies, and against the CPU's results in F32.
 
 mod entropy;
 mod measure;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::ggml::ThreadPool;
+use crate::ggml::{Device, ThreadPool};
 use crate::model::{Config, Lora, Model, Targets};
 use crate::{Error, Result};
 
@@ -72,6 +73,8 @@ struct Bench<'b> {
     model: &'b Model,
     options: &'b Options,
     pool: Arc<ThreadPool>,
+    /// The same model in host memory, where the measured one lies elsewhere: what results should be.
+    truth: Option<Model>,
 }
 
 impl Bench<'_> {
@@ -119,7 +122,11 @@ pub fn cases(part: Part, options: &Options) -> Vec<String> {
 /// [`Error::Unsupported`] for a case that is none, and what the case meets.
 pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>> {
     let pool = Arc::new(ThreadPool::with(options.threads)?);
-    let bench = Bench { model, options, pool };
+    let truth = match model.device() {
+        Device::Cpu => None,
+        _ => Some(Model::open(&model.files()[0])?),
+    };
+    let bench = Bench { model, options, pool, truth };
     let unknown = || Error::Unsupported {
         what: "case",
         got: case.into(),
@@ -140,6 +147,9 @@ pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>
     let peak = crate::train::memory::peak_bytes();
     for row in &mut rows {
         row.insert("peak_bytes".into(), json!(peak));
+        if let Some(bytes) = bench.model.engine().gpu_peak_bytes() {
+            row.insert("gpu_peak_bytes".into(), json!(bytes));
+        }
     }
     Ok(rows)
 }
@@ -227,6 +237,36 @@ fn shown(key: &str, value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_held_against_its_own_rates_and_the_cpus_results() {
+        use crate::model::Placement;
+        // A GPU's kernels on the host.
+        let placement = Placement { device: Device::Emulated { precise: false }, gpu_layers: None };
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/golden/qwen3-q8_0.gguf");
+        let model = Model::open_on(Path::new(model), placement).unwrap();
+        let options = Options {
+            threads: Some(1),
+            reps: 1,
+            sgemm: 64,
+            rank: 2,
+            tokens: 8,
+            internal_layer: None,
+            keep: 0,
+            sequences: vec![1],
+        };
+        for case in ["ops/policies", "ops/rows", "ops/head", "train/full phase"] {
+            for row in run_case(&model, case, &options).unwrap() {
+                let number = |key: &str| row.get(key).and_then(Value::as_f64);
+                if case.starts_with("ops/") {
+                    assert!(number("share_of_roofline").is_some_and(|x| x > 0.0), "{row:?}");
+                    let error = number("error").expect("an error");
+                    assert!(error < 4e-3, "{row:?}");
+                }
+                assert!(number("seconds").is_some_and(|x| x > 0.0), "{row:?}");
+            }
+        }
+    }
 
     #[test]
     fn the_table_has_a_line_per_row_and_units() {

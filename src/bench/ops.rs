@@ -1,14 +1,15 @@
-//! Single operations on the model's own weights, each beside the machine's sgemm rate.
+//! Single operations on the model's own weights, each beside the machine's sgemm rate; on a GPU beside the roofline
+//! of its measured rates, and beside the CPU's results in F32.
 
-use super::measure::timed;
+use super::measure::{device_rates, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
-use crate::ggml::{Arena, Executor, Graph, Input, Tensor, Type};
+use crate::ggml::{Arena, Device, Executor, Graph, Input, Tensor, Type};
 use crate::model::Target;
-use crate::ops::{self, AttentionSpec, LowRank, Segment};
+use crate::ops::{self, AdamWStep, AttentionSpec, LowRank, Segment};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 4] = ["linear", "ggml", "head", "attention"];
+pub(super) const CASES: [&str; 6] = ["linear", "ggml", "head", "attention", "policies", "rows"];
 
 /// Tokens.
 const T: usize = 512;
@@ -19,6 +20,8 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
         "ggml" => ggml(bench)?,
         "head" => head(bench)?,
         "attention" => attention(bench)?,
+        "policies" => policies(bench)?,
+        "rows" => rowwise(bench)?,
         _ => return Ok(None),
     };
     Ok(Some(rows))
@@ -56,7 +59,57 @@ fn time(
     w: Tensor<'_>,
     build: impl for<'a> Fn(&'a Arena, &mut Graph<'a>, &mut Inputs<'a>),
 ) -> Result<Row> {
-    let mut executor = Executor::cpu(bench.pool.clone())?;
+    let device = bench.model.device();
+    let mut executor = Executor::new(device, bench.pool.clone())?;
+    let mut first = Vec::new();
+    let seconds_and_more = with_graph(w, &build, |graph, values| {
+        first = executor.run(graph, values)?.outputs();
+        let mut again = || executor.run(graph, &[]).map(drop);
+        if device == Device::Cpu {
+            let timing = timed(bench, flop, again)?;
+            let mut figures = vec![("seconds", timing.seconds)];
+            if flop > 0.0 {
+                figures.extend([
+                    ("gflop_per_s", flop / timing.seconds / 1e9),
+                    ("sgemm_gflop_per_s", timing.sgemm_flop_per_s / 1e9),
+                    ("share_of_sgemm", timing.share()),
+                    ("time_over_sgemm", timing.times_sgemm),
+                ]);
+            }
+            return Ok(figures);
+        }
+        let rates = device_rates(bench)?;
+        let seconds = median_seconds(bench.options.reps, &mut again)?;
+        let bytes = graph.traffic_bytes() as f64;
+        let roofline = (flop / rates.flop_per_s).max(bytes / rates.bytes_per_s);
+        Ok(vec![
+            ("seconds", seconds),
+            ("gflop_per_s", flop / seconds / 1e9),
+            ("gbyte_per_s", bytes / seconds / 1e9),
+            ("gemm_gflop_per_s", rates.flop_per_s / 1e9),
+            ("copy_gbyte_per_s", rates.bytes_per_s / 1e9),
+            ("share_of_roofline", roofline / seconds),
+        ])
+    });
+    let mut figures = seconds_and_more?;
+    if let Some(truth) = &bench.truth {
+        let mut cpu = Executor::cpu(bench.pool.clone())?;
+        let mut twins = truth.engine().tensors();
+        let twin = twins.find(|t| t.name() == w.name() && t.shape() == w.shape()).unwrap_or(w);
+        let want = with_graph(twin, &build, |graph, values| Ok(cpu.run(graph, values)?.outputs()))?;
+        let errors = first.iter().zip(&want).map(|(got, want)| relative_error(got, want));
+        figures.push(("error", errors.fold(0.0, f64::max)));
+    }
+    figures.push(("scratch_bytes", executor.scratch_bytes() as f64));
+    Ok(row(format!("ops/{name}"), &figures))
+}
+
+/// Builds a graph and hands it on with its inputs.
+fn with_graph<R>(
+    w: Tensor<'_>,
+    build: &impl for<'a> Fn(&'a Arena, &mut Graph<'a>, &mut Inputs<'a>),
+    work: impl FnOnce(&Graph<'_>, &[(Tensor<'_>, Input<'_>)]) -> Result<R>,
+) -> Result<R> {
     let arena = Arena::new(64);
     let mut graph = Graph::new(&arena);
     let mut inputs = Inputs { w, floats: Vec::new(), ids: Vec::new() };
@@ -64,19 +117,15 @@ fn time(
     let mut values: Vec<_> =
         inputs.floats.iter().map(|(t, values)| (*t, Input::F32(values))).collect();
     values.extend(inputs.ids.iter().map(|(t, values)| (*t, Input::I32(values))));
-    executor.run(&graph, &values)?;
-    let timing = timed(bench, flop, || executor.run(&graph, &[]).map(drop))?;
-    Ok(row(
-        format!("ops/{name}"),
-        &[
-            ("seconds", timing.seconds),
-            ("gflop_per_s", flop / timing.seconds / 1e9),
-            ("sgemm_gflop_per_s", timing.sgemm_flop_per_s / 1e9),
-            ("share_of_sgemm", timing.share()),
-            ("time_over_sgemm", timing.times_sgemm),
-            ("scratch_bytes", executor.scratch_bytes() as f64),
-        ],
-    ))
+    work(&graph, &values)
+}
+
+/// |got - want| / |want|
+fn relative_error(got: &[f32], want: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let off: f64 = got.iter().zip(want).map(|(&a, &b)| square(a as f64 - b as f64)).sum();
+    let size: f64 = want.iter().map(|&b| square(b as f64)).sum();
+    (off / size.max(1e-60)).sqrt()
 }
 
 /// The model's linear maps of different sizes or types, forward and backward.
@@ -232,5 +281,90 @@ fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
             }
         })?);
     }
+    Ok(rows)
+}
+
+/// Entropies, divergences and likeliest tokens; two models' divergence, here of one model beside itself.
+fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let w = bench.model.weights().unembedding;
+    let [d, v, ..] = w.shape();
+    let flop = 2.0 * (d * v * T) as f64;
+    let what = format!("{} D {d} V {v}", w.ty());
+    Ok(vec![
+        time(bench, format!("policies, groups of 8, {what}"), flop, w, |arena, graph, inputs| {
+            let h = inputs.f32(arena, [d, T]);
+            let taken = inputs.ids(arena, T, v);
+            let wanted = ops::Compare { taken: Some(taken), group: 8, top_k: 3 };
+            graph.output(ops::policies(arena, h, inputs.w, wanted).values);
+        })?,
+        time(bench, format!("divergence {what}"), 2.0 * flop, w, |arena, graph, inputs| {
+            let (p, q) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
+            let target = inputs.ids(arena, T, v);
+            let q = arena.add(q, p);
+            let d = ops::divergence(arena, (p, inputs.w), (q, inputs.w), target);
+            for node in [d.kl, d.logprob_p, d.logprob_q, d.agree] {
+                graph.output(node);
+            }
+        })?,
+    ])
+}
+
+/// What moves bytes and multiplies nothing.
+fn rowwise(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let c = bench.model.config();
+    let (d, ff) = (c.n_embd, c.n_ff);
+    let w = bench.model.weights().output_norm;
+    let mut rows = Vec::new();
+    let mut add =
+        |name: String, build: &dyn for<'a> Fn(&'a Arena, &mut Inputs<'a>) -> Vec<Tensor<'a>>| {
+            rows.push(time(bench, name, 0.0, w, |arena, graph, inputs| {
+                build(arena, inputs).into_iter().for_each(|node| graph.output(node));
+            })?);
+            Result::Ok(())
+        };
+    add(format!("rms_norm {d}"), &|arena, inputs| {
+        let x = inputs.f32(arena, [d, T]);
+        vec![ops::rms_norm(arena, x, inputs.w, 1e-6)]
+    })?;
+    add(format!("rms_norm_back {d}"), &|arena, inputs| {
+        let (x, dy) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
+        vec![ops::rms_norm_back(arena, x, inputs.w, dy, None, 1e-6)]
+    })?;
+    add(format!("swiglu {ff}"), &|arena, inputs| {
+        let (gate, up) = (inputs.f32(arena, [ff, T]), inputs.f32(arena, [ff, T]));
+        vec![ops::swiglu(arena, gate, up)]
+    })?;
+    add(format!("swiglu_back {ff}"), &|arena, inputs| {
+        let [gate, up, d] = [(); 3].map(|()| inputs.f32(arena, [ff, T]));
+        let (d_gate, d_up) = ops::swiglu_back(arena, gate, up, d);
+        vec![d_gate, d_up]
+    })?;
+    add(format!("scale_rows {d}"), &|arena, inputs| {
+        let (x, factors) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [T, 1]));
+        vec![ops::scale_rows(arena, x, factors)]
+    })?;
+    add(format!("sum_squares {d}"), &|arena, inputs| {
+        let x = inputs.f32(arena, [d, T]);
+        vec![ops::sum_squares(arena, x)]
+    })?;
+    add(format!("rows_back {d}"), &|arena, inputs| {
+        let (x, ids) = (inputs.f32(arena, [d, T]), inputs.ids(arena, T, T));
+        vec![arena.rows_back(x, ids, T)]
+    })?;
+    add(format!("adamw {d}"), &|arena, inputs| {
+        let [p, g, m, v] = [(); 4].map(|()| inputs.f32(arena, [d, T]));
+        let step = AdamWStep {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            clip: 1.0,
+            t: 1,
+        };
+        // In place; the second moment is a square.
+        let v = arena.mul(v, v);
+        vec![ops::adamw(arena, p, g, m, v, &step)]
+    })?;
     Ok(rows)
 }

@@ -42,6 +42,7 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
             adapted.push(with / without);
         }
     }
+    model.engine().look_at_memory()?;
     Ok(vec![row(
         format!("rollout/{n_seq} sequences"),
         &[

@@ -132,7 +132,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let model = bench.model;
     let lora = bench.adapter()?;
     let mut gradients = lora.zeros_like()?;
-    let mut engine = Engine::new(bench.pool.clone())?;
+    let mut engine = Engine::on(bench.model.device(), bench.pool.clone())?;
     engine.keep_up_to(if name.contains("computed again") { 0 } else { bench.options.keep });
     let n = case.batch.scored.len();
     // Signs in turn, as advantages have them.
@@ -152,6 +152,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
         }
         Ok(())
     })?;
+    model.engine().look_at_memory()?;
     Ok(Some(vec![row(
         format!("train/{name}"),
         &[

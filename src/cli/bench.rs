@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{ModelArgs, print_json, print_line};
+use super::{DeviceArgs, ModelArgs, print_json, print_line};
 use crate::bench::{self, Options, Part};
 use crate::ggml::ByteSize;
 use crate::{Error, Result};
@@ -50,6 +50,8 @@ pub struct BenchArgs {
     /// Numbers of sequences that decode together
     #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_name = "LIST")]
     sequences: Vec<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -82,11 +84,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
         sequences: args.sequences,
     };
     if let Some(case) = &args.case {
-        let model = args.model.open()?;
+        let model = args.device.open(&args.model)?;
         return bench::run_case(&model, case, &options)?.iter().try_for_each(print_json);
     }
     // Refuses a wrong model before anything is measured.
-    drop(args.model.open()?);
+    drop(args.device.open(&args.model)?);
     let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--json").collect();
     let mut rows = Vec::new();

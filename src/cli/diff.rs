@@ -6,11 +6,10 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use super::{print_json, print_line, stop_on_signal};
+use super::{DeviceArgs, print_json, print_line, stop_on_signal};
 use crate::Result;
 use crate::export::{AdapterSpec, DiffConfig, Side, diff, lora_of};
 use crate::ggml::ThreadPool;
-use crate::model::Model;
 
 /// Measure how far two models are apart on given rows, each with adapters or without
 ///
@@ -44,6 +43,8 @@ pub struct DiffArgs {
     adapter_b: Vec<AdapterSpec>,
     #[command(flatten)]
     config: DiffConfig,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -55,7 +56,7 @@ pub struct DiffArgs {
 pub fn run(args: DiffArgs) -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signal(stop.clone())?;
-    let (a, b) = (Model::open(&args.a)?, Model::open(&args.b)?);
+    let (a, b) = (args.device.open_file(&args.a)?, args.device.open_file(&args.b)?);
     let mut a = Side { model: &a, lora: lora_of(&a, &args.adapter_a)? };
     let mut b = Side { model: &b, lora: lora_of(&b, &args.adapter_b)? };
     let pool = Arc::new(ThreadPool::with(args.threads)?);

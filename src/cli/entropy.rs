@@ -8,10 +8,9 @@ use std::time::Instant;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
+use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
 use crate::analysis::{Conduct, Look, Pick, Settings, Side, Watcher, entropy};
 use crate::ggml::ThreadPool;
-use crate::model::Model;
 use crate::{Error, Result};
 
 /// See inside a model: entropies of every layer's internal policies, the boundary layer, a report
@@ -96,6 +95,8 @@ pub struct EntropyArgs {
     /// Tokens computed at once; memory goes up with it
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     batch_tokens: u32,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Threads [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -129,8 +130,8 @@ pub fn run(args: EntropyArgs) -> Result<()> {
         strict: args.strict,
         batch_tokens: args.batch_tokens as usize,
     };
-    let model = args.model.open()?;
-    let other = args.compare.as_ref().map(|path| Model::open(path)).transpose()?;
+    let model = args.device.open(&args.model)?;
+    let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;
     let mut sides = vec![Side { model: &model, lora: open_adapter(&model, &args.adapter)? }];
     if args.compare.is_some() || args.compare_adapter.is_some() {
         let model = other.as_ref().unwrap_or(&model);

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use super::{ModelArgs, print_json, print_line, stop_on_signal, watch::bar};
+use super::{DeviceArgs, ModelArgs, print_json, print_line, stop_on_signal, watch::bar};
 use crate::Result;
 use crate::eval::EvalConfig;
 
@@ -28,13 +28,15 @@ pub struct EvalArgs {
     model: ModelArgs,
     #[command(flatten)]
     config: EvalConfig,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// One JSON object on stdout instead of the table
     #[arg(long, help_heading = "Run")]
     json: bool,
 }
 
 pub fn run(args: EvalArgs) -> Result<()> {
-    let model = args.model.open()?;
+    let model = args.device.open(&args.model)?;
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signal(stop.clone())?;
     let bar = bar();

@@ -7,19 +7,22 @@ use clap::Args;
 use super::{print_json, print_line};
 use crate::Result;
 use crate::model::{Description, Model};
-use crate::train::{Plan, TrainConfig, memory};
+use crate::train::{GpuPlan, Plan, TrainConfig, memory};
 
 /// Show what a model file holds, and what memory a training run on it would take.
 ///
 /// Architecture, sizes, tensor types, taps and trainable weights come from the file's header alone; a file
 /// that is damaged or hostile gets one line that says so. With --plan the model is opened and the run's
-/// peak memory is reckoned by part; what follows --plan are options of `train`.
+/// peak memory is reckoned by part; what follows --plan are options of `train`. With --vram among them it is
+/// also planned for a GPU with so much memory, which need not be there.
 ///
 /// Examples:
 ///
 ///   bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf
 ///
 ///   bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf --json --plan train --rank 8 --max-response 2048
+///
+///   bupo-gguf inspect Qwen3-8B-Q4_K_M.gguf --plan train --vram 12GiB --max-response 1024
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 pub struct InspectArgs {
@@ -36,21 +39,25 @@ pub struct InspectArgs {
 
 pub fn run(args: InspectArgs) -> Result<()> {
     let description = Description::read(&args.model)?;
-    let plan = match &args.plan {
+    let (plan, gpu) = match &args.plan {
         Some(words) => {
             let config = TrainConfig::from_words(words)?;
             config.check()?;
-            Some(Plan::new(&Model::open(&args.model)?, &config)?)
+            let model = Model::open(&args.model)?;
+            (Some(Plan::new(&model, &config)?), GpuPlan::new(&model, &config)?)
         }
-        None => None,
+        None => (None, None),
     };
     if args.json {
         return print_json(&serde_json::json!({
-            "model": description, "plan": plan, "available_bytes": memory::available_bytes()}));
+            "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": memory::available_bytes()}));
     }
     print_line(&description.to_string())?;
     if let Some(plan) = plan {
         print_line(&plan.table())?;
+    }
+    if let Some(gpu) = gpu {
+        print_line(&gpu.line())?;
     }
     Ok(())
 }

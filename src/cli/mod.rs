@@ -15,7 +15,7 @@ mod train;
 mod verify;
 mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,14 +79,12 @@ struct DeviceArgs {
 
 impl DeviceArgs {
     fn open(&self, model: &ModelArgs) -> Result<Model> {
-        let device = self.device.resolve(self.precise)?;
-        Model::open_on(&model.model, Placement { device, gpu_layers: self.gpu_layers })
+        self.open_file(&model.model)
     }
-}
 
-impl ModelArgs {
-    fn open(&self) -> Result<Model> {
-        Model::open(&self.model)
+    fn open_file(&self, path: &Path) -> Result<Model> {
+        let device = self.device.resolve(self.precise)?;
+        Model::open_on(path, Placement { device, gpu_layers: self.gpu_layers })
     }
 }
 

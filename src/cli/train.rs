@@ -7,7 +7,7 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Plan, Preset, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{GpuPlan, Plan, Preset, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin
@@ -100,6 +100,10 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
 
 /// Says what memory the run will take, and refuses what cannot fit.
 fn plan(model: &Model, config: &TrainConfig) -> Result<()> {
+    if let (false, Some(gpu)) = (model.device().is_host(), GpuPlan::new(model, config)?) {
+        eprintln!("{}", gpu.line());
+        return Ok(());
+    }
     let plan = Plan::new(model, config)?;
     eprintln!("{}", plan.line());
     plan.check()
@@ -136,8 +140,14 @@ fn describe(summary: &Summary) -> String {
         (Some(before), Some(after)) => format!(" ({:+.1} points)", 100.0 * (after - before)),
         _ => String::new(),
     };
+    let gpu = match (summary.gpu_peak_bytes, summary.gpu_planned_bytes) {
+        (Some(used), Some(planned)) => {
+            format!("\nGPU memory       {} MiB, {} MiB planned", used >> 20, planned >> 20)
+        }
+        _ => String::new(),
+    };
     format!(
-        "steps            {}\ntime             {:.0} s\npeak memory      {} MiB\naccuracy before  {}\naccuracy after   {}{lift}\nadapter          {}",
+        "steps            {}\ntime             {:.0} s\npeak memory      {} MiB{gpu}\naccuracy before  {}\naccuracy after   {}{lift}\nadapter          {}",
         summary.steps,
         summary.seconds,
         summary.peak_bytes >> 20,

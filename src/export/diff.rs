@@ -145,7 +145,8 @@ pub fn diff(
         }
     };
     let mut sums = Sums::default();
-    let mut engines = [Engine::new(pool.clone())?, Engine::new(pool.clone())?];
+    let engine = |side: &Side| Engine::on(side.model.device(), pool.clone());
+    let mut engines = [engine(a)?, engine(b)?];
     let [engine_a, engine_b] = &mut engines;
     let mut p = Contestant { engine: engine_a, model: a.model, lora: a.lora.as_ref() };
     let mut q = Contestant { engine: engine_b, model: b.model, lora: b.lora.as_ref() };

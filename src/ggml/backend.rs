@@ -141,6 +141,41 @@ impl Executor {
         }
     }
 
+    /// What the device can do, to hold an op's time against: products of `n` x `n` matrices, copies of `bytes`; the
+    /// best of `reps` times. None on the CPU, which has a yardstick of its own.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] without memory for them.
+    pub fn rates(&mut self, n: usize, bytes: usize, reps: usize) -> Result<Option<Rates>> {
+        if self.device == Device::Cpu {
+            return Ok(None);
+        }
+        let mut out = sys::bupo_rates { flop_per_s: 0.0, bytes_per_s: 0.0 };
+        // SAFETY: a backend of ours, and a place for the result.
+        let status = unsafe {
+            sys::bupo_backend_rates(self.backend, n as i64, bytes, reps as i32, &mut out)
+        };
+        if status != sys::BUPO_OK {
+            let call = format!("measuring {}", self.device);
+            return Err(Error::engine(call, last_error(), "free some of its memory"));
+        }
+        Ok(Some(Rates { flop_per_s: out.flop_per_s, bytes_per_s: out.bytes_per_s }))
+    }
+
+    /// Gives back what [`Executor::scratch_bytes`] counts, for others to use; the next graph takes it anew.
+    pub fn release(&mut self) {
+        self.current = std::ptr::null();
+        // SAFETY: a live allocator, freed once, and a live backend, ours unless it is the CPU's; no graph is at work.
+        unsafe {
+            sys::ggml_gallocr_free(self.allocator);
+            self.allocator =
+                sys::ggml_gallocr_new(sys::ggml_backend_get_default_buffer_type(self.backend));
+            if self.device != Device::Cpu {
+                sys::bupo_backend_release(self.backend);
+            }
+        }
+    }
+
     /// Gives the graph's tensors memory, fills its inputs, computes it. The same graph may run again
     /// until another one has run: after that its tensors may point into memory that was given back.
     ///
@@ -207,6 +242,15 @@ impl Drop for Executor {
     }
 }
 
+/// Rates of a device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    /// Of matrix products, in the type of weights and activations.
+    pub flop_per_s: f64,
+    /// Of copies, bytes read plus bytes written.
+    pub bytes_per_s: f64,
+}
+
 /// Values for an input tensor.
 pub enum Input<'i> {
     /// For an F32 tensor.
@@ -224,6 +268,13 @@ pub struct Computed<'e, 'g> {
 }
 
 impl Computed<'_, '_> {
+    /// The values of all outputs, in the order in which they were marked.
+    pub fn outputs(&self) -> Vec<Vec<f32>> {
+        let raw = self.graph.outputs.iter().map(|&raw| raw as *mut sys::ggml_tensor);
+        // SAFETY: nodes of the graph's arena, which is borrowed; it has run, so they have memory.
+        raw.map(|raw| unsafe { Tensor::from_raw(raw) }.read_f32()).collect()
+    }
+
     /// The values of a node that was marked with [`Graph::output`].
     pub fn f32(&self, node: Tensor<'_>) -> Vec<f32> {
         assert!(self.graph.outputs.contains(&(node.raw() as usize)), "{node:?} is not an output");
@@ -294,6 +345,36 @@ impl<'g> Graph<'g> {
             sys::ggml_gallocr_free(allocator);
         }
         bytes
+    }
+
+    /// Bytes that a perfect implementation would move: what is read from outside, and the outputs.
+    pub fn traffic_bytes(&self) -> usize {
+        let views =
+            [sys::GGML_OP_VIEW, sys::GGML_OP_RESHAPE, sys::GGML_OP_PERMUTE, sys::GGML_OP_TRANSPOSE];
+        let mut counted = std::collections::HashSet::new();
+        let mut bytes = 0;
+        for i in 0..self.n_nodes() {
+            // SAFETY: a node of a valid graph; sources that are not null are valid headers, and so is what they view.
+            unsafe {
+                let node = sys::ggml_graph_node(self.raw, i as i32);
+                if views.contains(&(*node).op) {
+                    continue;
+                }
+                for source in (*node).src.into_iter().filter(|source| !source.is_null()) {
+                    let whole =
+                        if (*source).view_src.is_null() { source } else { (*source).view_src };
+                    if (*whole).op == sys::GGML_OP_NONE && counted.insert(source) {
+                        bytes += sys::ggml_nbytes(source);
+                    }
+                }
+            }
+        }
+        // SAFETY: nodes of the graph.
+        let written = self
+            .outputs
+            .iter()
+            .map(|&raw| unsafe { sys::ggml_nbytes(raw as *const sys::ggml_tensor) });
+        bytes + written.sum::<usize>()
     }
 
     /// Number of nodes.

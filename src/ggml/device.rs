@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use ggml_sys as sys;
 
+use super::Type;
 use crate::{Error, Result};
 
 /// Where graphs are computed.
@@ -162,6 +163,24 @@ impl Device {
     /// Whether its memory is the host's.
     pub fn is_host(self) -> bool {
         !matches!(self, Device::Gpu { .. })
+    }
+
+    /// Whether weights of this type can be decoded there.
+    pub fn decodes(self, ty: Type) -> bool {
+        match self {
+            // SAFETY: no premise.
+            Device::Gpu { .. } => unsafe { sys::bupo_cuda_decodes(ty.raw()) },
+            _ => ty.can_dequantize(),
+        }
+    }
+
+    /// Memory of a GPU that nobody uses at the moment, bytes; none for the host.
+    ///
+    /// # Errors
+    /// See [`gpus`].
+    pub fn free_bytes(self) -> Result<Option<u64>> {
+        let Some(index) = self.gpu() else { return Ok(None) };
+        Ok(gpus()?.get(index).map(|gpu| gpu.bytes_free))
     }
 
     /// The driver's number of a GPU.

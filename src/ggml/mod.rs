@@ -10,7 +10,7 @@ mod set;
 mod tensor;
 mod types;
 
-pub use backend::{Computed, Executor, Graph, Input, ThreadPool};
+pub use backend::{Computed, Executor, Graph, Input, Rates, ThreadPool};
 pub use bytes::ByteSize;
 pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;

@@ -45,6 +45,11 @@ pub struct Context {
     options: ContextOptions,
     // Which tokens of the last batch have logits.
     has_logits: Vec<bool>,
+    // Which of them were drawn where the logits lie.
+    drawn: Vec<bool>,
+    // Of sequences 0, 1, ..; made when they are first wanted.
+    draws: Vec<Draw>,
+    draws_attached: bool,
     n_vocab: usize,
     _adapter: Option<Arc<LiveAdapter>>,
     _pool: Arc<ThreadPool>,
@@ -109,6 +114,9 @@ impl Context {
             raw,
             options: ContextOptions { n_ctx_seq, ..options },
             has_logits: Vec::new(),
+            drawn: Vec::new(),
+            draws: Vec::new(),
+            draws_attached: false,
             n_vocab: model.vocab().n_tokens(),
             _adapter: None,
             _pool: pool.clone(),
@@ -198,12 +206,16 @@ impl Context {
         // were checked above.
         let status = unsafe { sys::bupo_decode(self.raw.as_ptr(), raw, &mut result) };
         self.has_logits.clear();
+        self.drawn.clear();
         check("decoding", status, "report it with the model's name")?;
         if result != 0 {
             let reason = format!("llama_decode gave {result}: {}", log::take_last_words());
             return Err(Error::engine("decoding", reason, "lower --kv-mib or --max-response"));
         }
-        self.has_logits.extend(tokens.iter().map(|t| t.logits));
+        let draws = if self.draws_attached { self.draws.len() } else { 0 };
+        let drawn = |t: &Token| t.logits && (t.sequence as usize) < draws;
+        self.has_logits.extend(tokens.iter().map(|t| t.logits && !drawn(t)));
+        self.drawn.extend(tokens.iter().map(drawn));
         Ok(())
     }
 
@@ -216,6 +228,52 @@ impl Context {
             let row = sys::llama_get_logits_ith(self.raw.as_ptr(), index as i32);
             assert!(!row.is_null(), "token {index} has no logits");
             std::slice::from_raw_parts(row, self.n_vocab)
+        }
+    }
+
+    /// Draws the tokens of sequences 0 to `n` - 1 in the decoding graph from now on, so that their logits do not leave the
+    /// device: see [`Context::set_draw`]; 0 gives logits again. Other sequences have logits in any case.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] where llama.cpp cannot.
+    pub fn draw(&mut self, n: usize) -> Result<()> {
+        assert!(n <= self.options.n_seq, "{n} sequences");
+        let wanted = if n > 0 { n } else { self.draws.len() };
+        while self.draws.len() < wanted {
+            self.draws.push(Draw::new()?);
+        }
+        if (n > 0) == self.draws_attached {
+            return Ok(());
+        }
+        for (sequence, draw) in self.draws.iter().enumerate().take(wanted) {
+            let sampler = if n > 0 { draw.0.as_ptr() } else { std::ptr::null_mut() };
+            // SAFETY: a live context, and a sampler that outlives it (see `drop`).
+            let status =
+                unsafe { sys::bupo_draw_attach(self.raw.as_ptr(), sequence as i32, sampler) };
+            check("drawing on the device", status, "report it")?;
+        }
+        self.draws_attached = n > 0;
+        Ok(())
+    }
+
+    /// What the next token of a sequence is drawn with: `uniform` in [0, 1), and the temperature, above 0.
+    pub fn set_draw(&mut self, sequence: usize, uniform: f32, temperature: f32) {
+        // The sum of all probabilities times this is below the sum.
+        let uniform = uniform.min(1.0 - f32::EPSILON);
+        // SAFETY: a live sampler of ours.
+        unsafe { sys::bupo_draw_set(self.draws[sequence].0.as_ptr(), uniform, 1.0 / temperature) }
+    }
+
+    /// The token drawn after token `index` of the last batch, and its log-prob under the whole distribution at the
+    /// temperature, nats.
+    pub fn drawn(&self, index: usize) -> (i32, f32) {
+        assert!(self.drawn.get(index) == Some(&true), "token {index} was not drawn after");
+        // SAFETY: the last decode drew after this token; one float stands there until the next decode.
+        unsafe {
+            let token = sys::llama_get_sampled_token_ith(self.raw.as_ptr(), index as i32);
+            let logprob = sys::llama_get_sampled_probs_ith(self.raw.as_ptr(), index as i32);
+            assert!(self.model.vocab().holds(token) && !logprob.is_null(), "no token was drawn");
+            (token, *logprob)
         }
     }
 
@@ -250,6 +308,25 @@ impl Context {
 pub fn max_sequences() -> usize {
     // SAFETY: no preconditions.
     unsafe { sys::llama_max_parallel_sequences() }
+}
+
+/// Draws a sequence's tokens in the decoding graph.
+struct Draw(NonNull<sys::llama_sampler>);
+
+impl Draw {
+    fn new() -> Result<Draw> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a place for the result, which is not null on BUPO_OK.
+        check("making a sampler", unsafe { sys::bupo_draw_new(&mut raw) }, "report it")?;
+        Ok(Draw(NonNull::new(raw).expect("made")))
+    }
+}
+
+impl Drop for Draw {
+    fn drop(&mut self) {
+        // SAFETY: made once, freed once, after the context, whose fields are dropped after its own `drop`.
+        unsafe { sys::llama_sampler_free(self.0.as_ptr()) }
+    }
 }
 
 impl Drop for Context {

@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString};
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ggml_sys as sys;
 
@@ -38,6 +39,8 @@ impl Placement {
 pub struct Model {
     raw: NonNull<sys::llama_model>,
     device: Device,
+    free_before: Option<u64>,
+    gpu_peak_bytes: AtomicU64,
 }
 
 // SAFETY: after loading, a llama_model is only read, apart from the list of its adapters, which
@@ -76,6 +79,7 @@ impl Model {
                 "rename it",
             )
         })?;
+        let free_before = placement.device.free_bytes()?;
         // The GPU, if any, and the end of the list.
         let mut devices =
             [placement.device.raw_device()?.unwrap_or(std::ptr::null_mut()), std::ptr::null_mut()];
@@ -94,7 +98,7 @@ impl Model {
             let call = format!("loading {}", path.display());
             Error::engine(call, log::take_last_words(), "check the file with `bupo-gguf inspect`")
         })?;
-        Ok(Model { raw, device: placement.device })
+        Ok(Model { raw, device: placement.device, free_before, gpu_peak_bytes: AtomicU64::new(0) })
     }
 
     pub(super) fn raw(&self) -> *mut sys::llama_model {
@@ -104,6 +108,28 @@ impl Model {
     /// Where it is computed.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Looks how much of its GPU's memory is taken now that was free before it was loaded. To be called when all that
+    /// a piece of work takes is there.
+    ///
+    /// # Errors
+    /// See [`Device::free_bytes`].
+    pub fn look_at_memory(&self) -> Result<()> {
+        if let (Some(before), Some(free)) = (self.free_before, self.device.free_bytes()?) {
+            self.gpu_peak_bytes.fetch_max(before.saturating_sub(free), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The most that [`Model::look_at_memory`] has seen, bytes; none before, and on the host.
+    pub fn gpu_peak_bytes(&self) -> Option<u64> {
+        Some(self.gpu_peak_bytes.load(Ordering::Relaxed)).filter(|&bytes| bytes > 0)
+    }
+
+    /// Memory of its GPU that nobody used before it was loaded, bytes; none on the host.
+    pub fn free_before(&self) -> Option<u64> {
+        self.free_before
     }
 
     /// Sizes and settings.

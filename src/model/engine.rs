@@ -143,6 +143,13 @@ impl Engine {
         kept + self.activations.n_bytes() + self.executor.scratch_bytes()
     }
 
+    /// Gives back all of [`Engine::bytes`], for rollouts to use; the next forward takes it anew.
+    pub fn release(&mut self) {
+        self.kept = None;
+        self.activations.release();
+        self.executor.release();
+    }
+
     /// Bytes taken by activations kept for the backward.
     pub fn kept_bytes(&self) -> usize {
         self.activations.n_bytes()

@@ -63,6 +63,12 @@ impl Activations {
         self.shapes.clear();
     }
 
+    /// Gives the memory back.
+    pub(super) fn release(&mut self) {
+        self.forget();
+        self.memory = None;
+    }
+
     /// Bytes taken.
     pub(super) fn n_bytes(&self) -> usize {
         self.memory.as_ref().map_or(0, TensorSet::n_bytes)

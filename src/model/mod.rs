@@ -102,6 +102,13 @@ impl Model {
         let files = GgufSet::open(file.path())?;
         let arch = Arch::parse(files.head().architecture()?)?;
         precheck::check(files.head(), arch)?;
+        let tensors = files.tensors().map(|(_, t)| (t.name.as_str(), t.ty));
+        precheck::decodable(
+            tensors,
+            |ty| placement.device.decodes(ty),
+            placement.device,
+            file.name(),
+        )?;
         let engine = Arc::new(llama::Model::load(file.path(), placement)?);
         let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
         let model = Model { engine, config, file, files: files.paths().to_vec() };

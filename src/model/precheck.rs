@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 
 use super::Arch;
+use crate::ggml::{Device, Type};
 use crate::gguf::{FromValue, GgufFile, Value};
 use crate::{Error, Result};
 
@@ -24,6 +25,27 @@ const ROPE_SCALINGS: [&str; 3] = ["none", "linear", "yarn"];
 /// Tokenizers of the architectures here: SentencePiece and byte-pair encoding.
 const TOKENIZERS: [&str; 2] = ["llama", "gpt2"];
 const ADVICE: &str = "the file is damaged or no model of this kind; fetch it again";
+
+/// Refuses weights that the device cannot decode: llama.cpp would leave them to the CPU without a word.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the first such tensor and its type.
+pub fn decodable<'t>(
+    tensors: impl Iterator<Item = (&'t str, Type)>,
+    decodes: impl Fn(Type) -> bool,
+    device: Device,
+    file: &str,
+) -> Result<()> {
+    // Token embeddings stay in host memory and are looked up there.
+    let mut weights = tensors.filter(|(name, _)| *name != "token_embd.weight");
+    let Some((name, ty)) = weights.find(|(_, ty)| !decodes(*ty)) else { return Ok(()) };
+    Err(Error::invalid(
+        format!("{file}: tensor {name}"),
+        format!("a type that {device} can decode"),
+        ty.name(),
+        "quantise the model to another type, or use --device cpu",
+    ))
+}
 
 /// Checks the values of a model's (first) file.
 ///
@@ -190,5 +212,24 @@ impl<'f> Keys<'f> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_type_that_the_device_lacks_is_refused_by_name() {
+        let ternary = Type::all().find(|t| t.name() == "tq2_0").expect("ggml has it");
+        let gpu = Device::Gpu { index: 0, precise: false };
+        let check = |tensors: &[(&'static str, Type)]| {
+            decodable(tensors.iter().copied(), |ty| ty != ternary, gpu, "m.gguf")
+        };
+        let error = check(&[("output.weight", Type::Q8_0), ("blk.3.ffn_up.weight", ternary)]);
+        let said = error.unwrap_err().to_string();
+        assert!(said.contains("blk.3.ffn_up.weight") && said.contains("tq2_0"), "{said}");
+        assert!(said.contains("cuda:0") && said.contains("--device cpu"), "{said}");
+        check(&[("token_embd.weight", ternary), ("output.weight", Type::F16)]).unwrap();
     }
 }

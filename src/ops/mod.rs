@@ -16,6 +16,7 @@ mod norm;
 mod policies;
 mod queue;
 mod rows;
+mod scratch;
 mod swiglu;
 mod yardstick;
 
@@ -31,5 +32,6 @@ pub use low_rank::add_low_rank;
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
 pub use rows::scale_rows;
+pub use scratch::{ScratchShape, scratch_bytes};
 pub use swiglu::{swiglu, swiglu_back};
 pub use yardstick::Yardstick;

@@ -61,7 +61,7 @@ impl Sampling {
         Ok(())
     }
 
-    fn truncates(&self) -> bool {
+    pub(super) fn truncates(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }
 }

@@ -5,6 +5,10 @@
 //! takes part in the next group. llama.cpp decodes sequences of neighbouring slots together, so at the
 //! tail, when nothing is pending, the last slot's sequence moves into the hole.
 //!
+//! On a GPU tokens are drawn in the decoding graph ([`Context::draw`]), so that `[sequences, V]` logits stay there. A
+//! prompt's own logits are wanted on the host all the same, for every completion of its group begins with them: prompts
+//! are decoded in one more sequence, in which nothing is drawn, and copied to where they are needed.
+//!
 //! Nothing here depends on time: the same requests and seed give the same completions.
 
 use std::collections::VecDeque;
@@ -141,8 +145,15 @@ const PARALLEL_LOGITS: usize = 1 << 16;
 
 /// Samples completions with llama.cpp.
 pub struct Rollouts {
-    context: Context,
+    model: Arc<llama::Model>,
+    pool: Arc<ThreadPool>,
+    sizes: ContextOptions,
+    // None after `release`, until it is needed again.
+    context: Option<Context>,
+    adapter: Option<Arc<LiveAdapter>>,
     n_ctx_seq: usize,
+    /// Sequences whose tokens are drawn on the device, where that is wanted; the one after them is for prompts.
+    n_drawn: Option<usize>,
 }
 
 /// A request in work: the logits after its prompt start every completion.
@@ -171,18 +182,52 @@ impl Rollouts {
         options: RolloutOptions,
     ) -> Result<Rollouts> {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(&model.hparams()?)?;
+        let n_drawn = (!model.device().is_host()).then_some(n_seq.min(MAX_PARALLEL - 1));
+        let n_seq = n_drawn.map_or(n_seq, |n| n + 1);
         let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
-        Ok(Rollouts { context: Context::new(model, pool, sizes)?, n_ctx_seq: options.n_ctx_seq })
+        Ok(Rollouts {
+            model: model.clone(),
+            pool: pool.clone(),
+            sizes,
+            context: Some(Context::new(model, pool, sizes)?),
+            adapter: None,
+            n_ctx_seq: options.n_ctx_seq,
+            n_drawn,
+        })
+    }
+
+    /// Draws tokens in the decoding graph also where logits lie in host memory, where nothing is gained: for tests.
+    pub fn draw_in_graph(&mut self) {
+        if self.n_drawn.is_none() {
+            self.n_drawn = Some(self.sizes.n_seq);
+            self.sizes.n_seq += 1;
+            self.context = None;
+        }
     }
 
     /// Decodes with this adapter from now on, or with the base alone.
     pub fn set_adapter(&mut self, adapter: Option<Arc<LiveAdapter>>) -> Result<()> {
-        self.context.set_adapter(adapter)
+        self.adapter = adapter.clone();
+        self.context.as_mut().map_or(Ok(()), |context| context.set_adapter(adapter))
     }
 
     /// Sequences decoded at once.
     pub fn n_seq(&self) -> usize {
-        self.context.options().n_seq
+        self.n_drawn.unwrap_or(self.sizes.n_seq)
+    }
+
+    /// Gives the memory of keys, values and decoding back, for training to use; the next call takes it anew.
+    pub fn release(&mut self) {
+        self.context = None;
+    }
+
+    fn context(&mut self) -> Result<&mut Context> {
+        if self.context.is_none() {
+            let mut context = Context::new(&self.model, &self.pool, self.sizes)?;
+            context.set_adapter(self.adapter.clone())?;
+            self.context = Some(context);
+        }
+        Ok(self.context.as_mut().expect("just made"))
     }
 
     /// Completions of all requests, in their order.
@@ -237,9 +282,16 @@ impl Rollouts {
                 ));
             }
         }
-        self.context.clear();
+        let (n_seq, n_drawn) = (self.n_seq(), self.n_drawn);
+        let context = self.context()?;
+        context.clear();
+        // A truncated or greedy choice is made from the logits.
+        let draws = n_drawn.is_some() && sampling.temperature > 0.0 && !sampling.truncates();
+        if n_drawn.is_some() {
+            context.draw(if draws { n_seq } else { 0 })?;
+        }
         let mut run = Run {
-            context: &mut self.context,
+            context,
             requests,
             sampling,
             seed,
@@ -248,10 +300,12 @@ impl Rollouts {
             slots: Vec::new(),
             done: requests.iter().map(|r| vec![None; r.n]).collect(),
             samplers: Vec::new(),
+            prompt_slot: n_drawn,
+            draws,
             finished: Vec::new(),
             progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
         };
-        run.slots.resize_with(run.context.options().n_seq, || None);
+        run.slots.resize_with(n_seq, || None);
         while run.progress.done < run.progress.total {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
@@ -284,6 +338,10 @@ struct Run<'r> {
     slots: Vec<Option<Slot>>,
     done: Vec<Vec<Option<Completion>>>,
     samplers: Vec<Sampler>,
+    /// The sequence in which prompts are decoded, if there is one for them.
+    prompt_slot: Option<usize>,
+    /// Tokens are drawn in the decoding graph.
+    draws: bool,
     /// (request, index) of completions that the watcher has not seen.
     finished: Vec<(usize, usize)>,
     progress: Progress,
@@ -302,7 +360,8 @@ impl Run<'_> {
                 let r = &self.requests[request];
                 let n = r.n.min(left);
                 tokens += r.prompt_tokens.len();
-                if n == 0 || (!claimed.is_empty() && tokens > PREFILL_TOKENS) {
+                let alone = self.prompt_slot.is_some() || tokens > PREFILL_TOKENS;
+                if n == 0 || (!claimed.is_empty() && alone) {
                     break;
                 }
                 left -= n;
@@ -321,6 +380,7 @@ impl Run<'_> {
         let mut batch = TokenBatch::default();
         let mut last = Vec::with_capacity(claimed.len());
         for (&(request, _), &slot) in claimed.iter().zip(free) {
+            let slot = self.prompt_slot.unwrap_or(slot);
             self.context.forget(slot, 0);
             let prompt = &self.requests[request].prompt_tokens;
             for (i, &id) in prompt.iter().enumerate() {
@@ -335,11 +395,16 @@ impl Run<'_> {
             let first_logits = self.context.logits(index).into();
             self.groups.push(Group { request, next: 0, first_logits });
             let group = self.groups.len() - 1;
+            let from = self.prompt_slot.unwrap_or(slot);
+            if from != slot {
+                self.context.forget(slot, 0);
+                self.context.copy(from, slot);
+            }
             self.begin(slot, group);
             for _ in 1..n {
                 let &to = followers.next().expect("as many free slots as were claimed");
                 self.context.forget(to, 0);
-                self.context.copy(slot, to);
+                self.context.copy(from, to);
                 self.begin(to, group);
             }
         }
@@ -443,10 +508,18 @@ impl Run<'_> {
                 logits: true,
             });
         }
-        self.context.decode(&batch)?;
         let mut slots: Vec<Slot> =
             running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
-        let sampled = self.sample(&mut slots);
+        let sampled = if self.draws {
+            for (&s, slot) in running.iter().zip(&mut slots) {
+                self.context.set_draw(s, slot.rng.random(), self.sampling.temperature);
+            }
+            self.context.decode(&batch)?;
+            (0..slots.len()).map(|i| self.context.drawn(i)).collect()
+        } else {
+            self.context.decode(&batch)?;
+            self.sample(&mut slots)
+        };
         for ((&s, mut slot), sampled) in running.iter().zip(slots).zip(sampled) {
             if self.push(&mut slot, sampled) {
                 let group = slot.group;

@@ -147,9 +147,10 @@ pub struct TrainConfig {
     /// Prompts per optimiser step [default: half of --prompts-per-step]
     #[arg(long, value_name = "N", help_heading = "Batch")]
     pub mini_batch: Option<usize>,
-    /// Tokens per micro batch; gradients of a mini batch accumulate over them
-    #[arg(long, default_value_t = 4096, value_name = "N", help_heading = "Batch")]
-    pub micro_batch_tokens: usize,
+    /// Tokens per micro batch; gradients of a mini batch accumulate over them [default: 4096; on a GPU what --vram
+    /// allows]
+    #[arg(long, value_name = "N", help_heading = "Batch")]
+    pub micro_batch_tokens: Option<usize>,
     /// Compute activations again in the backward instead of keeping them: least memory, a third more time; results
     /// are the same
     #[arg(long, help_heading = "Batch")]
@@ -165,9 +166,10 @@ pub struct TrainConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub sampling: Sampling,
-    /// Memory for the KV cache of rollouts, MiB; sets how many sequences run at once
-    #[arg(long, default_value_t = 1024, value_name = "MIB", help_heading = "Sampling")]
-    pub kv_mib: usize,
+    /// Memory for the KV cache of rollouts, MiB; sets how many sequences run at once [default: 1024; on a GPU what
+    /// --vram allows]
+    #[arg(long, value_name = "MIB", help_heading = "Sampling")]
+    pub kv_mib: Option<usize>,
 
     /// Learning rate
     #[arg(long, default_value_t = 1e-3, value_name = "X", help_heading = "Optimiser")]
@@ -234,6 +236,10 @@ pub struct TrainConfig {
     /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     pub device: String,
+    /// On a GPU: its memory that the run may take, 12GiB say, for which micro batches and parallel sequences are
+    /// planned [default: what is free there]
+    #[arg(long, value_name = "SIZE", help_heading = "Run")]
+    pub vram: Option<ByteSize>,
     /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
     #[arg(long, value_name = "N", help_heading = "Run")]
     pub gpu_layers: Option<usize>,
@@ -319,6 +325,16 @@ impl TrainConfig {
             columns: self.columns.clone(),
             curriculum: self.curriculum,
         }
+    }
+
+    /// Tokens per micro batch.
+    pub fn micro_batch_tokens(&self) -> usize {
+        self.micro_batch_tokens.unwrap_or(4096)
+    }
+
+    /// Memory for keys and values of rollouts, MiB.
+    pub fn kv_mib(&self) -> usize {
+        self.kv_mib.unwrap_or(1024)
     }
 
     /// Prompts per optimiser step.
@@ -432,6 +448,10 @@ impl TrainConfig {
             self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
         }
         self.mini_batch = Some(self.mini_batch());
+        let longest = self.max_prompt + self.max_response;
+        self.micro_batch_tokens =
+            Some(self.micro_batch_tokens.unwrap_or(self.micro_batch_tokens().max(longest)));
+        self.kv_mib = Some(self.kv_mib());
         self.alpha = Some(self.alpha());
         self.rewards.reward = Some(self.rewards.spec(&self.data));
         let loss = self.loss();
@@ -480,13 +500,13 @@ impl TrainConfig {
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
             ("--mini-batch", self.mini_batch()),
-            ("--micro-batch-tokens", self.micro_batch_tokens),
+            ("--micro-batch-tokens", self.micro_batch_tokens()),
             ("--max-prompt", self.max_prompt),
             ("--max-response", self.max_response),
             ("--eval-problems", self.eval_problems),
             ("--eval-samples", self.eval_samples),
             ("--steps", self.steps as usize),
-            ("--kv-mib", self.kv_mib),
+            ("--kv-mib", self.kv_mib()),
         ] {
             if value == 0 {
                 return refuse(option, "at least 1", "0".into(), "leave it out for the default");
@@ -498,12 +518,12 @@ impl TrainConfig {
             }
         }
         let longest = self.max_prompt + self.max_response;
-        if self.micro_batch_tokens < longest {
+        if self.micro_batch_tokens.is_some_and(|n| n < longest) {
             let expected = format!("at least --max-prompt plus --max-response ({longest})");
             return refuse(
                 "--micro-batch-tokens",
                 &expected,
-                self.micro_batch_tokens.to_string(),
+                self.micro_batch_tokens().to_string(),
                 "raise it",
             );
         }

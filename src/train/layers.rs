@@ -132,10 +132,12 @@ impl Trainer<'_> {
             return Ok(true);
         }
         let samples = self.answers()?;
-        let budget = self.config.micro_batch_tokens;
+        self.end_rollouts()?;
+        let budget = self.config.micro_batch_tokens();
         let lora = Some(&self.lora);
         let (engine, norm) = (&mut self.engine, self.config.final_norm);
         let sums = analysis::sums(engine, self.model, lora, &samples, norm, budget)?;
+        self.end_updates()?;
         let means = sums.means();
         let finite = means.iter().all(|l| l.change(analysis::Change::Ffn).mean.is_finite());
         if !finite {
@@ -165,10 +167,14 @@ impl Trainer<'_> {
             self.rollouts.set_adapter(Some(self.lora.live(self.model)?))?;
             self.probe_set = answers?;
         }
+        self.end_rollouts()?;
         let c = &self.config;
         let (layer, norm) = (c.internal_layer(self.model.config().n_layer), c.final_norm);
-        let (engine, budget) = (&mut self.engine, c.micro_batch_tokens);
+        let (engine, budget) = (&mut self.engine, c.micro_batch_tokens());
         let lora = Some(&self.lora);
-        analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)
+        let probe =
+            analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)?;
+        self.end_updates()?;
+        Ok(probe)
     }
 }

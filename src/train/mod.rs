@@ -41,6 +41,7 @@ mod run_dir;
 mod schedule;
 mod state;
 mod update;
+mod vram;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -67,6 +68,7 @@ pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
 pub use state::State;
 pub use update::{Response, ResponseGroup};
+pub use vram::GpuPlan;
 
 use crate::data::{Problem, ProblemSource};
 use crate::ggml::{TensorSet, ThreadPool};
@@ -108,6 +110,8 @@ pub struct Trainer<'m> {
     held_out: Vec<Problem>,
     judges: JudgePool,
     critic: Option<Critic>,
+    /// On a GPU.
+    gpu: Option<GpuPlan>,
     stop: Arc<AtomicBool>,
     /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
     probe_set: Vec<crate::analysis::Sample>,
@@ -157,7 +161,13 @@ impl<'m> Trainer<'m> {
         adapter: Option<&Path>,
     ) -> Result<Trainer<'m>> {
         config.check()?;
+        vram::wants_a_gpu(config.vram, model.device())?;
         let n_layer = model.config().n_layer;
+        let gpu = GpuPlan::new(model, &config)?;
+        let mut config = config;
+        if let Some(plan) = &gpu {
+            plan.apply(&mut config);
+        }
         let mut config = config.resolved(n_layer);
         Policy::internal(config.internal_layer(n_layer), n_layer, config.final_norm)?;
         let reaches = match config.algo {
@@ -202,11 +212,11 @@ impl<'m> Trainer<'m> {
         // Before anything that it counts is taken.
         let kept_bytes = Plan::new(model, &config)?.kept_bytes();
         let pool = Arc::new(ThreadPool::with(config.threads)?);
-        let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib << 20 };
+        let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
         let mut engine = Engine::on(model.device(), pool)?;
-        engine.keep_up_to(kept_bytes);
+        engine.keep_up_to(gpu.as_ref().map_or(kept_bytes, |plan| plan.kept_bytes as usize));
         let critic = new_critic(&config, model)?;
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
@@ -222,6 +232,7 @@ impl<'m> Trainer<'m> {
             held_out,
             judges,
             critic,
+            gpu,
             inputs: BTreeMap::new(),
             mid_step: false,
             steps_done: 0,
@@ -265,6 +276,7 @@ impl<'m> Trainer<'m> {
             problems: _,
             held_out: _,
             judges: _,
+            gpu: _,
             stop: _,
             inputs: _,
             // Cleared or filled anew by every update, rollout or forward.
@@ -324,6 +336,7 @@ impl<'m> Trainer<'m> {
         let (mut groups, samples) = self.collect(step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
         let sampled: usize = samples.iter().map(|s| s.tokens).sum();
+        self.end_rollouts()?;
 
         let learning_rate = self.config.lr
             * self.config.schedule.factor(step, self.config.steps, self.config.warmup);
@@ -332,6 +345,7 @@ impl<'m> Trainer<'m> {
         let tally = self.update(&mut groups, phase, policy, learning_rate, observer)?;
         let work = self.engine.take_work();
         let update_seconds = update_start.elapsed().as_secs_f32();
+        self.end_updates()?;
 
         let mean =
             |f: &dyn Fn(&Sample) -> f32| samples.iter().map(f).sum::<f32>() / samples.len() as f32;
@@ -370,6 +384,24 @@ impl<'m> Trainer<'m> {
         Ok((record, samples))
     }
 
+    /// On a GPU rollouts and updates have its memory in turn: theirs goes to updates.
+    fn end_rollouts(&mut self) -> Result<()> {
+        if self.gpu.is_some() {
+            self.model.engine().look_at_memory()?;
+            self.rollouts.release();
+        }
+        Ok(())
+    }
+
+    /// The same the other way round.
+    fn end_updates(&mut self) -> Result<()> {
+        if self.gpu.is_some() {
+            self.model.engine().look_at_memory()?;
+            self.engine.release();
+        }
+        Ok(())
+    }
+
     /// Which policy a step optimises: the internal one while `step <= internal_steps` (BuPO).
     fn phase(&self, step: u64) -> Result<(Phase, Policy)> {
         let n_layer = self.model.config().n_layer;
@@ -392,7 +424,7 @@ impl<'m> Trainer<'m> {
             max_response: c.max_response,
             // Rollouts are the final policy's: their log-probs say nothing of an internal one.
             tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
-            micro_batch_tokens: c.micro_batch_tokens,
+            micro_batch_tokens: c.micro_batch_tokens(),
         }
     }
 
@@ -457,6 +489,6 @@ impl<'m> Trainer<'m> {
         for policy in policies {
             probe::probe(&mut self.engine, self.model, &mut self.lora, policy, &tokens)?;
         }
-        Ok(())
+        self.end_updates()
     }
 }

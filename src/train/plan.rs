@@ -71,7 +71,7 @@ impl Plan {
         let threads = c.threads.unwrap_or(1);
 
         let longest = c.max_prompt + c.max_response;
-        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib << 20 };
+        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 };
         let sizes = options.sizes(&model.engine().hparams()?)?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
@@ -82,8 +82,8 @@ impl Plan {
             false => c.mini_batch().max(c.prompts_per_step - c.mini_batch()),
         };
         let group_tokens = c.max_prompt + c.group * c.max_response;
-        let tokens = c.micro_batch_tokens.min(groups * group_tokens);
-        let trained = c.micro_batch_tokens.min(c.mini_batch() * group_tokens);
+        let tokens = c.micro_batch_tokens().min(groups * group_tokens);
+        let trained = c.micro_batch_tokens().min(c.mini_batch() * group_tokens);
         let scored = tokens.min(groups * c.group * c.max_response);
         let largest = Largest { tokens, trained, scored };
         let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;

@@ -93,6 +93,12 @@ pub struct Summary {
     pub seconds: f64,
     /// Largest memory of this process so far, bytes, mapped weights included; 0 where the system does not say.
     pub peak_bytes: u64,
+    /// Largest memory that was used of the GPU, bytes; none on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_peak_bytes: Option<u64>,
+    /// What was planned of it, bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu_planned_bytes: Option<u64>,
     /// Whether the user stopped it.
     pub interrupted: bool,
     /// Where the adapter lies.

@@ -40,7 +40,7 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 10] = [
+const HARMLESS: [&str; 11] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
@@ -50,6 +50,7 @@ const HARMLESS: [&str; 10] = [
     "keep-checkpoints",
     "memory",
     "recompute",
+    "vram",
     "out",
 ];
 /// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
@@ -269,6 +270,7 @@ mod tests {
         let all = TrainConfig {
             eval_data: Some("held-out.jsonl".into()),
             memory: Some(ByteSize(1)),
+            vram: Some(ByteSize(1)),
             out: Some("run".into()),
             ..TrainConfig::default()
         };

@@ -80,6 +80,10 @@ impl Trainer<'_> {
             Err(Error::Interrupted) => (None, true),
             Err(error) => return Err(self.with_way_on(error, &keeper)),
         };
+        let gpu = self.gpu.as_ref().zip(self.model.engine().gpu_peak_bytes());
+        if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
+            observer.note(&word);
+        }
         Ok(Summary {
             accuracy_before: (!self.accuracy_before.is_nan())
                 .then_some(self.accuracy_before as f32),
@@ -87,6 +91,8 @@ impl Trainer<'_> {
             steps: self.steps_done,
             seconds: self.seconds,
             peak_bytes: super::memory::peak_bytes(),
+            gpu_peak_bytes: gpu.map(|(_, used)| used),
+            gpu_planned_bytes: gpu.map(|(plan, _)| plan.peak_bytes()),
             interrupted,
             adapter: keeper.dir.adapter(),
         })

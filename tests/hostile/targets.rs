@@ -184,7 +184,7 @@ pub fn run_folder() -> &'static [Vec<u8>] {
             eval_problems: 1,
             rank: 1,
             targets: "q".parse().unwrap(),
-            kv_mib: 8,
+            kv_mib: Some(8),
             threads: Some(1),
             memory: Some("256MiB".parse().unwrap()),
             ..TrainConfig::default()

@@ -14,8 +14,19 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 8] =
-    ["activations", "linear", "logprob", "attention", "norm", "swiglu", "rows", "adamw"];
+const KERNELS: [&str; 11] = [
+    "activations",
+    "linear",
+    "logprob",
+    "policies",
+    "divergence",
+    "attention",
+    "norm",
+    "swiglu",
+    "rows",
+    "adamw",
+    "yardstick",
+];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -73,7 +84,8 @@ fn main() {
         .compile_intermediates();
     emulated.objects(objects).compile("bupo-ggml-emulated");
     // After what uses it: bridge.cpp holds the last error.
-    cpp(&ext, &source).file(ext.join("bridge.cpp")).compile("bupo-ggml-ext");
+    let host = ["bridge.cpp", "sampler.cpp"].map(|file| ext.join(file));
+    cpp(&ext, &source).files(host).compile("bupo-ggml-ext");
 }
 
 /// A C++ compilation whose warnings are errors; llama.cpp's headers come in as system headers, for their

@@ -4,8 +4,9 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// GPUs since 2018, by compute capability: RTX 20, A100, RTX 30, RTX 40, H100, RTX 50.
-const USUAL: [u32; 6] = [75, 80, 86, 89, 90, 120];
+/// GPUs since 2018, by compute capability: RTX 20, A100, RTX 30, RTX 40, H100, RTX 50. `architectures.cmake`
+/// gives llama.cpp the same.
+const USUAL: &str = include_str!("usual-gpus.txt");
 
 /// Compiles `kernels`, the device and the backend for the GPUs of `CMAKE_CUDA_ARCHITECTURES`, which
 /// llama.cpp's build reads too.
@@ -71,8 +72,8 @@ fn toolkit() -> (PathBuf, PathBuf) {
 /// nvcc's flags for the GPUs asked for, or for the usual ones that this nvcc knows.
 fn architectures(nvcc: &Path) -> Vec<String> {
     let asked = env::var("CMAKE_CUDA_ARCHITECTURES").unwrap_or_default();
-    if asked == "native" {
-        return vec!["-arch=native".into()];
+    if ["native", "all", "all-major"].contains(&asked.as_str()) {
+        return vec![format!("-arch={asked}")];
     }
     let asked: Vec<&str> = asked.split([';', ',']).filter(|one| !one.is_empty()).collect();
     if !asked.is_empty() {
@@ -81,13 +82,22 @@ fn architectures(nvcc: &Path) -> Vec<String> {
     let out = Command::new(nvcc).arg("--list-gpu-arch").output().expect("run nvcc");
     let known = String::from_utf8_lossy(&out.stdout).into_owned();
     let known: Vec<&str> = known.lines().map(str::trim).collect();
-    let usual = USUAL.into_iter().filter(|n| known.contains(&format!("compute_{n}").as_str()));
-    usual.flat_map(|n| generate(&n.to_string())).collect()
+    let usual: Vec<&str> = USUAL
+        .split_whitespace()
+        .filter(|n| known.contains(&format!("compute_{n}").as_str()))
+        .collect();
+    let real = usual.iter().map(|n| format!("{n}-real"));
+    real.chain(["90-virtual".into()]).flat_map(|n| generate(&n)).collect()
 }
 
 /// CMake's `86`, `86-real` or `86-virtual` as nvcc's flags.
 fn generate(architecture: &str) -> [String; 2] {
     let (number, kind) = architecture.split_once('-').unwrap_or((architecture, ""));
+    let digits = number.trim_end_matches(['a', 'f']);
+    assert!(
+        digits.chars().all(|c| c.is_ascii_digit()) && (2..=3).contains(&digits.len()),
+        "CMAKE_CUDA_ARCHITECTURES: expected native, all, or numbers as in '86-real;89-real', got '{architecture}'"
+    );
     let code = match kind {
         "real" => format!("sm_{number}"),
         "virtual" => format!("compute_{number}"),

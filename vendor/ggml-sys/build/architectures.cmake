@@ -1,0 +1,20 @@
+# llama.cpp's CMake reads this (.cargo/config.toml). Where nobody has set CMAKE_CUDA_ARCHITECTURES, ggml-cuda would ask
+# for the GPU of this machine and fail without one; here it gets the usual ones that nvcc knows, as our kernels do.
+if(GGML_CUDA AND NOT CMAKE_CUDA_ARCHITECTURES)
+    if(NOT "$ENV{CUDACXX}" STREQUAL "")
+        set(bupo_nvcc "$ENV{CUDACXX}")
+    else()
+        find_program(bupo_nvcc nvcc HINTS "$ENV{CUDA_PATH}/bin" "$ENV{CUDAToolkit_ROOT}/bin" /usr/local/cuda/bin REQUIRED)
+    endif()
+    execute_process(COMMAND "${bupo_nvcc}" --list-gpu-arch OUTPUT_VARIABLE bupo_known COMMAND_ERROR_IS_FATAL ANY)
+    file(READ "${CMAKE_CURRENT_LIST_DIR}/usual-gpus.txt" bupo_usual)
+    string(REGEX MATCHALL "[0-9]+" bupo_usual "${bupo_usual}")
+    foreach(gpu IN LISTS bupo_usual)
+        if(bupo_known MATCHES "compute_${gpu}\n")
+            list(APPEND CMAKE_CUDA_ARCHITECTURES "${gpu}-real")
+        endif()
+    endforeach()
+    # Later GPUs compile this one's code for themselves: ggml makes 120a of 120, which no other GPU takes.
+    list(APPEND CMAKE_CUDA_ARCHITECTURES 90-virtual)
+    message(STATUS "CUDA architectures: ${CMAKE_CUDA_ARCHITECTURES}")
+endif()
