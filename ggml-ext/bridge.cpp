@@ -1,4 +1,4 @@
-// The only file that sees llama.cpp internals. Contract: ggml-ext.h.
+// The only file that sees llama.cpp internals (ggml-cpu's: products.cpp). Contract: ggml-ext.h.
 
 #include "ggml-ext.h"
 #include "internal.h"
@@ -102,8 +102,8 @@ bupo_status bupo_model_tensor(const llama_model * model, size_t index, const cha
 }
 
 bupo_status bupo_adapter_new(llama_model * model, float alpha, const bupo_lora_pair * pairs, size_t n_pairs,
-                             llama_adapter_lora ** out) {
-    if (!model || !pairs || !out) {
+                             bupo_product product, llama_adapter_lora ** out) {
+    if (!model || !pairs || !product || !out) {
         return fail(BUPO_ERR_ARGUMENT, "null argument");
     }
     return guarded([&] {
@@ -112,6 +112,9 @@ bupo_status bupo_adapter_new(llama_model * model, float alpha, const bupo_lora_p
         for (size_t i = 0; i < n_pairs; ++i) {
             if (const bupo_status status = check_pair(*model, pairs[i]); status != BUPO_OK) {
                 return status;
+            }
+            if (ggml_backend_buffer_is_host(pairs[i].b->buffer)) {
+                bupo::mark_factor(pairs[i].b, product);
             }
             adapter->ab_map[pairs[i].weight] = llama_adapter_lora_weight(pairs[i].a, pairs[i].b);
         }

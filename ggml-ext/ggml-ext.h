@@ -206,10 +206,19 @@ struct bupo_lora_pair {
     struct ggml_tensor * b;
 };
 
+// Computes dst: [N, T] from src[0], B: [r, N], and src[1]: [r, T], all F32, contiguous matrices in host memory. Called by
+// each of `nth` threads, with its number.
+typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);
+
+// Makes ggml's CPU backend ask for our product; once, however often it is called. Before anything is computed in this
+// process: ggml's list of who is asked has no lock.
+void bupo_cpu_init(void);
+
 // An adapter whose tensors are the caller's: what is written into them, the next decode uses.
+// `product` computes the products with B that lie in host memory. One for all adapters of the process.
 // The caller frees it with bupo_adapter_free before the model and before the tensors' buffer.
 enum bupo_status bupo_adapter_new(struct llama_model * model, float alpha, const struct bupo_lora_pair * pairs, size_t n_pairs,
-                                  struct llama_adapter_lora ** out);
+                                  bupo_product product, struct llama_adapter_lora ** out);
 void             bupo_adapter_free(struct llama_adapter_lora * adapter);
 
 // llama_tokenize, llama_token_to_piece and llama_chat_apply_template throw on some input; these do not.

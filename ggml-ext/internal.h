@@ -22,6 +22,9 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
     }
 }
 
+// From now on products with the factor `b`, a tensor in host memory, are computed by `kernel` (products.cpp).
+void mark_factor(ggml_tensor * b, bupo_product kernel);
+
 // The `context` of a backend made in backend.cpp.
 struct BackendContext {
     virtual ~BackendContext() = default;

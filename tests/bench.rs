@@ -37,3 +37,22 @@ fn an_unknown_case_is_an_error() {
     let words = String::from_utf8_lossy(&out.stderr);
     assert!(words.contains("train/all of it") && words.contains("train/full phase"), "{words}");
 }
+
+#[test]
+fn ggmls_own_products_are_measured_repacked_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("tiny.gguf");
+    let run = |args: &[&str]| {
+        let bupo = env!("CARGO_BIN_EXE_bupo-gguf");
+        let out = Command::new(bupo).args(args).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let model = model.to_str().unwrap();
+    run(&["synth", "tiny", "--type", "q4_k", "--out", model]);
+    let rows = run(&["bench", "ops", model, "--case", "ops/ggml", "--reps", "1", "--sgemm", "128"]);
+    assert!(rows.contains("ggml MUL_MAT q4_K") && rows.contains("ggml OUT_PROD q4_K"), "{rows}");
+    // ggml has such kernels for this type where the processor has AVX2.
+    let repacked = rows.contains("ggml MUL_MAT, repacked, q4_K");
+    assert_eq!(repacked, cfg!(target_feature = "avx2"), "{rows}");
+}

@@ -1,36 +1,46 @@
 //! Counts over one update on a model whose matrices are larger than any tile: no weight matrix in F32
-//! and no `[vocabulary x tokens]` buffer ever exists.
+//! and no `[vocabulary x tokens]` buffer ever exists; every weight is dequantised once per pass, however many
+//! the tokens; the log-prob head takes the memory that it says.
 
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bupo_gguf::Model;
-use bupo_gguf::ggml::{ThreadPool, Type};
+use bupo_gguf::ggml::{Arena, Executor, Graph, Input, ThreadPool, Type};
 use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
-use bupo_gguf::model::{Batch, Engine, Lora, Policy, Targets};
+use bupo_gguf::model::{Batch, Engine, Lora, Policy, Target, Targets};
+use bupo_gguf::ops;
 
-/// The system's allocator, remembering the largest single request.
-struct Largest;
+/// The system's allocator, remembering the largest single request and the most that was taken at once.
+struct Counting;
 
 static LARGEST: AtomicUsize = AtomicUsize::new(0);
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static MOST: AtomicUsize = AtomicUsize::new(0);
 
-unsafe impl GlobalAlloc for Largest {
+unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
+        let live = LIVE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
+        MOST.fetch_max(live, Ordering::Relaxed);
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Ordering::Relaxed);
         unsafe { System.dealloc(pointer, layout) }
     }
 }
 
 #[global_allocator]
-static ALLOCATOR: Largest = Largest;
+static ALLOCATOR: Counting = Counting;
+
+/// The counters are the process's: one test at a time.
+static ALONE: Mutex<()> = Mutex::new(());
 
 const D: usize = 512;
 const FF: usize = 2048;
@@ -103,12 +113,17 @@ fn write_model(path: &Path) {
     writer.write(path).unwrap();
 }
 
-#[test]
-fn no_dequantised_matrix_and_no_logits_buffer() {
+fn wide_model() -> Model {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("wide.gguf");
     write_model(&path);
-    let model = Model::open(&path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn no_dequantised_matrix_and_no_logits_buffer() {
+    let _alone = ALONE.lock();
+    let model = wide_model();
     let lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
     let mut gradients = lora.zeros_like().unwrap();
     let mut engine = Engine::new(Arc::new(ThreadPool::new(2).unwrap())).unwrap();
@@ -133,4 +148,96 @@ fn no_dequantised_matrix_and_no_logits_buffer() {
     let layer = (10 * D + 7 * FF) * TOKENS * 4;
     assert!(engine.bytes() < residuals + layer, "{} bytes", engine.bytes());
     assert!(residuals + layer < logits && logits < V * D * 4, "the bound means something");
+}
+
+#[test]
+fn a_weight_is_dequantised_once_per_pass() {
+    let _alone = ALONE.lock();
+    let model = wide_model();
+    let lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
+    let size = |targets: &[Target]| -> u64 {
+        let layer = model.weights().layers[0];
+        targets.iter().map(|t| layer.linear(*t).weight.len() as u64).sum()
+    };
+    let layer = size(&Target::ALL);
+    // What the backward of a layer does not need again, and what the lowest layer need not pass on.
+    let (last, first) = (size(&[Target::Down]), size(&[Target::Q, Target::K, Target::V]));
+    for (threads, n) in [(1, 300), (2, 300), (2, 40)] {
+        let mut engine = Engine::new(Arc::new(ThreadPool::new(threads).unwrap())).unwrap();
+        let tokens: Vec<i32> = (0..n).map(|i| 1 + i % 250).collect();
+        let mut batch = Batch::default();
+        batch.push_group(&tokens[..20], &[&tokens[20..]], V).unwrap();
+        let mut gradients = lora.zeros_like().unwrap();
+        for policy in [Policy::full(LAYERS), Policy::internal(1, LAYERS, false).unwrap()] {
+            for keep in [true, false] {
+                engine.keep_up_to(if keep { 1 << 30 } else { 0 });
+                let before = ops::dequantised();
+                engine.forward_to_train(&model, &lora, &batch, policy.depth()).unwrap();
+                let forward = ops::dequantised();
+                let scores = engine.score(&model, &batch, policy, 1.0, true).unwrap();
+                let scored = ops::dequantised();
+                let cotangents = vec![1.0; scores.logprobs.len()];
+                engine
+                    .backward(&model, &lora, &mut gradients, &batch, policy, &cotangents)
+                    .unwrap();
+                let depth = policy.depth() as u64;
+                let case = format!("{threads} threads, {n} tokens, {depth} layers, keep {keep}");
+                assert_eq!(forward - before, depth * layer, "forward: {case}");
+                // The vocabulary once in both directions, and each target's row.
+                let targets = scores.logprobs.len() * D;
+                assert_eq!(scored - forward, (V * D + targets) as u64, "head: {case}");
+                let again = if keep { 0 } else { depth * (layer - last) };
+                let back = ops::dequantised() - scored;
+                assert_eq!(back, depth * layer - first + again, "backward: {case}");
+            }
+        }
+    }
+}
+
+/// Bytes that `linear_logprob` and its gradient take at most beside inputs and results, on new threads.
+fn head_bytes(threads: usize, v: usize, t: usize) -> usize {
+    std::thread::spawn(move || {
+        let mut executor = Executor::cpu(Arc::new(ThreadPool::new(threads).unwrap())).unwrap();
+        let arena = Arena::new(16);
+        let mut graph = Graph::new(&arena);
+        let h = arena.input("h", Type::F32, &[D, t]);
+        let e_u = arena.input("e_u", Type::Q8_0, &[D, v]);
+        let target = arena.input("target", Type::I32, &[t]);
+        let head = ops::linear_logprob(&arena, h, e_u, Some(target), 1.0, true);
+        graph.output(head.gradient.unwrap());
+        let values: Vec<f32> = (0..D * t).map(|i| (i % 13) as f32 / 13.0).collect();
+        let blocks = q8_0(D * v);
+        let targets: Vec<i32> = (0..t).map(|i| (i * 7919 % v) as i32).collect();
+        let inputs = [
+            (h, Input::F32(&values)),
+            (e_u, Input::Bytes(&blocks)),
+            (target, Input::I32(&targets)),
+        ];
+        let before = LIVE.load(Ordering::Relaxed);
+        MOST.store(before, Ordering::Relaxed);
+        executor.run(&graph, &inputs).unwrap();
+        MOST.load(Ordering::Relaxed) - before
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn the_head_takes_the_memory_that_it_says() {
+    let _alone = ALONE.lock();
+    // What gemm packs its operands into, by thread.
+    let packed = 4 << 20;
+    for threads in [1, 2] {
+        for t in [64, 512, 700] {
+            let said = ops::logprob_tiles_bytes(D, t, threads) + threads * packed;
+            for v in [V / 4, V] {
+                let took = head_bytes(threads, v, t);
+                let case = format!("{threads} threads, {t} tokens, vocabulary of {v}");
+                assert!(took <= said, "{case}: {took} bytes, said {said}");
+            }
+            assert!(t < 512 || said < V * t * 4 / 2, "the bound means something");
+        }
+    }
+    // The same reckoning at the size of a qwen3-0.6b, where the logits would have 311 MB.
+    assert!(ops::logprob_tiles_bytes(1024, 512, 2) + 2 * packed <= 64 << 20);
 }

@@ -69,6 +69,16 @@ pub struct Conduct {
     pub batch_tokens: usize,
 }
 
+/// What a dump runs on, and who may look on or stop it.
+pub struct Run<'r> {
+    /// Threads.
+    pub pool: &'r Arc<ThreadPool>,
+    /// Becomes true to stop it after the batch.
+    pub stop: &'r AtomicBool,
+    /// Looks on.
+    pub watcher: &'r mut dyn Watcher,
+}
+
 /// A model with or without an adapter.
 pub struct Side<'m> {
     /// The model.
@@ -137,10 +147,9 @@ pub fn dump<'m>(
     sides: &mut [Side<'m>],
     settings: &Settings,
     conduct: &Conduct,
-    pool: &Arc<ThreadPool>,
-    stop: &AtomicBool,
-    watcher: &mut dyn Watcher,
+    run: Run<'_>,
 ) -> Result<Findings> {
+    let Run { pool, stop, watcher } = run;
     let model = sides[0].model;
     check_comparable(sides)?;
     let n_layer = model.config().n_layer;

@@ -23,7 +23,7 @@ mod rows;
 mod samples;
 mod summary;
 
-pub use dump::{Conduct, Findings, Settings, Side, Unwatched, Watcher, dump};
+pub use dump::{Conduct, Findings, Run, Settings, Side, Unwatched, Watcher, dump};
 pub use measure::{Look, Measured, cosine, measure};
 pub use outcome::{Difference, Means, Outcome};
 pub use pack::{Packed, Pick, pack};
@@ -34,10 +34,7 @@ pub use samples::{Gallery, Glance, View};
 pub use summary::{Boundary, Change, LayerMeans, Mean, Sums, boundary};
 
 use std::io::Write;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use crate::ggml::ThreadPool;
 use crate::gguf::write_atomically;
 use crate::{Error, Result};
 
@@ -49,11 +46,9 @@ pub fn entropy<'m>(
     sides: &mut [Side<'m>],
     settings: &Settings,
     conduct: &Conduct,
-    pool: &Arc<ThreadPool>,
-    stop: &AtomicBool,
-    watcher: &mut dyn Watcher,
+    run: Run<'_>,
 ) -> Result<Outcome> {
-    let findings = dump(sides, settings, conduct, pool, stop, watcher)?;
+    let findings = dump(sides, settings, conduct, run)?;
     let outcome = Outcome::new(settings, &findings);
     let path = conduct.out.join("summary.json");
     write_atomically(&path, |w| {

@@ -5,6 +5,7 @@
 //! as on a quiet one. Times are medians. On a GPU single operations are held against its measured rates of
 //! products and copies, and against the CPU's results in F32.
 
+mod cost;
 mod entropy;
 mod measure;
 mod ops;

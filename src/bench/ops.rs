@@ -4,7 +4,7 @@
 use super::measure::{device_rates, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
-use crate::ggml::{Arena, Device, Executor, Graph, Input, Tensor, Type};
+use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
 use crate::model::Target;
 use crate::ops::{self, AdamWStep, AttentionSpec, LowRank, Segment};
 
@@ -181,22 +181,31 @@ fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
 }
 
 /// What ggml itself does with the FFN's weight: its product (activations rounded to 8 bits where the
-/// weight is quantised) and its vjp.
+/// weight is quantised) on plain blocks and repacked where it can, and its vjp.
 fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let w = bench.model.weights().layers[0].linear(Target::Up).weight;
     let [k, n, ..] = w.shape();
     let flop = 2.0 * (k * n * T) as f64;
     let name = format!("{} {k} x {n}", w.ty());
-    Ok(vec![
-        time(bench, format!("ggml MUL_MAT {name}"), flop, w, |arena, graph, inputs| {
+    let product = |what: &str, w| {
+        time(bench, format!("ggml {what} {name}"), flop, w, |arena, graph, inputs| {
             let x = inputs.f32(arena, [k, T]);
             graph.output(arena.mul_mat(inputs.w, x));
-        })?,
+        })
+    };
+    let mut rows = vec![
+        product("MUL_MAT", w)?,
         time(bench, format!("ggml OUT_PROD {name}"), flop, w, |arena, graph, inputs| {
             let dy = inputs.f32(arena, [n, T]);
             graph.output(arena.out_prod(inputs.w, dy));
         })?,
-    ])
+    ];
+    if bench.model.device() == Device::Cpu
+        && let Some(repacked) = Repacked::new(w)?
+    {
+        rows.push(product("MUL_MAT, repacked,", repacked.tensor())?);
+    }
+    Ok(rows)
 }
 
 /// The log-prob head over the whole vocabulary and parts of it: its cost is linear in V.
@@ -209,7 +218,7 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
         let flop = 2.0 * (products * d * v * T) as f64;
         let what = if gradient { " forward+backward" } else { "" };
         let name = format!("linear_logprob{what} {} D {d} V {v}", w.ty());
-        rows.push(time(bench, name, flop, w, |arena, graph, inputs| {
+        let mut row = time(bench, name, flop, w, |arena, graph, inputs| {
             let h = inputs.f32(arena, [d, T]);
             let target = inputs.ids(arena, T, v);
             let e_u = arena.row_range(inputs.w, 0, v);
@@ -218,7 +227,12 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
             if let Some(gradient) = head.gradient {
                 graph.output(gradient);
             }
-        })?);
+        })?;
+        if bench.model.device() == Device::Cpu {
+            let tiles = ops::logprob_tiles_bytes(d, T, bench.pool.n_threads());
+            row.insert("tiles_bytes".into(), tiles.into());
+        }
+        rows.push(row);
     }
     Ok(rows)
 }

@@ -1,13 +1,14 @@
 //! Forward and backward of an update: full and internal phase, shared and repeated prompts, cost against
-//! tokens and depth.
+//! tokens, depth and vocabulary.
 
 use super::measure::timed;
-use super::{Bench, Row, row};
+use super::{Bench, Row, cost, row};
 use crate::Result;
-use crate::model::{Batch, Config, Engine, Policy, Target};
+use crate::ggml::TensorSet;
+use crate::model::{Batch, Config, Engine, Lora, Model, Policy, Target};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 16] = [
+pub(super) const CASES: [&str; 9] = [
     "full phase",
     "full phase, computed again",
     "full phase, half prompt",
@@ -15,16 +16,12 @@ pub(super) const CASES: [&str; 16] = [
     "internal phase, half prompt",
     "group of 8, shared prompt",
     "group of 8, repeated prompt",
-    "tokens / 4",
-    "tokens / 2",
-    "tokens x 1",
-    "tokens x 2",
-    "depth L / 4",
-    "depth L / 2",
-    "depth 3 L / 4",
-    "depth L",
     "forward only",
+    COST,
 ];
+
+/// The case that is not one size but many.
+const COST: &str = "cost";
 
 /// What is computed.
 struct Case {
@@ -33,63 +30,41 @@ struct Case {
     backward: bool,
 }
 
+/// `n` sequences of a prompt and a completion, `t` inputs each.
+fn sequences(bench: &Bench<'_>, n: usize, prompt: usize, t: usize) -> Result<Batch> {
+    let mut batch = Batch::default();
+    for i in 0..n {
+        let tokens = bench.tokens(t + 1, i);
+        let (prompt, completion) = tokens.split_at(prompt.max(1));
+        batch.push_group(prompt, &[completion], bench.model.config().n_vocab)?;
+    }
+    Ok(batch)
+}
+
+/// `n` sequences of `t` inputs, all of which are scored.
+pub(super) fn all_scored(bench: &Bench<'_>, n: usize, t: usize) -> Result<Batch> {
+    sequences(bench, n, 1, t)
+}
+
 impl Case {
     fn new(bench: &Bench<'_>, name: &str) -> Result<Option<Case>> {
         let config = bench.model.config();
         let (n_layer, v, t) = (config.n_layer, config.n_vocab, bench.options.tokens);
         let full = Policy::full(n_layer);
-        let internal = |layer| Policy::internal(layer, n_layer, false);
-        let mut batch = Batch::default();
-        // `n` sequences of `prompt` tokens and as many more as make `t` inputs, the latter all scored.
-        let mut sequences = |n: usize, prompt: usize, t: usize| -> Result<()> {
-            for i in 0..n {
-                let tokens = bench.tokens(t + 1, i);
-                let (prompt, completion) = tokens.split_at(prompt.max(1));
-                batch.push_group(prompt, &[completion], v)?;
+        let internal = Policy::internal(bench.options.internal_layer(config), n_layer, false)?;
+        let (batch, policy) = match name {
+            "full phase" | "full phase, computed again" | "forward only" => {
+                (all_scored(bench, 2, t)?, full)
             }
-            Ok(())
-        };
-        let layer = bench.options.internal_layer(config);
-        let policy = match name {
-            "full phase"
-            | "full phase, computed again"
-            | "tokens x 1"
-            | "depth L"
-            | "forward only" => {
-                sequences(2, 1, t)?;
-                full
-            }
-            "full phase, half prompt" => {
-                sequences(2, t / 2, t)?;
-                full
-            }
-            "internal phase" => {
-                sequences(2, 1, t)?;
-                internal(layer)?
-            }
-            "internal phase, half prompt" => {
-                sequences(2, t / 2, t)?;
-                internal(layer)?
-            }
-            "tokens / 4" | "tokens / 2" | "tokens x 2" => {
-                let n = ["tokens / 4", "tokens / 2", "", "tokens x 2"];
-                let n = n.iter().position(|n| *n == name).expect("one of them");
-                sequences(2, 1, (t << n) / 4)?;
-                full
-            }
-            "depth L / 4" | "depth L / 2" | "depth 3 L / 4" => {
-                let quarters = 1 + ["L / 4", "L / 2", "3 L / 4"]
-                    .iter()
-                    .position(|n| name.strip_prefix("depth ") == Some(*n))
-                    .expect("one of them");
-                sequences(2, 1, t)?;
-                internal((quarters * n_layer / 4).max(1))?
-            }
+            "full phase, half prompt" => (sequences(bench, 2, t / 2, t)?, full),
+            "internal phase" => (all_scored(bench, 2, t)?, internal),
+            "internal phase, half prompt" => (sequences(bench, 2, t / 2, t)?, internal),
             "group of 8, shared prompt" | "group of 8, repeated prompt" => {
                 let prompt = bench.tokens(t, 0);
                 let completions: Vec<Vec<i32>> =
                     (1..=8).map(|i| bench.tokens((t / 2).max(2), i)).collect();
                 let all: Vec<&[i32]> = completions.iter().map(Vec::as_slice).collect();
+                let mut batch = Batch::default();
                 if name.contains("shared") {
                     batch.push_group(&prompt, &all, v)?;
                 } else {
@@ -97,7 +72,7 @@ impl Case {
                         batch.push_group(&prompt, &[one], v)?;
                     }
                 }
-                full
+                (batch, full)
             }
             _ => return Ok(None),
         };
@@ -127,32 +102,52 @@ fn layer_weights(c: &Config) -> f64 {
         .sum::<usize>() as f64
 }
 
+/// What computes forwards and backwards.
+pub(super) struct Pass<'b> {
+    model: &'b Model,
+    lora: Lora,
+    gradients: TensorSet,
+    engine: Engine,
+}
+
+impl<'b> Pass<'b> {
+    /// `memory`: bytes for activations that are kept.
+    pub(super) fn new(bench: &Bench<'b>, memory: usize) -> Result<Pass<'b>> {
+        let lora = bench.adapter()?;
+        let gradients = lora.zeros_like()?;
+        let mut engine = Engine::on(bench.model.device(), bench.pool.clone())?;
+        engine.keep_up_to(memory);
+        Ok(Pass { model: bench.model, lora, gradients, engine })
+    }
+
+    /// A micro batch forward, and backward when asked for.
+    pub(super) fn run(&mut self, batch: &Batch, policy: Policy, backward: bool) -> Result<()> {
+        let Pass { model, lora, gradients, engine } = self;
+        if !backward {
+            engine.forward(model, Some(lora), batch, policy.depth())?;
+            return engine.score(model, batch, policy, 1.0, false).map(drop);
+        }
+        engine.forward_to_train(model, lora, batch, policy.depth())?;
+        engine.score(model, batch, policy, 1.0, true)?;
+        // Signs in turn, as advantages have them.
+        let n = batch.scored.len();
+        let cotangents: Vec<f32> =
+            (0..n).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 } / n as f32).collect();
+        engine.backward(model, lora, gradients, batch, policy, &cotangents)
+    }
+}
+
 pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
+    if name == COST {
+        return cost::run(bench).map(Some);
+    }
     let Some(case) = Case::new(bench, name)? else { return Ok(None) };
-    let model = bench.model;
-    let lora = bench.adapter()?;
-    let mut gradients = lora.zeros_like()?;
-    let mut engine = Engine::on(bench.model.device(), bench.pool.clone())?;
-    engine.keep_up_to(if name.contains("computed again") { 0 } else { bench.options.keep });
+    let memory = if name.contains("computed again") { 0 } else { bench.options.keep };
+    let mut pass = Pass::new(bench, memory)?;
     let n = case.batch.scored.len();
-    // Signs in turn, as advantages have them.
-    let cotangents: Vec<f32> =
-        (0..n).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 } / n as f32).collect();
-    let flop = case.useful_flop(model.config());
-    let timing = timed(bench, flop, || {
-        if case.backward {
-            engine.forward_to_train(model, &lora, &case.batch, case.policy.depth())?;
-        } else {
-            engine.forward(model, Some(&lora), &case.batch, case.policy.depth())?;
-        }
-        engine.score(model, &case.batch, case.policy, 1.0, case.backward)?;
-        if case.backward {
-            let (batch, policy) = (&case.batch, case.policy);
-            engine.backward(model, &lora, &mut gradients, batch, policy, &cotangents)?;
-        }
-        Ok(())
-    })?;
-    model.engine().look_at_memory()?;
+    let flop = case.useful_flop(bench.model.config());
+    let timing = timed(bench, flop, || pass.run(&case.batch, case.policy, case.backward))?;
+    bench.model.engine().look_at_memory()?;
     Ok(Some(vec![row(
         format!("train/{name}"),
         &[
@@ -165,7 +160,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
             ("useful_gflop_per_s", flop / timing.seconds / 1e9),
             ("sgemm_gflop_per_s", timing.sgemm_flop_per_s / 1e9),
             ("share_of_sgemm", timing.share()),
-            ("engine_bytes", engine.bytes() as f64),
+            ("engine_bytes", pass.engine.bytes() as f64),
         ],
     )]))
 }

@@ -14,7 +14,8 @@ use crate::{Error, Result};
 /// measure. Rows of the table, or of the JSON object's "rows":
 ///
 ///   train     tokens, scored: of the micro batch; useful_gflop_per_s: every linear map once forward and
-///             once backward, the head twice, nothing that is computed again
+///             once backward, the head twice, nothing that is computed again; cost: sizes in turn, the
+///             shortest time of each, over the straight line through the first and the last
 ///   rollout   a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare loop only calls
 ///             llama_decode
 ///   entropy   one sequence of 64 tokens

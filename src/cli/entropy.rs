@@ -9,7 +9,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
-use crate::analysis::{Conduct, Look, Pick, Settings, Side, Watcher, entropy};
+use crate::analysis::{Conduct, Look, Pick, Run, Settings, Side, Watcher, entropy};
 use crate::ggml::ThreadPool;
 use crate::{Error, Result};
 
@@ -141,7 +141,8 @@ pub fn run(args: EntropyArgs) -> Result<()> {
     let stop = Arc::<AtomicBool>::default();
     stop_on_signal(stop.clone())?;
     let mut watch = Watch::new();
-    let outcome = entropy(&mut sides, &settings, &conduct, &pool, &stop, &mut watch)?;
+    let run = Run { pool: &pool, stop: &stop, watcher: &mut watch };
+    let outcome = entropy(&mut sides, &settings, &conduct, run)?;
     watch.bar.finish_and_clear();
     if args.json {
         print_json(&outcome)?;

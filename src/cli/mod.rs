@@ -150,7 +150,8 @@ fn stop_on_signal(flag: Arc<AtomicBool>) -> Result<()> {
 
 /// Runs `work` with that many threads of its own, or one per core.
 fn in_pool<T: Send>(threads: Option<usize>, work: impl FnOnce() -> T + Send) -> Result<T> {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    let threads = threads.unwrap_or_else(crate::ggml::usable_cores);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool =
         pool.map_err(|e| Error::engine("starting threads", e.to_string(), "try --threads 1"))?;
     Ok(pool.install(work))

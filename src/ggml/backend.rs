@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ggml_sys as sys;
 
 use super::device::{Device, last_error};
-use super::{Arena, Tensor};
+use super::{Arena, Tensor, usable_cores};
 use crate::{Error, Result};
 
 /// Worker threads that computations share. Idle ones sleep.
@@ -26,8 +26,10 @@ impl ThreadPool {
     /// Starts `n_threads - 1` workers; the caller of a computation is the last one.
     pub fn new(n_threads: usize) -> Result<ThreadPool> {
         let n_threads = n_threads.clamp(1, sys::GGML_MAX_N_THREADS as usize);
-        // SAFETY: default parameters for a count within ggml's limit.
+        // SAFETY: default parameters for a count within ggml's limit. Nothing is computed without a pool, so
+        // our products are known before anything is.
         let raw = unsafe {
+            sys::bupo_cpu_init();
             let mut params = sys::ggml_threadpool_params_default(n_threads as i32);
             // By default a worker spins for up to 6.5 million rounds after a graph, on a core that
             // sampling wants: 128 rows of 152k logits on 2 cores took 12 ms so, 7 ms without.
@@ -42,8 +44,7 @@ impl ThreadPool {
 
     /// [`ThreadPool::new`] with as many threads as the user asked for, or one per core.
     pub fn with(threads: Option<usize>) -> Result<ThreadPool> {
-        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
-        ThreadPool::new(threads.unwrap_or_else(cores))
+        ThreadPool::new(threads.unwrap_or_else(usable_cores))
     }
 
     /// Number of threads, the caller's included.
@@ -141,6 +142,18 @@ impl Executor {
         }
     }
 
+    /// Whether ggml's kernels on the CPU can read a tensor: in host memory, or repacked for them.
+    fn reads(&self, tensor: Tensor<'_>) -> bool {
+        let buffer = tensor.buffer();
+        // SAFETY: a live backend; a buffer pointer in a live header is valid.
+        tensor.is_host()
+            || (!buffer.is_null()
+                && unsafe {
+                    let buffer_type = sys::ggml_backend_buffer_get_type(buffer);
+                    sys::ggml_backend_supports_buft(self.backend, buffer_type)
+                })
+    }
+
     /// What the device can do, to hold an op's time against: products of `n` x `n` matrices, copies of `bytes`; the
     /// best of `reps` times. None on the CPU, which has a yardstick of its own.
     ///
@@ -202,7 +215,7 @@ impl Executor {
             ));
         }
         if self.device == Device::Cpu
-            && let Some(far) = graph.sources().find(|source| !source.is_host())
+            && let Some(far) = graph.sources().find(|source| !self.reads(*source))
         {
             // The CPU's kernels would read the GPU's addresses.
             let reason = format!("{far:?} lies on a GPU");

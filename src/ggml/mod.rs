@@ -2,19 +2,23 @@
 
 mod backend;
 mod bytes;
+mod cores;
 mod device;
 mod mmap;
 mod nodes;
 mod quantize;
+mod repacked;
 mod set;
 mod tensor;
 mod types;
 
 pub use backend::{Computed, Executor, Graph, Input, Rates, ThreadPool};
 pub use bytes::ByteSize;
+pub use cores::usable_cores;
 pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;
 pub use nodes::Rope;
+pub use repacked::Repacked;
 pub use set::{TensorSet, ValuesMut};
 pub use tensor::{Arena, Shape, Tensor};
 pub use types::Type;

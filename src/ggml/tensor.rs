@@ -95,6 +95,11 @@ impl<'a> Tensor<'a> {
         self.header().data.cast()
     }
 
+    /// The buffer that holds the data; null before it is allocated.
+    pub(crate) fn buffer(&self) -> sys::ggml_backend_buffer_t {
+        self.header().buffer
+    }
+
     /// Whether the data lies in memory that the CPU reads directly.
     pub fn is_host(&self) -> bool {
         let buffer = self.header().buffer;

@@ -9,6 +9,7 @@ use ggml_sys as sys;
 
 use super::{Model, check};
 use crate::ggml::Tensor;
+use crate::ops;
 use crate::{Error, Result};
 
 /// llama.cpp's list of a model's adapters is not made for several threads.
@@ -57,9 +58,16 @@ impl LiveAdapter {
         let mut raw = std::ptr::null_mut();
         let guard = REGISTRY.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: a live model; pairs with names and tensors that live for the call, the tensors as long
-        // as `memory`, which the result holds.
+        // as `memory`, which the result holds; a product that keeps the header's contract.
         let status = unsafe {
-            sys::bupo_adapter_new(model.raw(), alpha, raw_pairs.as_ptr(), raw_pairs.len(), &mut raw)
+            sys::bupo_adapter_new(
+                model.raw(),
+                alpha,
+                raw_pairs.as_ptr(),
+                raw_pairs.len(),
+                Some(ops::factor_product),
+                &mut raw,
+            )
         };
         drop(guard);
         check("making the live adapter", status, "the adapter belongs to another model")?;

@@ -19,7 +19,7 @@ use ggml_sys as sys;
 use super::exp::exp;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::linear::{Weight, steps};
-use super::rows::partition;
+use super::rows::{check_head, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -78,10 +78,8 @@ pub fn divergence<'a>(
 ) -> Divergence<'a> {
     let t = p.0.shape()[1];
     for (h, e) in [p, q] {
-        let (d, _) = (h.shape()[0], e.shape()[1]);
-        assert!(h.ty() == Type::F32 && h.is_contiguous(), "divergence of {h:?}");
+        check_head("divergence", h, e);
         assert!(h.shape()[1] == t, "divergence: {t} tokens, and {h:?}");
-        assert!(e.shape()[0] == d && e.ty().can_dequantize(), "divergence: {h:?} by {e:?}");
     }
     assert_eq!(p.1.shape()[1], q.1.shape()[1], "divergence: one vocabulary");
     assert!(target.ty() == Type::I32 && target.len() == t, "divergence: {target:?}");

@@ -13,6 +13,7 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ggml_sys as sys;
 
@@ -45,6 +46,15 @@ pub struct LowRank<'a> {
     pub scale: f32,
 }
 
+impl<'a> LowRank<'a> {
+    /// Both tensors, which must have these shapes.
+    fn sources(self, op: &str, factor: [usize; 2], input: [usize; 2]) -> [Tensor<'a>; 2] {
+        f32_matrix(&format!("{op} factor"), self.factor, factor);
+        f32_matrix(&format!("{op} low-rank input"), self.input, input);
+        [self.factor, self.input]
+    }
+}
+
 fn f32_matrix(what: &str, t: Tensor<'_>, shape: [usize; 2]) {
     assert!(t.ty() == Type::F32 && t.is_contiguous(), "{what}: F32 and contiguous, got {t:?}");
     assert_eq!(t.shape(), [shape[0], shape[1], 1, 1], "{what}: {t:?}");
@@ -71,9 +81,7 @@ pub fn linear<'a>(
     let mut sources = vec![w, x];
     if let Some(low) = low {
         let r = low.factor.shape()[0];
-        f32_matrix("linear factor", low.factor, [r, n]);
-        f32_matrix("linear low-rank input", low.input, [r, t]);
-        sources.extend([low.factor, low.input]);
+        sources.extend(low.sources("linear", [r, n], [r, t]));
     }
     if let Some(bias) = bias {
         f32_matrix("linear bias", bias, [n, 1]);
@@ -103,9 +111,7 @@ pub fn linear_back<'a>(
     let mut sources = vec![w, dy];
     if let Some(low) = low {
         let r = low.factor.shape()[1];
-        f32_matrix("linear_back factor", low.factor, [k, r]);
-        f32_matrix("linear_back low-rank input", low.input, [r, t]);
-        sources.extend([low.factor, low.input]);
+        sources.extend(low.sources("linear_back", [k, r], [r, t]));
     }
     if let Some(add) = add {
         f32_matrix("linear_back add", add, [k, t]);
@@ -148,6 +154,13 @@ impl Params {
     fn new(c: sys::bupo_linear_params) -> Params {
         Params { c, tiles: Queue::default() }
     }
+}
+
+static DEQUANTISED: AtomicU64 = AtomicU64::new(0);
+
+/// Weights that the kernels on the CPU have turned into F32 since the program began; tests read it.
+pub fn dequantised() -> u64 {
+    DEQUANTISED.load(Ordering::Relaxed)
 }
 
 /// A weight as the kernels read it.
@@ -194,6 +207,9 @@ impl Weight {
             return Matrix::new(from(ns.start).cast(), self.row_bytes / 4, 1);
         }
         let (width, stride) = (ks.len(), ks.len() + PAD);
+        if self.ty != Type::F32 {
+            DEQUANTISED.fetch_add((ns.len() * width) as u64, Ordering::Relaxed);
+        }
         for (row, n) in scratch.chunks_exact_mut(stride).zip(ns) {
             // SAFETY: `width` elements of whole blocks of a row.
             unsafe { self.ty.dequantize_raw(from(n), &mut row[..width]) };

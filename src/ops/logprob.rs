@@ -25,7 +25,7 @@ use ggml_sys as sys;
 use super::exp::exp;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::linear::{Weight, steps};
-use super::rows::{maximum, partition};
+use super::rows::{check_head, maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -84,8 +84,7 @@ pub fn linear_logprob<'a>(
     gradient: bool,
 ) -> Logprob<'a> {
     let [d, t, ..] = h.shape();
-    assert!(h.ty() == Type::F32 && h.is_contiguous(), "linear_logprob of {h:?}");
-    assert!(e_u.shape()[0] == d && e_u.ty().can_dequantize(), "linear_logprob: {h:?} by {e_u:?}");
+    check_head("linear_logprob", h, e_u);
     assert!(!gradient || target.is_some(), "the gradient is the target's");
     let mut sources = vec![h, e_u];
     if let Some(target) = target {

@@ -26,9 +26,10 @@ pub use attention::{
 };
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
-pub use linear::{LowRank, linear, linear_back, outer};
+pub use linear::{LowRank, dequantised, linear, linear_back, outer};
 pub use logprob::{Logprob, linear_logprob, logprob_tiles_bytes};
 pub use low_rank::add_low_rank;
+pub(crate) use low_rank::factor_product;
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
 pub use rows::scale_rows;

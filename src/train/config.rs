@@ -13,7 +13,7 @@ use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
-use crate::ggml::{ByteSize, DeviceChoice};
+use crate::ggml::{ByteSize, DeviceChoice, usable_cores};
 use crate::model::{Placement, Targets};
 use crate::reward::RewardOptions;
 use crate::rollout::{PromptOptions, Sampling};
@@ -442,8 +442,7 @@ impl TrainConfig {
     /// Fills in every default that depends on another setting, on the model or on the machine, so that
     /// `config.toml` says what was done.
     pub fn resolved(mut self, n_layer: usize) -> TrainConfig {
-        let cores = || std::thread::available_parallelism().map_or(1, |n| n.get());
-        self.threads = Some(self.threads.unwrap_or_else(cores));
+        self.threads = Some(self.threads.unwrap_or_else(usable_cores));
         if self.internal_layer != Some(LayerChoice::Auto) {
             self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
         }

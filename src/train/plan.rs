@@ -33,8 +33,6 @@ pub struct Part {
     pub name: &'static str,
     /// Bytes.
     pub bytes: u64,
-    /// Whether a graphics card would hold it in its own memory.
-    pub on_gpu: bool,
     /// What it is made of.
     pub what: String,
     /// What makes it smaller.
@@ -49,8 +47,6 @@ pub struct Plan {
     pub parts: Vec<Part>,
     /// Their sum: the peak on the CPU, bytes.
     pub total_bytes: u64,
-    /// Those that a graphics card would hold, bytes; an estimate, its libraries' own not counted.
-    pub gpu_bytes: u64,
     /// What the process may take in all, bytes: `--memory`, else what it has and what is free; none where the
     /// system does not say.
     pub limit_bytes: Option<u64>,
@@ -95,65 +91,48 @@ impl Plan {
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
         let weights: u64 = files.map(|f| f.len()).sum();
-        let part = |name, bytes: usize, on_gpu, what, advice| Part {
-            name,
-            bytes: bytes as u64,
-            on_gpu,
-            what,
-            advice,
-        };
+        let part =
+            |name, bytes: usize, what, advice| Part { name, bytes: bytes as u64, what, advice };
         let program = resident_besides(model.files());
         let limit_bytes = match c.memory {
             Some(size) => Some(size.0),
             None => available_bytes().map(|free| free + program),
         };
         let mut parts = vec![
-            part(
-                "program",
-                program as usize,
-                false,
-                "code, vocabulary, what is open now".into(),
-                "",
-            ),
+            part("program", program as usize, "code, vocabulary, what is open now".into(), ""),
             part(
                 "weights",
                 weights as usize,
-                true,
                 format!("{} layers, one copy, mapped", m.n_layer),
                 "use a smaller quantisation",
             ),
             part(
                 "kv cache",
                 sizes.n_seq * sizes.sequence_bytes,
-                true,
                 format!("{} sequences of {} tokens, F16", sizes.n_seq, sizes.n_ctx_seq),
                 "lower --kv-mib or --max-response",
             ),
             part(
                 "decoding",
                 decoding_bytes(model, &c, running, sizes.n_batch, threads),
-                true,
                 format!("llama.cpp's graph, logits of {running} sequences, sampling"),
                 "lower --kv-mib or --max-prompt",
             ),
             part(
                 ACTIVATIONS,
                 activation_bytes(again),
-                true,
                 format!("{tokens} tokens: residuals of {depth} layers and one layer's graph"),
                 "lower --micro-batch-tokens",
             ),
             part(
                 "logprob tiles",
                 logprob_tiles_bytes(m.n_embd, scored, threads),
-                true,
                 format!("{threads} threads, never the vocabulary whole"),
                 "lower --threads",
             ),
             part(
                 "adapter",
                 4 * adapter,
-                true,
                 format!("rank {rank}: masters, gradients, two moments, F32"),
                 "lower --rank",
             ),
@@ -162,7 +141,6 @@ impl Plan {
             parts.push(part(
                 "critic",
                 critic.n_bytes() + 4 * m.n_embd * tokens,
-                false,
                 "value heads, a residual as they read it".into(),
                 "lower --micro-batch-tokens",
             ));
@@ -180,13 +158,11 @@ impl Plan {
         parts.push(part(
             KEPT,
             layers_kept * layer_kept,
-            true,
             format!("activations of {layers_kept} layers that are not computed again"),
             "",
         ));
         let total_bytes = parts.iter().map(|p| p.bytes).sum();
-        let gpu_bytes = parts.iter().filter(|p| p.on_gpu).map(|p| p.bytes).sum();
-        Ok(Plan { parts, total_bytes, gpu_bytes, limit_bytes })
+        Ok(Plan { parts, total_bytes, limit_bytes })
     }
 
     /// Bytes for activations that an update keeps for its backward.
@@ -220,15 +196,13 @@ impl Plan {
     /// The plan as a table, with the limit beside it.
     pub fn table(&self) -> String {
         let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
-        let mut text = String::from("memory of a run    CPU MiB   GPU MiB\n");
+        let mut text = String::from("memory of a run        MiB\n");
         for p in &self.parts {
-            let gpu = if p.on_gpu { format!("{:.1}", mib(p.bytes)) } else { "-".into() };
-            text += &format!("  {:<14}  {:>9.1} {gpu:>9}  {}\n", p.name, mib(p.bytes), p.what);
+            text += &format!("  {:<14}  {:>9.1}  {}\n", p.name, mib(p.bytes), p.what);
         }
-        let (cpu, gpu) = (mib(self.total_bytes), mib(self.gpu_bytes));
-        text += &format!("  {:<14}  {cpu:>9.1} {gpu:>9.1}", "peak");
+        text += &format!("  {:<14}  {:>9.1}", "peak", mib(self.total_bytes));
         if let Some(limit) = self.limit_bytes {
-            text += &format!("  ({:.0} MiB available to the CPU)", mib(limit));
+            text += &format!("  ({:.0} MiB available)", mib(limit));
         }
         text
     }

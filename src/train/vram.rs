@@ -216,7 +216,7 @@ impl<'m> Demand<'m> {
     }
 
     /// Keys and values of `n_seq` sequences, and llama.cpp's graph: the FFN is its widest place, logits of all
-    /// sequences stand in it.
+    /// sequences stand in it, and once more for drawing.
     fn rollout(&self, n_seq: usize) -> Result<u64> {
         let m = self.model.config();
         let sizes = self.sizes(usize::MAX)?;
@@ -225,7 +225,7 @@ impl<'m> Demand<'m> {
         let mask = 6 * n_batch * sizes.n_ctx_seq;
         // One more sequence for prompts.
         let kv = (n_seq + 1) * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
-        Ok((kv + graph + mask + 4 * m.n_vocab * n_seq) as u64)
+        Ok((kv + graph + mask + 8 * m.n_vocab * n_seq) as u64)
     }
 
     fn depth(&self) -> usize {

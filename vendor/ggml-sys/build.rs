@@ -84,7 +84,7 @@ fn main() {
         .compile_intermediates();
     emulated.objects(objects).compile("bupo-ggml-emulated");
     // After what uses it: bridge.cpp holds the last error.
-    let host = ["bridge.cpp", "sampler.cpp"].map(|file| ext.join(file));
+    let host = ["bridge.cpp", "products.cpp", "sampler.cpp"].map(|file| ext.join(file));
     cpp(&ext, &source).files(host).compile("bupo-ggml-ext");
 }
 
