@@ -1,6 +1,9 @@
 //! One error type for the library. Its `Display` is the one line a user reads:
 //! what, where, expected, got, what to do.
 
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::Once;
 use std::{io, path::Path, path::PathBuf};
 
 /// `Result` with this library's [`Error`].
@@ -86,4 +89,27 @@ impl Error {
     ) -> Error {
         Error::Engine { call: call.into(), reason: reason.into(), advice: advice.into() }
     }
+}
+
+thread_local! {
+    /// Whether a panic of this thread is somebody else's crate giving up on bytes, which becomes an error.
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs code of another crate that panics on some damaged bytes; none where it did. What the panic would print
+/// is not printed, for the error that follows is the program's own: the hook in place passes over it.
+pub(crate) fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if !QUIET.get() {
+                before(info);
+            }
+        }));
+    });
+    let nested = QUIET.replace(true);
+    let outcome = panic::catch_unwind(AssertUnwindSafe(run));
+    QUIET.set(nested);
+    outcome.ok()
 }

@@ -87,7 +87,7 @@ for phase in internal final; do
     done
     echo "$phase phase: $kills SIGKILL and $terms SIGTERM in $((SECONDS - begun)) s; adapter, moments and completions" \
         "identical, bytes lost 0; resident at most $cut_peak kB (undisturbed $peak kB), descriptors $cut_files"
-    ((steps < 200 || cut_peak * 10 <= peak * 11)) || fail "a killed run took more memory"
+    ((steps < 200 || cut_peak * 5 <= peak * 6)) || fail "a killed run took more memory"
     ((cut_files <= files_late + 4)) || fail "a killed run held more descriptors"
 done
 left=$(ls -A "$TMPDIR" | wc -l)

@@ -5,6 +5,7 @@ use std::{collections::HashSet, fs::File, io::Read, path::Path, sync::OnceLock};
 use tokenizers::{DecoderWrapper, ModelWrapper, Tokenizer};
 
 use super::{Tokenize, jsonl::shorten};
+use crate::error::caught;
 use crate::{Error, Result};
 
 /// Largest file that is read, in bytes. That of a 256,000-token vocabulary has 35 MB.
@@ -56,8 +57,8 @@ impl HfTokenizer {
             Error::invalid(place, "a Hugging Face tokenizer", one_line(got), advice)
         };
         // The crate panics on some damaged files (a decoder without its fields).
-        let mut tokenizer = std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes))
-            .map_err(|_| refuse("one that its reader stumbles over"))?
+        let mut tokenizer = caught(|| Tokenizer::from_bytes(bytes))
+            .ok_or_else(|| refuse("one that its reader stumbles over"))?
             .map_err(|e| refuse(&e.to_string()))?;
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| {

@@ -5,7 +5,6 @@
 
 use std::{
     fs::File,
-    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
 
@@ -19,6 +18,7 @@ use ::parquet::{
 use serde_json::{Map, Number, Value};
 
 use super::jsonl::{Row, shorten};
+use crate::error::caught;
 use crate::{Error, Result};
 
 /// Rows of a Parquet file, read row group by row group.
@@ -90,10 +90,10 @@ impl Iterator for ParquetRows {
 fn guarded<T>(
     read: impl FnOnce() -> std::result::Result<T, ParquetError>,
 ) -> std::result::Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(read)) {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(e)) => Err(shorten(&e.to_string(), 200)),
-        Err(_) => Err("bytes that the Parquet reader gave up on".into()),
+    match caught(read) {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(e)) => Err(shorten(&e.to_string(), 200)),
+        None => Err("bytes that the Parquet reader gave up on".into()),
     }
 }
 

@@ -25,7 +25,7 @@ pub(crate) use engine::kept_floats;
 pub use engine::{Engine, Scores, Work};
 pub use inspect::Description;
 pub use lora::{Lora, Slot, Target, Targets};
-pub use measure::{Activations, activations};
+pub use measure::{Activations, Largest, activations};
 pub use policy::Policy;
 pub(crate) use precheck::check as check_values;
 pub use taps::{LayerTaps, Question, Walk};

@@ -510,6 +510,11 @@ impl TrainConfig {
             if value == 0 {
                 return refuse(option, "at least 1", "0".into(), "leave it out for the default");
             }
+            // Products of them are sizes, which must not overflow.
+            if option != "--steps" && value > 1 << 20 {
+                let expected = format!("at most {}", 1 << 20);
+                return refuse(option, &expected, value.to_string(), "lower it");
+            }
         }
         let longest = self.max_prompt + self.max_response;
         if self.micro_batch_tokens.is_some_and(|n| n < longest) {

@@ -7,10 +7,10 @@
 use serde::Serialize;
 
 use super::memory::{available_bytes, resident_besides};
-use super::{Algorithm, TrainConfig, new_critic};
+use super::{Algorithm, Baseline, TrainConfig, new_critic};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
-use crate::model::{Lora, Model, activations, kept_floats};
+use crate::model::{Activations, Largest, Lora, Model, activations, kept_floats};
 use crate::ops::logprob_tiles_bytes;
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
@@ -21,6 +21,8 @@ const HEAP_KEEPS: usize = 32 << 20;
 
 /// Kept activations leave this part of the limit free: a plan can be off by up to 15 %, most are by less.
 const MARGIN: u64 = 8;
+/// Name of the part of residuals and graphs.
+const ACTIVATIONS: &str = "activations";
 /// Name of the part that grows into what the others leave.
 const KEPT: &str = "kept for vjp";
 
@@ -69,15 +71,22 @@ impl Plan {
         let sizes = options.sizes(&model.engine().hparams()?)?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
-        // The largest micro batch: of a mini batch, or of the rest that is scored before the updates.
+        // The largest micro batch: of a mini batch; of the rest that is scored before the updates, or of all
+        // groups, where all are.
+        let groups = match c.kl_coef > 0.0 || c.baseline() == Baseline::Value {
+            true => c.prompts_per_step,
+            false => c.mini_batch().max(c.prompts_per_step - c.mini_batch()),
+        };
         let group_tokens = c.max_prompt + c.group * c.max_response;
-        let groups = c.mini_batch().max(c.prompts_per_step - c.mini_batch());
         let tokens = c.micro_batch_tokens().min(groups * group_tokens);
+        let trained = c.micro_batch_tokens().min(c.mini_batch() * group_tokens);
         let scored = tokens.min(groups * c.group * c.max_response);
+        let largest = Largest { tokens, trained, scored };
         let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
-        let acts = activations(model, &c.targets, rank, depth, tokens, scored)?;
-        let layer_kept = 4 * kept_floats(m, rank, tokens);
+        let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
+        let again = acts(false)?;
+        let layer_kept = 4 * kept_floats(m, rank, trained);
         let adapter = 4 * Lora::count_params(model, &c.targets, rank);
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
@@ -110,8 +119,8 @@ impl Plan {
                 "lower --kv-mib or --max-prompt",
             ),
             part(
-                "activations",
-                acts.kept + acts.scratch + (acts.scratch / 2).min(HEAP_KEEPS),
+                ACTIVATIONS,
+                activation_bytes(again),
                 format!("{tokens} tokens: residuals of {depth} layers and one layer's graph"),
                 "lower --micro-batch-tokens",
             ),
@@ -141,6 +150,11 @@ impl Plan {
         let taken: u64 = parts.iter().map(|p| p.bytes).sum();
         let left = limit_bytes.map_or(0, |limit| (limit - limit / MARGIN).saturating_sub(taken));
         let layers_kept = if keeps { depth.min(left as usize / layer_kept) } else { 0 };
+        if layers_kept == depth {
+            // No layer is computed again: its graph holds less.
+            let part = parts.iter_mut().find(|p| p.name == ACTIVATIONS).expect("pushed above");
+            part.bytes = activation_bytes(acts(true)?) as u64;
+        }
         parts.push(part(
             KEPT,
             layers_kept * layer_kept,
@@ -200,6 +214,10 @@ impl Plan {
             self.parts.iter().map(|p| format!("{} {}", p.name, mib(p.bytes))).collect();
         format!("memory: {} MiB planned ({})", mib(self.total_bytes), parts.join(", "))
     }
+}
+
+fn activation_bytes(a: Activations) -> usize {
+    a.kept + a.scratch + (a.scratch / 2).min(HEAP_KEEPS)
 }
 
 /// What llama.cpp and sampling take while they decode: the FFN is the widest place of its graph, and logits

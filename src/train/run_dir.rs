@@ -68,6 +68,7 @@ impl RunConfig {
             ));
         }
         let train = TrainConfig::from_table(train, &path.display().to_string())?;
+        train.check()?;
         Ok(RunConfig { model, train })
     }
 

@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::{Algorithm, TrainConfig};
 use crate::ggml::{ByteSize, Device, DeviceChoice};
 use crate::gguf::AdapterFile;
-use crate::model::{Lora, Model, activations, kept_floats};
+use crate::model::{Largest, Lora, Model, activations, kept_floats};
 use crate::ops::{ScratchShape, scratch_bytes};
 use crate::rollout::{RolloutOptions, RolloutSizes};
 use crate::{Error, Result};
@@ -237,7 +237,8 @@ impl<'m> Demand<'m> {
     /// Residuals, one layer's graph and the kernels' scratch memory of a micro batch.
     fn update(&self, tokens: usize) -> Result<u64> {
         let (c, m) = (&self.config, self.model.config());
-        let acts = activations(self.model, &c.targets, self.rank, self.depth(), tokens, tokens)?;
+        let largest = Largest { tokens, trained: tokens, scored: tokens };
+        let acts = activations(self.model, &c.targets, self.rank, self.depth(), largest, false)?;
         let scratch = scratch_bytes(&ScratchShape {
             n_embd: m.n_embd,
             n_ff: m.n_ff,

@@ -1,6 +1,8 @@
 //! What several tests need: the golden fixtures, tolerances.
 #![allow(dead_code)]
 
+pub mod parquet;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
