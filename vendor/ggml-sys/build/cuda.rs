@@ -46,8 +46,11 @@ pub fn compile(ext: &Path, source: &Path, kernels: &[PathBuf]) {
     println!("cargo:rustc-link-search=native={}", lib.display());
     println!("cargo:rustc-link-lib=dylib=cublas");
     println!("cargo:rustc-link-lib=dylib=cudart");
-    // For the program's run path.
-    println!("cargo:cuda_lib={}", lib.display());
+    // For the program's run path: llama.cpp's libraries lie where its CMake package does, <out>/lib/cmake.
+    let cmake = env::var_os("DEP_LLAMA_GGML_CMAKE_DIR").map(PathBuf::from);
+    let llama =
+        cmake.as_deref().and_then(Path::parent).expect("llama-cpp-sys-2 says where its package is");
+    println!("cargo:cuda_lib={}:{}", llama.display(), lib.display());
 }
 
 /// nvcc, and the folder of the toolkit.
