@@ -100,12 +100,14 @@ impl HfTokenizer {
 impl Tokenize for HfTokenizer {
     fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
         let tokenizer = if parse_special { &self.tokenizer } else { self.plain() };
-        let encoding = tokenizer.encode_fast(text, add_special).map_err(|e| {
-            let (text, reason) = (format!("{:?}", shorten(text, 40)), one_line(&e.to_string()));
-            let place = format!("tokenizer.json on {text}");
+        let refuse = |reason: &str| {
+            let place = format!("tokenizer.json on {:?}", shorten(text, 40));
             let advice = "take characters its vocabulary has, or leave --tokenizer out";
-            Error::invalid(place, "text that it can tokenise", reason, advice)
-        })?;
+            Error::invalid(place, "text that it can tokenise", one_line(reason), advice)
+        };
+        let encoding = caught(|| tokenizer.encode_fast(text, add_special))
+            .ok_or_else(|| refuse("one that its tokenizer stumbles over"))?
+            .map_err(|e| refuse(&e.to_string()))?;
         // Ids are below 2^31: `from_bytes` bounds them.
         Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
     }

@@ -102,6 +102,8 @@ fn our_readers_take_or_refuse_every_mutation() {
     for name in ["byte-level.json", "sentencepiece.json"] {
         hammer(name, &corpus("tokenizer", name), 20_000, 500, targets::tokenizer);
     }
+    // Found by fuzzing: one whose encoder panics within its crate.
+    targets::tokenizer(&corpus("tokenizer", "panics-on-encode.json"));
     hammer("answers", &corpus("answers", "boxed.txt"), 4_000, 2000, targets::answers);
     for name in ["fraction.txt", "interval.txt", "words.txt"] {
         hammer(name, &corpus("verifier", name), 4_000, 1000, targets::verifier);
