@@ -272,9 +272,10 @@ impl Parser {
             Tok::Op('[') => self.closed(']'),
             Tok::Op('{') => self.closed('}'),
             Tok::Op('|') => {
+                let bars = self.bars;
                 self.bars += 1;
                 let inner = self.nested(Parser::sum);
-                self.bars -= 1;
+                self.bars = bars;
                 let inner = inner?;
                 self.expect(&Tok::Op('|'))?;
                 Ok(Expr::Call(Fun::Abs, vec![inner]))
@@ -289,20 +290,27 @@ impl Parser {
 
     /// A sum up to the closing bracket; bars outside do not count inside.
     fn closed(&mut self, close: char) -> Parsed {
-        let bars = std::mem::take(&mut self.bars);
-        let mut inner = self.nested(Parser::sum)?;
-        if self.eat(&Tok::Cmd("choose")) {
-            inner = Expr::Call(Fun::Binomial, vec![inner, self.nested(Parser::sum)?]);
-        }
-        self.bars = bars;
+        let inner = self.unbarred(|p| -> Parsed {
+            let inner = p.nested(Parser::sum)?;
+            if !p.eat(&Tok::Cmd("choose")) {
+                return Ok(inner);
+            }
+            Ok(Expr::Call(Fun::Binomial, vec![inner, p.nested(Parser::sum)?]))
+        })?;
         self.expect(&Tok::Op(close))?;
         Ok(inner)
     }
 
-    fn until(&mut self, close: &'static str, function: Fun) -> Parsed {
+    /// What stands in brackets of its own, where bars outside do not count.
+    fn unbarred<T>(&mut self, read: impl FnOnce(&mut Self) -> T) -> T {
         let bars = std::mem::take(&mut self.bars);
-        let inner = self.nested(Parser::sum)?;
+        let inner = read(self);
         self.bars = bars;
+        inner
+    }
+
+    fn until(&mut self, close: &'static str, function: Fun) -> Parsed {
+        let inner = self.unbarred(|p| p.nested(Parser::sum))?;
         self.expect(&Tok::Cmd(close))?;
         Ok(Expr::Call(function, vec![inner]))
     }
@@ -434,12 +442,13 @@ impl Parser {
 
     /// Expressions between commas up to `close`.
     fn arguments(&mut self, close: &Tok) -> Result<Vec<Expr>, String> {
-        let bars = std::mem::take(&mut self.bars);
-        let mut parts = vec![self.nested(Parser::sum)?];
-        while self.op(',') {
-            parts.push(self.nested(Parser::sum)?);
-        }
-        self.bars = bars;
+        let parts = self.unbarred(|p| -> Result<Vec<Expr>, String> {
+            let mut parts = vec![p.nested(Parser::sum)?];
+            while p.op(',') {
+                parts.push(p.nested(Parser::sum)?);
+            }
+            Ok(parts)
+        })?;
         self.expect(close)?;
         Ok(parts)
     }
