@@ -1,6 +1,9 @@
 //! A run goes on to the very bytes that the undisturbed one gives, whatever ended it.
 #![cfg(unix)]
 
+#[path = "common/sums.rs"]
+mod sums;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +19,7 @@ use clap::ValueEnum;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
+use sums::right_the_sums;
 
 const STEPS: u64 = 4;
 
@@ -499,17 +502,6 @@ fn a_full_disk_costs_no_checkpoint() {
     let output = run(&resume(&out, &["--steps", "4"]));
     assert!(output.status.success(), "{}", stderr(&output));
     Left::by(&out, STEPS).is(undisturbed(), "after the full disk");
-}
-
-/// Writes the sums of a checkpoint that was changed on purpose.
-fn right_the_sums(checkpoint: &Path) {
-    let mut sums = String::new();
-    for name in ["adapter.gguf", "config.toml", "state.json", "state.safetensors"] {
-        let sum = Sha256::digest(fs::read(checkpoint.join(name)).unwrap());
-        let hex: String = sum.iter().map(|b| format!("{b:02x}")).collect();
-        sums += &format!("{hex}  {name}\n");
-    }
-    fs::write(checkpoint.join("SHA256SUMS"), sums).unwrap();
 }
 
 /// Makes a run believe that it began this many seconds later.

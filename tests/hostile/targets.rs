@@ -2,6 +2,9 @@
 //! reason. The fuzzers (`fuzz/`) and the deterministic mutation test share them.
 #![allow(dead_code)]
 
+#[path = "../common/sums.rs"]
+mod sums;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -17,7 +20,7 @@ use bupo_gguf::model::Description;
 use bupo_gguf::reward::{Reward, last_boxed};
 use bupo_gguf::train::{Plan, Resume, Silent};
 use bupo_gguf::{Model, TrainConfig, Trainer};
-use sha2::{Digest, Sha256};
+use sums::right_the_sums;
 
 /// A file of these bytes, for readers that want a path.
 fn file(bytes: &[u8], suffix: &str) -> tempfile::NamedTempFile {
@@ -158,13 +161,7 @@ pub fn checkpoint(bytes: &[u8]) -> bool {
         let content = if *other == name { bytes } else { whole };
         fs::write(dir.path().join(other), content).unwrap();
     }
-    let mut sums = String::new();
-    for name in ["adapter.gguf", "config.toml", "state.json", "state.safetensors"] {
-        let sum = Sha256::digest(fs::read(step.join(name)).unwrap());
-        let hex: String = sum.iter().map(|b| format!("{b:02x}")).collect();
-        sums += &format!("{hex}  {name}\n");
-    }
-    fs::write(step.join("SHA256SUMS"), sums).unwrap();
+    right_the_sums(&step);
     let Ok(resume) = Resume::open(dir.path()) else { return false };
     let fits = Plan::new(model, &resume.config().train).and_then(|plan| plan.check());
     fits.is_ok() && resume.checkpoint().is_some() && resume.trainer(model).is_ok()
