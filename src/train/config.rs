@@ -327,9 +327,9 @@ impl TrainConfig {
         }
     }
 
-    /// Tokens per micro batch.
+    /// Tokens per micro batch; by default at least one prompt with its response fits.
     pub fn micro_batch_tokens(&self) -> usize {
-        self.micro_batch_tokens.unwrap_or(4096)
+        self.micro_batch_tokens.unwrap_or(4096.max(self.max_prompt + self.max_response))
     }
 
     /// Memory for keys and values of rollouts, MiB.
@@ -447,9 +447,7 @@ impl TrainConfig {
             self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
         }
         self.mini_batch = Some(self.mini_batch());
-        let longest = self.max_prompt + self.max_response;
-        self.micro_batch_tokens =
-            Some(self.micro_batch_tokens.unwrap_or(self.micro_batch_tokens().max(longest)));
+        self.micro_batch_tokens = Some(self.micro_batch_tokens());
         self.kv_mib = Some(self.kv_mib());
         self.alpha = Some(self.alpha());
         self.rewards.reward = Some(self.rewards.spec(&self.data));
@@ -499,7 +497,7 @@ impl TrainConfig {
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
             ("--mini-batch", self.mini_batch()),
-            ("--micro-batch-tokens", self.micro_batch_tokens()),
+            ("--micro-batch-tokens", self.micro_batch_tokens.unwrap_or(1)),
             ("--max-prompt", self.max_prompt),
             ("--max-response", self.max_response),
             ("--eval-problems", self.eval_problems),
