@@ -209,14 +209,17 @@ impl<'m> Trainer<'m> {
             }
             None => Lora::new(model, &config.targets, config.rank, config.alpha(), config.seed)?,
         };
-        // Before anything that it counts is taken.
-        let kept_bytes = Plan::new(model, &config)?.kept_bytes();
+        // Before anything that a plan counts is taken.
+        let kept_bytes = match &gpu {
+            Some(plan) => plan.kept_bytes as usize,
+            None => Plan::new(model, &config)?.kept_bytes(),
+        };
         let pool = Arc::new(ThreadPool::with(config.threads)?);
         let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 };
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
         let mut engine = Engine::on(model.device(), pool)?;
-        engine.keep_up_to(gpu.as_ref().map_or(kept_bytes, |plan| plan.kept_bytes as usize));
+        engine.keep_up_to(kept_bytes);
         let critic = new_critic(&config, model)?;
         let mut trainer = Trainer {
             optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
