@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 pub mod error;
+pub mod options;
 
 #[allow(unsafe_code)]
 pub mod ggml;

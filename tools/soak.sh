@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Trains the demo model undisturbed, then again with kills and resumes at random, and compares what both leave.
 #   tools/soak.sh [SECONDS=3600] [SEED=1]
-# Half of the time is for the internal phase, half for the final one. Fails when one byte differs, when memory
-# or descriptors of the undisturbed process grow, when any killed one takes more than it, when a run cannot go
-# on, or when something is left in the folder for temporary files. BUPO names the program to use.
+# Each phase runs undisturbed for a quarter of the time, and as many steps again with kills. Fails when one byte
+# differs, when memory or descriptors of the undisturbed process grow, when any killed one takes more than it, when
+# a run cannot go on, or when something is left in the folder for temporary files. BUPO names the program to use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-3600} RANDOM=${2:-1}
@@ -41,7 +41,7 @@ for phase in internal final; do
     "$bupo" train demo "${options[@]}" --internal-steps $inner --steps 1000000000 --out "$whole" \
         >/dev/null 2>"$dir/said" &
     pid=$!
-    while ((SECONDS - begun < seconds / 5)); do
+    while ((SECONDS - begun < seconds / 4)); do
         sleep 0.5
         kill -0 $pid 2>/dev/null || fail "the undisturbed run ended: $(tail -1 "$dir/said")"
         look $pid >>"$seen"
@@ -91,5 +91,5 @@ for phase in internal final; do
     ((cut_files <= files_late + 4)) || fail "a killed run held more descriptors"
 done
 left=$(ls -A "$TMPDIR" | wc -l)
-echo "files left in the temporary folder: $left"
+echo "$SECONDS s in all; files left in the temporary folder: $left"
 ((left == 0)) || fail "something is left in the temporary folder: $(ls -A "$TMPDIR" | head -3)"

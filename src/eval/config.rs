@@ -1,15 +1,15 @@
 //! `bupo-gguf eval` as one struct of settings and one call.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
-use sha2::{Digest, Sha256};
 
 use super::{EvalOptions, Evaluator, Report, Settings, Store};
 use crate::data::{Columns, ProblemSource, SourceOptions};
 use crate::ggml::ThreadPool;
+use crate::gguf::sha256;
 use crate::model::{Lora, Model};
 use crate::reward::RewardOptions;
 use crate::rollout::{Progress, PromptOptions, RolloutOptions, Rollouts, Sampling};
@@ -188,9 +188,4 @@ impl EvalConfig {
         let serde_json::Value::Object(settings) = settings else { unreachable!("an object") };
         Ok(settings)
     }
-}
-
-fn sha256(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    Ok(Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect())
 }

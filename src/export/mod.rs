@@ -29,4 +29,3 @@ pub use imatrix::Imatrix;
 pub use merge::{MergeOptions, MergeReport, Merger, TensorReport};
 pub use peft::{PeftBase, read_peft, write_peft};
 pub use plan::TypeChoice;
-pub use provenance::sha256;

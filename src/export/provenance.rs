@@ -2,30 +2,9 @@
 
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
-
 use super::{Adapters, TypeChoice};
 use crate::Result;
-use crate::gguf::{Array, GgufFile, GgufSet, Value};
-
-/// Bytes hashed before the file gives back their memory.
-const PIECE: usize = 8 << 20;
-
-/// SHA-256 of a model's bytes in hexadecimal: what `sha256sum` says of the file, or of all parts joined.
-pub fn sha256(model: &GgufSet) -> String {
-    hash(model.parts().iter())
-}
-
-fn hash<'a>(files: impl Iterator<Item = &'a GgufFile>) -> String {
-    let mut sha = Sha256::new();
-    for file in files {
-        for piece in file.raw().chunks(PIECE) {
-            sha.update(piece);
-            file.release(piece);
-        }
-    }
-    sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
+use crate::gguf::{Array, GgufSet, Value, sha256};
 
 /// Metadata of a merged model about its making:
 ///
@@ -44,17 +23,14 @@ pub(super) fn metadata(
     let (base, name) = base;
     let mut entries: Vec<(String, Value)> = vec![
         ("bupo.export.base".into(), file_name(Path::new(name)).into()),
-        ("bupo.export.base_sha256".into(), sha256(base).into()),
+        ("bupo.export.base_sha256".into(), base.sha256().into()),
         ("bupo.export.type".into(), ty.to_string().into()),
     ];
     if adapters.is_empty() {
         return Ok(entries);
     }
     let names = adapters.iter().map(|(spec, _)| file_name(&spec.path));
-    let hashes = adapters
-        .iter()
-        .map(|(spec, _)| Ok(hash(std::iter::once(&GgufFile::open(&spec.path)?))))
-        .collect::<Result<Vec<_>>>()?;
+    let hashes = adapters.iter().map(|(spec, _)| sha256(&spec.path)).collect::<Result<Vec<_>>>()?;
     let factors: Vec<f32> = adapters.iter().map(|(spec, _)| spec.factor).collect();
     entries.push(("bupo.export.adapters".into(), Array::strings(names).into()));
     entries.push(("bupo.export.adapter_sha256".into(), Array::strings(hashes).into()));

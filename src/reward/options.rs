@@ -34,13 +34,7 @@ pub struct RewardOptions {
 
 impl Default for RewardOptions {
     fn default() -> RewardOptions {
-        // clap holds the defaults.
-        #[derive(clap::Parser)]
-        struct Defaults {
-            #[command(flatten)]
-            options: RewardOptions,
-        }
-        <Defaults as clap::Parser>::parse_from(["reward"]).options
+        crate::options::defaults()
     }
 }
 

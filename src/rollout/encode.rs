@@ -33,7 +33,7 @@ pub struct PromptOptions {
 
 impl Default for PromptOptions {
     fn default() -> PromptOptions {
-        PromptOptions { template: "chat".into(), system: None, tokenizer: None }
+        crate::options::defaults()
     }
 }
 

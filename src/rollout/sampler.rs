@@ -32,7 +32,7 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Sampling {
-        Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0 }
+        crate::options::defaults()
     }
 }
 

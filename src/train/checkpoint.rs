@@ -21,10 +21,10 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::state::{State, tensor_key};
 use crate::ggml::{MappedFile, TensorSet};
+use crate::gguf::sha256;
 use crate::{Error, Result};
 
 const SUMS: &str = "SHA256SUMS";
@@ -225,26 +225,6 @@ fn sync_folder(folder: &Path) -> Result<()> {
         handle.sync_all().map_err(Error::io("sync", folder))?;
     }
     Ok(())
-}
-
-/// SHA-256 of a file, in hex.
-///
-/// # Errors
-/// [`Error::Io`] when it cannot be read.
-pub fn sha256(path: &Path) -> Result<String> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0u8; 1 << 18];
-    loop {
-        match file.read(&mut buffer).map_err(Error::io("read", path))? {
-            0 => return Ok(hex(&hash.finalize())),
-            n => hash.update(&buffer[..n]),
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The newest checkpoint of a folder whose sums are right, and the newer ones that are not used.

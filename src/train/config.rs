@@ -250,13 +250,7 @@ pub struct TrainConfig {
 
 impl Default for TrainConfig {
     fn default() -> TrainConfig {
-        // clap holds the defaults, so that --help and config.toml cannot disagree.
-        #[derive(clap::Parser)]
-        struct Defaults {
-            #[command(flatten)]
-            config: TrainConfig,
-        }
-        <Defaults as clap::Parser>::parse_from(["train"]).config
+        crate::options::defaults()
     }
 }
 

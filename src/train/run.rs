@@ -8,7 +8,7 @@ use super::checkpoint::{self, Parts};
 use super::resume::{Resume, model_path};
 use super::run_dir::{RunConfig, RunDir};
 use super::{Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
-use crate::gguf::Value;
+use crate::gguf::{Value, sha256};
 use crate::{Error, Result};
 
 /// Updates in a row whose gradient is not finite before a run gives up.
@@ -220,7 +220,7 @@ impl Trainer<'_> {
         if !self.inputs.is_empty() {
             return Ok(());
         }
-        let sums = self.model.files().iter().map(|p| checkpoint::sha256(p));
+        let sums = self.model.files().iter().map(|p| sha256(p));
         let sums = sums.collect::<Result<Vec<_>>>()?.join(" ");
         self.inputs.insert("model".into(), sums);
         let c = &self.config;
@@ -234,7 +234,7 @@ impl Trainer<'_> {
             ("tokenizer", c.prompts.tokenizer.iter().cloned().collect()),
             ("template", template),
         ] {
-            let sums = files.iter().map(|p| checkpoint::sha256(p)).collect::<Result<Vec<_>>>()?;
+            let sums = files.iter().map(|p| sha256(p)).collect::<Result<Vec<_>>>()?;
             if !sums.is_empty() {
                 self.inputs.insert(name.into(), sums.join(" "));
             }
