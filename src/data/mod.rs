@@ -14,6 +14,7 @@ pub mod source;
 pub mod table;
 pub mod tasks;
 pub mod templates;
+mod thrift;
 pub mod tokenizer;
 
 pub use chat::ChatTemplate;

@@ -18,7 +18,9 @@ use ::parquet::{
 use serde_json::{Map, Number, Value};
 
 use super::jsonl::{Row, shorten};
+use super::thrift::{check_footer, check_pages};
 use crate::error::caught;
+use crate::ggml::MappedFile;
 use crate::{Error, Result};
 
 /// Rows of a Parquet file, read row group by row group.
@@ -37,10 +39,20 @@ impl ParquetRows {
     pub fn open(path: &Path) -> Result<ParquetRows> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let place = || path.display().to_string();
-        let reader = guarded(|| SerializedFileReader::new(file)).map_err(|reason| {
+        let damaged = |reason: String| {
             let advice = "fetch the file again";
             Error::invalid(place(), "a Parquet file with its footer", reason, advice)
-        })?;
+        };
+        let bytes = MappedFile::open(path)?;
+        check_footer(&bytes).map_err(damaged)?;
+        let reader = guarded(|| SerializedFileReader::new(file)).map_err(damaged)?;
+        for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
+            let range = guarded(|| Ok(column.byte_range()));
+            range.and_then(|(start, len)| check_pages(&bytes, start, len)).map_err(|reason| {
+                let place = format!("{}: column `{}`", place(), column.column_path().string());
+                Error::invalid(place, "pages within the file", reason, "fetch the file again")
+            })?;
+        }
         let schema = reader.metadata().file_metadata().schema_descr().root_schema();
         for column in schema.get_fields() {
             readable(column, 0).map_err(|reason| {

@@ -123,6 +123,9 @@ fn parquet_files_are_taken_or_refused() {
         let seed = std::fs::read(&path).unwrap();
         hammer(&format!("parquet, {compression}"), &seed, seed.len(), 700, targets::parquet);
     }
+    // Found by fuzzing: a page header with a list of two thousand million numbers that are not there.
+    let endless = root("fuzz/corpus/parquet/header-of-endless-doubles.parquet");
+    assert!(!targets::parquet(&std::fs::read(endless).unwrap()));
 }
 
 #[test]
