@@ -217,4 +217,16 @@ fn the_page_of_a_run() {
     let wanted =
         ["reward", "length", "entropy", "clip", "drift", "gradient", "probe-layers", "probe-kl"];
     check(&out, "run", &wanted);
+    let summary = std::fs::read_to_string(out.join("summary.json")).unwrap();
+    let summary: Value = serde_json::from_str(&summary).unwrap();
+    let [before, after] =
+        ["accuracy_before", "accuracy_after"].map(|key| summary[key].as_f64().unwrap());
+    let html = std::fs::read_to_string(out.join("report.html")).unwrap();
+    let tile = format!("{before:.3} \u{2192} {after:.3}");
+    assert!(
+        html.contains("held-out accuracy") && html.contains(&tile),
+        "{tile} is not in the page"
+    );
+    let shown = html.matches("<summary>step 4, ").count();
+    assert!((4..=8).contains(&shown), "of four problems one or two each, not {shown}");
 }

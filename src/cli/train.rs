@@ -15,7 +15,8 @@ use crate::{Error, Result};
 /// Each step samples a group of completions for every prompt with llama.cpp under the live adapter,
 /// rewards them, and updates the adapter: in the first --internal-steps steps so that the policy of an
 /// inner layer improves (BuPO), then the model's own policy. The run folder gets config.toml,
-/// metrics.jsonl, completions.jsonl and adapter.gguf, which stock llama.cpp loads with --lora.
+/// metrics.jsonl, completions.jsonl, at the end summary.json, and adapter.gguf, which stock llama.cpp
+/// loads with --lora.
 ///
 /// Every --checkpoint-every steps, at the end and at Ctrl-C the folder gets a checkpoint, from which
 /// --resume goes on to the very adapter that the uninterrupted run would have given, also after a kill.

@@ -84,7 +84,7 @@ impl Trainer<'_> {
         if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
             observer.note(&word);
         }
-        Ok(Summary {
+        let summary = Summary {
             accuracy_before: (!self.accuracy_before.is_nan())
                 .then_some(self.accuracy_before as f32),
             accuracy_after,
@@ -95,7 +95,11 @@ impl Trainer<'_> {
             gpu_planned_bytes: gpu.map(|(plan, _)| plan.peak_bytes()),
             interrupted,
             adapter: keeper.dir.adapter(),
-        })
+        };
+        if let Err(error) = keeper.dir.write_summary(&summary) {
+            observer.note(&format!("no summary was written: {error}"));
+        }
+        Ok(summary)
     }
 
     /// Says in an error how the run goes on.

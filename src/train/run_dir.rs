@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{StepRecord, TrainConfig};
+use super::{StepRecord, Summary, TrainConfig};
 use crate::{Error, Result};
 
 const LOCK: &str = ".lock";
 const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
+const SUMMARY: &str = "summary.json";
 
 /// A run folder that this run owns until it is dropped, or until its process ends in whatever way: the
 /// system gives the lock back, so none is ever stale.
@@ -188,6 +189,19 @@ impl RunDir {
     /// Where checkpoints lie.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")
+    }
+
+    /// Writes `summary.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk refuses; an older one then stays.
+    pub fn write_summary(&self, summary: &Summary) -> Result<()> {
+        let path = self.path.join(SUMMARY);
+        crate::gguf::write_atomically(&path, |out| {
+            let written =
+                serde_json::to_writer_pretty(&mut *out, summary).map_err(std::io::Error::from);
+            written.and_then(|()| out.write_all(b"\n")).map_err(Error::io("write", &path))
+        })
     }
 
     /// Appends to `metrics.jsonl`.

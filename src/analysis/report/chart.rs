@@ -127,8 +127,8 @@ impl Body {
             widen(&mut y, 0.0);
         }
         let air = |(low, high): (f64, f64), share: f64| {
-            if low > high {
-                return (0.0, 1.0); // no point at all
+            if low > high || (low, high) == (0.0, 0.0) {
+                return (-share, 1.0); // no point at all, or nothing but zeros
             }
             let width = if high > low { high - low } else { high.abs().max(1.0) };
             (low - share * width, high + share * width)

@@ -102,7 +102,7 @@ fn lines(plot: &mut Plot, chart: &Chart, series: &[Series], marks: &[Mark], zero
     }
     plot.set_layout(
         layout()
-            .height(380)
+            .height(360 + 10 * series.len()) // two names of the legend stand in a row, if not one
             .hover_mode(HoverMode::XUnified)
             .hover_distance(-1) // the nearest point, however far
             .margin(Margin::new().left(64).right(16).top(28).bottom(48))
@@ -117,6 +117,7 @@ fn lines(plot: &mut Plot, chart: &Chart, series: &[Series], marks: &[Mark], zero
             .y_axis(
                 Axis::new()
                     .title(Title::with_text(&chart.y))
+                    .auto_margin(true)
                     .range(vec![y.0, y.1])
                     .zero_line(false),
             )

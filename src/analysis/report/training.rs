@@ -1,6 +1,6 @@
-//! The page of a training run, from `config.toml`, `metrics.jsonl` and `completions.jsonl` of its folder.
+//! The page of a training run, from `config.toml`, `metrics.jsonl`, `completions.jsonl` and, once it has ended,
+//! `summary.json` of its folder.
 
-use std::collections::VecDeque;
 use std::path::Path;
 
 use serde_json::Value;
@@ -10,11 +10,16 @@ use super::page::{Page, Part, Section};
 use crate::data::jsonl::JsonLines;
 use crate::{Error, Result};
 
-/// Completions shown of the end of the run.
+/// Completions shown of the last step.
 const COMPLETIONS: usize = 12;
 
-/// Steps and what was measured in them, one JSON object each.
-struct Steps(Vec<Value>);
+/// What was measured in a run.
+struct Steps {
+    /// One JSON object a step.
+    records: Vec<Value>,
+    /// The run's end: an empty object before.
+    summary: Value,
+}
 
 impl Steps {
     fn number(step: &Value, key: &str) -> Option<f64> {
@@ -24,14 +29,31 @@ impl Steps {
     /// A curve of one key; none where no step has it.
     fn curve(&self, name: &str, key: &str, colour: usize) -> Option<Series> {
         let point = |s: &Value| Some((Steps::number(s, "step")?, Steps::number(s, key)));
-        let points: Vec<_> = self.0.iter().filter_map(point).collect();
+        let points: Vec<_> = self.records.iter().filter_map(point).collect();
         points.iter().any(|(_, y)| y.is_some()).then(|| Series::new(name, colour, points))
+    }
+
+    /// Held-out accuracy by step, from the one before the first to the one after the last; empty without
+    /// held-out problems.
+    fn accuracy(&self) -> Vec<(f64, Option<f64>)> {
+        let end = |key: &str| Steps::number(&self.summary, key);
+        let between = self
+            .records
+            .iter()
+            .map(|s| Some((Steps::number(s, "step")?, Steps::number(s, "accuracy")?)));
+        let mut points: Vec<(f64, f64)> = std::iter::once(end("accuracy_before").map(|y| (0.0, y)))
+            .chain(between)
+            .chain(std::iter::once(end("steps").zip(end("accuracy_after"))))
+            .flatten()
+            .collect();
+        points.dedup_by_key(|(step, _)| *step);
+        points.into_iter().map(|(step, y)| (step, Some(y))).collect()
     }
 
     /// The step after the last of the internal phase.
     fn switch(&self) -> Option<Mark> {
         let phase = |s: &Value| s.get("phase").and_then(Value::as_str).map(str::to_owned);
-        self.0.windows(2).find_map(|pair| {
+        self.records.windows(2).find_map(|pair| {
             let (before, after) = (phase(&pair[0])?, phase(&pair[1])?);
             let at = Steps::number(&pair[1], "step")? - 0.5;
             (before == "internal" && after == "final")
@@ -44,7 +66,7 @@ impl Steps {
         let probe = |s: &'_ Value| -> Option<f64> {
             s.get("probe").filter(|p| p.is_object()).and(Steps::number(s, "step"))
         };
-        self.0.iter().filter_map(|s| Some((probe(s)?, s.get("probe")?))).collect()
+        self.records.iter().filter_map(|s| Some((probe(s)?, s.get("probe")?))).collect()
     }
 }
 
@@ -65,36 +87,45 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         )
     })?;
     let read = |name: &str| -> Result<JsonLines<_>> { JsonLines::open(&folder.join(name)) };
-    let steps: Vec<Value> =
+    let records: Vec<Value> =
         read("metrics.jsonl")?.map(|row| Ok(Value::Object(row?.object))).collect::<Result<_>>()?;
-    let steps = Steps(steps);
-    let Some(last) = steps.0.last() else {
+    let steps = Steps { records, summary: summary(folder)? };
+    let Some(last) = steps.records.last() else {
         let place = folder.join("metrics.jsonl").display().to_string();
         return Err(Error::invalid(place, "at least one step", "none", "wait for the first step"));
     };
-    let mut completions: VecDeque<Value> = VecDeque::new();
+    let mut completions: Vec<Value> = Vec::new();
     for row in read("completions.jsonl")? {
-        completions.push_back(Value::Object(row?.object));
-        if completions.len() > COMPLETIONS {
-            completions.pop_front();
+        let row = Value::Object(row?.object);
+        if completions.last().is_some_and(|before| before.get("step") != row.get("step")) {
+            completions.clear();
         }
+        completions.push(row);
     }
     let model = parsed.get("model").and_then(|m| m.as_str()).unwrap_or("a model");
-    let first = steps.0.first();
-    let fact = |key: &str, digits: usize| {
-        let of = |s: &Value| Steps::number(s, key).map(|x| format!("{x:.digits$}"));
-        let (a, b) = (first.and_then(of).unwrap_or("-".into()), of(last).unwrap_or("-".into()));
-        format!("{a} \u{2192} {b}")
+    let first = steps.records.first();
+    let from_to = |a: Option<f64>, b: Option<f64>, digits: usize| {
+        let shown = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.digits$}"));
+        format!("{} \u{2192} {}", shown(a), shown(b))
     };
+    let fact = |key: &str, digits: usize| {
+        let of = |s: &Value| Steps::number(s, key);
+        from_to(first.and_then(of), of(last), digits)
+    };
+    let accuracy = steps.accuracy();
+    let ends = accuracy.first().zip(accuracy.last()).filter(|(a, b)| a.0 < b.0);
+    let accuracy = ends.map(|((_, a), (_, b))| ("held-out accuracy".into(), from_to(*a, *b, 3)));
+    let figures = [
+        ("reward", "reward", 3),
+        ("response length, tokens", "response_tokens", 1),
+        ("entropy, nats", "entropy_nats", 3),
+        ("gradient norm", "gradient_norm", 3),
+    ];
+    let figures = figures.map(|(name, key, digits)| (name.into(), fact(key, digits)));
     let mut page = Page {
         title: format!("Training {model}"),
-        subtitle: format!("{} steps in {}", steps.0.len(), folder.display()),
-        facts: vec![
-            ("reward".into(), fact("reward", 3)),
-            ("response length, tokens".into(), fact("response_tokens", 1)),
-            ("entropy, nats".into(), fact("entropy_nats", 3)),
-            ("gradient norm".into(), fact("gradient_norm", 3)),
-        ],
+        subtitle: format!("{} steps in {}", steps.records.len(), folder.display()),
+        facts: accuracy.into_iter().chain(figures).collect(),
         sections: vec![Section {
             title: "Step by step".into(),
             text: "The vertical line, where there is one, is the switch from the internal to the final policy.".into(),
@@ -110,7 +141,7 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         Some(other) => other.to_string(),
         None => String::new(),
     };
-    let shown = completions.iter().rev().map(|c| {
+    let shown = samples(&completions).into_iter().map(|c| {
         let title = format!(
             "step {}, {}: reward {} ({})",
             text(c, "step"),
@@ -121,8 +152,8 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         (title, format!("{}\n\nright answer: {}", text(c, "completion"), text(c, "answer")))
     });
     page.sections.push(Section {
-        title: "Newest completions".into(),
-        text: String::new(),
+        title: "Completions of the last step".into(),
+        text: "Of each problem the first of the highest reward and, where rewards differ, the first of the lowest.".into(),
         parts: vec![Part::Texts(shown.collect())],
     });
     page.sections.push(Section {
@@ -131,6 +162,41 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         parts: vec![Part::Texts(vec![("config.toml".into(), config)])],
     });
     Ok(page)
+}
+
+/// What a run left at its end; an empty object where it has not ended.
+fn summary(folder: &Path) -> Result<Value> {
+    let path = folder.join("summary.json");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(|e| {
+            let place = path.display().to_string();
+            Error::invalid(
+                place,
+                "the summary of a run",
+                e.to_string(),
+                "remove it, or train --resume",
+            )
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Object(Default::default())),
+        Err(e) => Err(Error::io("read", &path)(e)),
+    }
+}
+
+/// Of each problem's completions, which stand together, the best and, where it is another, the worst.
+fn samples(completions: &[Value]) -> Vec<&Value> {
+    let reward = |c: &Value| Steps::number(c, "reward").unwrap_or(f64::NAN);
+    let mut shown = Vec::new();
+    for group in completions.chunk_by(|a, b| a.get("problem") == b.get("problem")) {
+        let best = group.iter().rev().max_by(|a, b| reward(a).total_cmp(&reward(b)));
+        let worst = group.iter().min_by(|a, b| reward(a).total_cmp(&reward(b)));
+        let Some((best, worst)) = best.zip(worst) else { continue };
+        shown.push(best);
+        if reward(worst) < reward(best) {
+            shown.push(worst);
+        }
+    }
+    shown.truncate(COMPLETIONS);
+    shown
 }
 
 fn over_steps(steps: &Steps) -> Vec<Part> {
@@ -144,11 +210,7 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
             "mean",
             "Mean reward of the step's completions, held-out accuracy where it was measured, and the share of groups that teach something.",
             true,
-            &[
-                ("reward", "reward", 0),
-                ("held-out accuracy", "accuracy", 1),
-                ("groups with signal", "groups_with_signal", 6),
-            ],
+            &[("reward", "reward", 0), ("groups with signal", "groups_with_signal", 6)],
         ),
         (
             "length",
@@ -209,10 +271,14 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
     ];
     let mut parts = Vec::new();
     for (id, title, y, caption, zero, curves) in charts {
-        let series: Vec<Series> = curves
+        let mut series: Vec<Series> = curves
             .iter()
             .filter_map(|&(name, key, colour)| steps.curve(name, key, colour))
             .collect();
+        let accuracy = if id == "reward" { steps.accuracy() } else { Vec::new() };
+        if !accuracy.is_empty() {
+            series.push(Series::new("held-out accuracy", 1, accuracy));
+        }
         if series.is_empty() {
             continue;
         }
