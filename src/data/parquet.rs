@@ -46,6 +46,15 @@ impl ParquetRows {
         let bytes = MappedFile::open(path)?;
         check_footer(&bytes).map_err(damaged)?;
         let reader = guarded(|| SerializedFileReader::new(file)).map_err(damaged)?;
+        // Rows that differ take bytes.
+        let rows: u64 = reader
+            .metadata()
+            .row_groups()
+            .iter()
+            .fold(0, |sum, group| sum.saturating_add(group.num_rows() as u64));
+        if rows > bytes.len() as u64 {
+            return Err(damaged(format!("{rows} rows in {} bytes", bytes.len())));
+        }
         for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
             let range = guarded(|| Ok(column.byte_range()));
             range.and_then(|(start, len)| check_pages(&bytes, start, len)).map_err(|reason| {

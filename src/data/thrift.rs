@@ -2,8 +2,9 @@
 //!
 //! They are Thrift structs in the compact protocol, and the crate believes them: a list of two thousand million
 //! booleans takes six bytes and no end of time, a field of another type than the format's is read as if it had the
-//! right one, and a page of ten bytes may ask for two GiB to be unpacked into. What is walked here to its end, with
-//! every field of the format in its type, takes the crate time in proportion to its bytes.
+//! right one, and a page of ten bytes may ask for two GiB to be unpacked into, or hold as many equal values. What is
+//! walked here to its end, with every field of the format in its type, takes the crate time and memory in proportion
+//! to its bytes.
 //!
 //! Source: the Thrift compact protocol's specification, and `parquet.thrift` of the format.
 
@@ -11,6 +12,9 @@
 const MAX_DEPTH: usize = 64;
 /// Bytes that a page may be unpacked into; writers make pages of about 1 MiB.
 const MAX_PAGE_BYTES: i32 = 512 << 20;
+/// Values of a column chunk: these, and so many for each of its bytes. Runs of one value take next to no bytes.
+const FREE_VALUES: u64 = 1 << 22;
+const VALUES_PER_BYTE: u64 = 1024;
 /// Bytes of a varint of 64 bits.
 const MAX_VARINT_BYTES: usize = 10;
 
@@ -182,10 +186,14 @@ pub(super) fn check_footer(file: &[u8]) -> Result<(), String> {
 pub(super) fn check_pages(file: &[u8], start: u64, bytes: u64) -> Result<(), String> {
     let chunk = usize::try_from(start).ok().and_then(|start| file.get(start..));
     let mut rest = chunk.ok_or("a column that begins behind the file's end")?;
-    let mut left = bytes;
+    let (mut left, mut values) = (bytes, 0u64);
     while left > 0 {
         let mut walk = Walk::new(rest);
         walk.value(&PAGE_HEADER)?;
+        values += walk.values as u64;
+        if values > FREE_VALUES.saturating_add(VALUES_PER_BYTE.saturating_mul(bytes)) {
+            return Err(format!("{values} values in {bytes} bytes"));
+        }
         // Sizes have 32 bits, whatever their varints say.
         let [unpacked, packed] = [UNPACKED, PACKED].map(|id| walk.top[id as usize] as i32);
         if !(0..=MAX_PAGE_BYTES).contains(&unpacked) {
@@ -199,20 +207,19 @@ pub(super) fn check_pages(file: &[u8], start: u64, bytes: u64) -> Result<(), Str
     Ok(())
 }
 
-/// The integers of a struct's first ids.
-type Top = [i64; 4];
-
 struct Walk<'a> {
     bytes: &'a [u8],
     at: usize,
     depth: usize,
     /// Integer fields of the outermost struct by id; -1 where there is none.
-    top: Top,
+    top: [i64; 4],
+    /// The largest first field of the structs in the outermost one: of a page header the page's values.
+    values: u32,
 }
 
 impl Walk<'_> {
     fn new(bytes: &[u8]) -> Walk<'_> {
-        Walk { bytes, at: 0, depth: 0, top: [-1; 4] }
+        Walk { bytes, at: 0, depth: 0, top: [-1; 4], values: 0 }
     }
 
     fn left(&self) -> usize {
@@ -300,12 +307,12 @@ impl Walk<'_> {
                 }
                 match kind {
                     _ if ty <= 2 => {}
-                    Some(Int) if walk.depth == 1 => {
+                    Some(Int) => {
                         let value = walk.int()?;
-                        if let Some(slot) =
-                            usize::try_from(id).ok().and_then(|i| walk.top.get_mut(i))
-                        {
-                            *slot = value;
+                        match (walk.depth, id) {
+                            (1, 0..4) => walk.top[id as usize] = value,
+                            (2, 1) => walk.values = walk.values.max(value as u32),
+                            _ => {}
                         }
                     }
                     Some(kind) => walk.value(kind)?,
@@ -416,6 +423,13 @@ mod tests {
         for (start, bytes) in [(0, 15), (0, 21), (10, 20), (5, 10), (21, 0), (u64::MAX, 1)] {
             assert!(check_pages(&two, start, bytes).is_err(), "{start}, {bytes}");
         }
+        // a dictionary of 2^30 values: their number is the header's
+        let many = [
+            0x15, 0x00, 0x15, 0x08, 0x15, 0x06, 0x4c, 0x15, 0x80, 0x80, 0x80, 0x80, 0x08, 0x00,
+            0x00,
+        ];
+        let many = [&many[..], b"abc"].concat();
+        assert!(check_pages(&many, 0, 18).unwrap_err().contains("1073741824 values"));
         // 2^30 bytes unpacked
         let bomb = [0x15, 0x00, 0x15, 0x80, 0x80, 0x80, 0x80, 0x08, 0x15, 0x00, 0x00];
         assert!(check_pages(&bomb, 0, 11).unwrap_err().contains("1073741824"));
