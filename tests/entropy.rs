@@ -115,6 +115,18 @@ const ROWS: &str = r#"{"prompt_tokens": [40, 41, 42], "completions": [{"tokens":
 "#;
 
 #[test]
+fn a_tasks_held_out_problems_are_answered_and_looked_at() {
+    let folder = Folder::new();
+    let out = folder.path("task");
+    let task = ["demo", "--data", "task:add", "--samples", "3", "--max-response", "12", "--out"];
+    let summary = look(&[&task[..], &[&out]].concat());
+    assert_eq!(summary["samples"].as_u64(), Some(3), "{summary}");
+    let rows = records(&Path::new(&out).join("entropy.jsonl"));
+    assert!(rows.iter().any(|r| r["row"].as_u64() == Some(2)), "{:?}", rows.last());
+    refused(&["demo", "--data", "task:none", "--out", &folder.path("none")], &["task", "none"]);
+}
+
+#[test]
 fn rows_that_cannot_be_used_are_left_out_by_number() {
     let folder = Folder::new();
     let long: Vec<i32> = vec![40; 600];

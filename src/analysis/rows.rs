@@ -62,7 +62,7 @@ impl<'m> Rows<'m> {
     /// Opens the data.
     pub fn open(model: &'m Model, path: &Path, system: Option<String>) -> Result<Rows<'m>> {
         Ok(Rows {
-            rows: Box::new(rollouts(path)?),
+            rows: rollouts(path)?,
             file: path.display().to_string(),
             encoder: Encoder::new(model, None, system)?,
             n_ctx: model.config().n_ctx_train,

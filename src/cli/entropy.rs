@@ -30,7 +30,7 @@ use crate::{Error, Result};
 ///
 /// Examples:
 ///
-///   bupo-gguf entropy demo --data task.jsonl --out look
+///   bupo-gguf entropy demo --data task:add --samples 50 --out look
 ///
 ///   bupo-gguf entropy Qwen3-4B-Q8_0.gguf --data rows.jsonl --compare Qwen3-4B-Q4_K_M.gguf --every 4 --out q8-q4
 ///
@@ -40,8 +40,8 @@ use crate::{Error, Result};
 pub struct EntropyArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Rows with prompts and completions
-    #[arg(long, value_name = "FILE")]
+    /// Rows with prompts and completions; rows without are answered by the model, as are a task's held-out problems
+    #[arg(long, value_name = "FILE|task:NAME")]
     data: PathBuf,
     /// Folder of the results; must be empty or not exist
     #[arg(long, value_name = "DIR")]

@@ -6,8 +6,8 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use super::{DeviceArgs, ModelArgs, print_json, print_line, stop_on_signal, watch::bar};
-use crate::Result;
 use crate::eval::EvalConfig;
+use crate::{Error, Result};
 
 /// Measure a model, with or without an adapter, on problems with known answers
 ///
@@ -46,6 +46,15 @@ pub fn run(args: EvalArgs) -> Result<()> {
         bar.set_position(progress.done as u64);
     });
     bar.finish_and_clear();
+    if matches!(report, Err(Error::Interrupted)) {
+        eprintln!(
+            "stopped before the end; {}",
+            match args.config.out.is_some() {
+                true => "go on with the same command and --resume",
+                false => "with --out DIR the completions so far would be kept",
+            }
+        );
+    }
     let report = report?;
     if args.json { print_json(&report) } else { print_line(&report.to_string()) }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use super::{EvalOptions, Evaluator, Report, Settings, Store};
-use crate::data::{Columns, ProblemSource, SourceOptions};
+use crate::data::{Columns, ProblemSource, SourceOptions, tasks};
 use crate::ggml::ThreadPool;
 use crate::gguf::sha256;
 use crate::model::{Lora, Model};
@@ -67,9 +67,6 @@ pub struct EvalConfig {
     pub threads: Option<usize>,
 }
 
-/// Problems of a task, which has no end.
-const TASK_PROBLEMS: usize = 400;
-
 impl EvalConfig {
     /// Refuses settings that cannot work.
     fn check(&self) -> Result<()> {
@@ -122,7 +119,7 @@ impl EvalConfig {
             ..SourceOptions::default()
         };
         let source = ProblemSource::with(&self.data, options)?;
-        let all = source.epoch_len().unwrap_or(TASK_PROBLEMS);
+        let all = source.epoch_len().unwrap_or(tasks::HELD_OUT);
         let problems = source.eval_problems(self.problems.unwrap_or(all));
         let mut judges = self.rewards.judges(&self.data, max_response)?;
         let encoder = self.prompts.encoder(model)?;
