@@ -1,4 +1,5 @@
-//! Settings that the command line, `config.toml` and the library fill alike: their defaults stand once, at clap's attributes.
+//! Settings that the command line, `config.toml` and the library fill alike: their defaults stand once, at clap's
+//! attributes.
 
 /// Settings with what `--help` gives as defaults.
 pub fn defaults<T: clap::Args>() -> T {

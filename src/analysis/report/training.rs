@@ -46,6 +46,7 @@ impl Steps {
             .chain(std::iter::once(end("steps").zip(end("accuracy_after"))))
             .flatten()
             .collect();
+        points.sort_by(|a, b| a.0.total_cmp(&b.0)); // a summary may be of before a resume
         points.dedup_by_key(|(step, _)| *step);
         points.into_iter().map(|(step, y)| (step, Some(y))).collect()
     }
