@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use crate::data::{CompletionContent, RolloutRow, rollouts};
+use crate::data::{CompletionContent, RolloutRow, Task, rollouts, tasks::is_task};
 use crate::ggml::ThreadPool;
 use crate::model::{Lora, Model};
 use crate::rollout::{Encoder, Progress, Request, RolloutOptions, Rollouts, Sampling};
@@ -59,10 +59,14 @@ pub struct Usable {
 }
 
 impl<'m> Rows<'m> {
-    /// Opens the data.
+    /// Opens the data: a file, or a task, whose held-out problems are rows to be answered.
     pub fn open(model: &'m Model, path: &Path, system: Option<String>) -> Result<Rows<'m>> {
+        let task = path.to_str().filter(|name| is_task(name)).map(Task::parse).transpose()?;
         Ok(Rows {
-            rows: rollouts(path)?,
+            rows: match task {
+                Some(task) => Box::new(task.rows().map(Ok)),
+                None => Box::new(rollouts(path)?),
+            },
             file: path.display().to_string(),
             encoder: Encoder::new(model, None, system)?,
             n_ctx: model.config().n_ctx_train,

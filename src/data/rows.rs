@@ -13,10 +13,9 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{
-    Columns, CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow, Task,
-    columns,
+    Columns, CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow, columns,
     jsonl::{Row, kind},
-    table, tasks,
+    table,
 };
 use crate::{Error, Result};
 
@@ -31,20 +30,13 @@ pub fn read_rollouts(path: &Path) -> Result<Vec<RolloutRow>> {
     not_empty(path, rollouts(path)?.collect::<Result<_>>()?)
 }
 
-/// The rollout rows of a data file (JSON lines, Parquet, CSV), one at a time; of `task:NAME` the prompts of its
-/// held-out problems.
+/// The rollout rows of a data file (JSON lines, Parquet, CSV), one at a time.
 ///
 /// A row has one of `prompt`, `question`, `problem` and `prompt_tokens`, and either `completion` (text;
 /// `reward` beside it), or `completions`, objects with `tokens` or `completion` (text), `reward` and
 /// `old_logprobs`, or neither. Other fields are ignored.
-pub fn rollouts(path: &Path) -> Result<Box<dyn Iterator<Item = Result<RolloutRow>>>> {
-    if let Some(task) = path.to_str().filter(|name| name.starts_with("task:")) {
-        let problems = Task::parse(task)?.eval_problems(tasks::HELD_OUT, 1).into_iter();
-        return Ok(Box::new(problems.enumerate().map(|(i, problem)| {
-            Ok(RolloutRow { prompt: problem.prompt, completions: Vec::new(), line: i + 1 })
-        })));
-    }
-    Ok(Box::new(table::open(path)?.map(|row| rollout(&row?))))
+pub fn rollouts(path: &Path) -> Result<impl Iterator<Item = Result<RolloutRow>> + use<>> {
+    Ok(table::open(path)?.map(|row| rollout(&row?)))
 }
 
 fn not_empty<T>(path: &Path, rows: Vec<T>) -> Result<Vec<T>> {

@@ -14,7 +14,7 @@ use std::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Columns, Problem, Task, columns::difficulty_number, read_problems};
+use super::{Columns, Problem, Task, columns::difficulty_number, read_problems, tasks::is_task};
 use crate::{Error, Result};
 
 /// What tells one sequence of problems from another.
@@ -82,7 +82,6 @@ impl ProblemSource {
     /// A file or task that cannot be read, or with a curriculum a row without difficulty.
     pub fn with(spec: &str, options: SourceOptions) -> Result<ProblemSource> {
         let items = split(spec)?;
-        let is_task = |name: &str| name.starts_with("task:");
         let shares = items.len() > 1 && items.iter().any(|(name, w)| w.is_some() || is_task(name));
         let mut parts: Vec<Part> = Vec::with_capacity(items.len());
         let mut pool = Vec::new();
@@ -243,7 +242,7 @@ impl Rows {
 /// # Errors
 /// [`Error::Invalid`] for a list that cannot be read.
 pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
-    let items = split(spec)?.into_iter().filter(|(name, _)| !name.starts_with("task:"));
+    let items = split(spec)?.into_iter().filter(|(name, _)| !is_task(name));
     Ok(items.map(|(name, _)| name.into()).collect())
 }
 
@@ -254,7 +253,7 @@ pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
 pub fn absolute(spec: &str) -> Result<String> {
     let item = |(name, weight): (String, Option<f64>)| -> Result<String> {
         let mut text = name;
-        if !text.starts_with("task:") {
+        if !is_task(&text) {
             let path = std::path::absolute(&text).map_err(Error::io("find", &text))?;
             text = path.to_string_lossy().into_owned();
         }

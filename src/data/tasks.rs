@@ -19,9 +19,11 @@ use std::{collections::HashSet, fmt};
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Message, Problem, Prompt};
+use super::{Message, Problem, Prompt, RolloutRow};
 use crate::{Error, Result};
 
+/// Begins the name of every task.
+const PREFIX: &str = "task:";
 /// What [`Task::parse`] knows.
 pub const SUPPORTED: &str = "task:add, task:sub, task:max, each with ?digits=1..9 (default 2)";
 
@@ -47,6 +49,11 @@ enum Operation {
 /// Held-out problems of a task that stand for its data where nobody gave a number.
 pub const HELD_OUT: usize = 400;
 
+/// Whether a name of data is a task's, not a file's.
+pub fn is_task(name: &str) -> bool {
+    name.starts_with(PREFIX)
+}
+
 impl Task {
     /// Reads `task:NAME` or `task:NAME?digits=N`.
     pub fn parse(spec: &str) -> Result<Task> {
@@ -56,7 +63,7 @@ impl Task {
             supported: SUPPORTED.into(),
         };
         let (name, parameters) = spec.split_once('?').unwrap_or((spec, ""));
-        let operation = match name.strip_prefix("task:") {
+        let operation = match name.strip_prefix(PREFIX) {
             Some("add") => Operation::Add,
             Some("sub") => Operation::Sub,
             Some("max") => Operation::Max,
@@ -87,6 +94,16 @@ impl Task {
                 return self.problem(pair);
             }
         }
+    }
+
+    /// The prompts of [`HELD_OUT`] held-out problems as rows without completions.
+    pub fn rows(&self) -> impl Iterator<Item = RolloutRow> + use<> {
+        let problems = self.eval_problems(HELD_OUT, 1).into_iter().enumerate();
+        problems.map(|(i, problem)| RolloutRow {
+            prompt: problem.prompt,
+            completions: Vec::new(),
+            line: i + 1,
+        })
     }
 
     /// `n` held-out problems: distinct while there are enough (a million at most), then the same again.

@@ -19,7 +19,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::data::{CompletionContent, Problem, SourceOptions, Template};
-use crate::data::{ProblemSource, RolloutRow, read_rollouts, rollouts};
+use crate::data::{ProblemSource, RolloutRow, read_rollouts, rollouts, tasks::is_task};
 use crate::ggml::ThreadPool;
 use crate::model::{Batch, Contestant, Engine, Lora, Model, compare};
 use crate::reward::{Judge, JudgeOptions, JudgePool, Sampler};
@@ -220,7 +220,7 @@ impl Rows {
     /// Rows with completions where the first has one, else problems.
     fn read(data: &str, config: &DiffConfig) -> Result<Rows> {
         let path = Path::new(data);
-        let is_file = !data.starts_with("task:") && path.is_file();
+        let is_file = !is_task(data) && path.is_file();
         let first = || rollouts(path).ok()?.next()?.ok();
         if is_file && first().is_some_and(|row| !row.completions.is_empty()) {
             let mut rows = read_rollouts(path)?;

@@ -7,6 +7,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{Judge, JudgeOptions, JudgePool};
+use crate::data::tasks::is_task;
 use crate::{Error, Result};
 
 /// How completions are judged.
@@ -42,7 +43,7 @@ impl RewardOptions {
     /// The specification; where nobody gave one: comparison by meaning for data, `boxed` for generated tasks
     /// alone, whose questions want a box and whose answers are whole numbers.
     pub fn spec(&self, data: &str) -> String {
-        let tasks = || data.split(',').all(|item| item.trim().starts_with("task:"));
+        let tasks = || data.split(',').all(|item| is_task(item.trim()));
         let default = || if tasks() { "boxed" } else { "math" }.into();
         self.reward.clone().unwrap_or_else(default)
     }
