@@ -33,10 +33,8 @@ pub use rows::{Answerer, Answering, Sample};
 pub use samples::{Gallery, Glance, View};
 pub use summary::{Boundary, Change, LayerMeans, Mean, Sums, boundary};
 
-use std::io::Write;
-
-use crate::gguf::write_atomically;
-use crate::{Error, Result};
+use crate::Result;
+use crate::gguf::write_json_atomically;
 
 /// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`.
 ///
@@ -50,13 +48,7 @@ pub fn entropy<'m>(
 ) -> Result<Outcome> {
     let findings = dump(sides, settings, conduct, run)?;
     let outcome = Outcome::new(settings, &findings);
-    let path = conduct.out.join("summary.json");
-    write_atomically(&path, |w| {
-        serde_json::to_writer_pretty(&mut *w, &outcome)
-            .map_err(std::io::Error::from)
-            .and_then(|()| w.write_all(b"\n"))
-            .map_err(Error::io("write", &path))
-    })?;
+    write_json_atomically(&conduct.out.join("summary.json"), &outcome)?;
     report::write(&report::of_dump(&outcome, &findings.gallery), &conduct.out)?;
     Ok(outcome)
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::EvalSample;
-use crate::gguf::write_atomically;
+use crate::gguf::{write_atomically, write_json_atomically};
 use crate::{Error, Result};
 
 /// Everything that completions depend on, by name.
@@ -40,10 +40,7 @@ impl Store {
             ));
         }
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        let path = folder.join("settings.json");
-        let text = serde_json::to_string_pretty(settings)
-            .map_err(|e| Error::engine("writing settings.json", e.to_string(), "report it"))?;
-        write_atomically(&path, |w| writeln!(w, "{text}").map_err(Error::io("write", &path)))?;
+        write_json_atomically(&folder.join("settings.json"), settings)?;
         Store::open(folder, BTreeMap::new())
     }
 

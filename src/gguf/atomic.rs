@@ -24,6 +24,19 @@ pub fn write_atomically(
     Finished::write(path, fill)?.commit()
 }
 
+/// Writes a value as indented JSON by [`write_atomically`].
+///
+/// # Errors
+/// Those of the system.
+pub fn write_json_atomically(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    write_atomically(path, |out| {
+        serde_json::to_writer_pretty(&mut *out, value)
+            .map_err(std::io::Error::from)
+            .and_then(|()| out.write_all(b"\n"))
+            .map_err(Error::io("write", path))
+    })
+}
+
 /// A complete file, synced to disk, that has not got its name yet; dropped without it, it is gone.
 pub(super) struct Finished {
     temporary: TempPath,

@@ -196,12 +196,7 @@ impl RunDir {
     /// # Errors
     /// [`Error::Io`] when the disk refuses; an older one then stays.
     pub fn write_summary(&self, summary: &Summary) -> Result<()> {
-        let path = self.path.join(SUMMARY);
-        crate::gguf::write_atomically(&path, |out| {
-            let written =
-                serde_json::to_writer_pretty(&mut *out, summary).map_err(std::io::Error::from);
-            written.and_then(|()| out.write_all(b"\n")).map_err(Error::io("write", &path))
-        })
+        crate::gguf::write_json_atomically(&self.path.join(SUMMARY), summary)
     }
 
     /// Appends to `metrics.jsonl`.
