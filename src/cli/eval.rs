@@ -47,13 +47,11 @@ pub fn run(args: EvalArgs) -> Result<()> {
     });
     bar.finish_and_clear();
     if matches!(report, Err(Error::Interrupted)) {
-        eprintln!(
-            "stopped before the end; {}",
-            match args.config.out.is_some() {
-                true => "go on with the same command and --resume",
-                false => "with --out DIR the completions so far would be kept",
-            }
-        );
+        let way_on = match args.config.out {
+            Some(_) => "go on with the same command and --resume",
+            None => "with --out DIR the completions so far would be kept",
+        };
+        eprintln!("stopped before the end; {way_on}");
     }
     let report = report?;
     if args.json { print_json(&report) } else { print_line(&report.to_string()) }

@@ -11,7 +11,9 @@ use std::{
 use ::parquet::{
     basic::{ConvertedType, Repetition, Type as Physical},
     errors::ParquetError,
-    file::{reader::FileReader, serialized_reader::SerializedFileReader},
+    file::{
+        metadata::ParquetMetaData, reader::FileReader, serialized_reader::SerializedFileReader,
+    },
     record::{Field, reader::RowIter},
     schema::types::Type,
 };
@@ -46,22 +48,7 @@ impl ParquetRows {
         let bytes = MappedFile::open(path)?;
         check_footer(&bytes).map_err(damaged)?;
         let reader = guarded(|| SerializedFileReader::new(file)).map_err(damaged)?;
-        // Rows that differ take bytes.
-        let rows: u64 = reader
-            .metadata()
-            .row_groups()
-            .iter()
-            .fold(0, |sum, group| sum.saturating_add(group.num_rows() as u64));
-        if rows > bytes.len() as u64 {
-            return Err(damaged(format!("{rows} rows in {} bytes", bytes.len())));
-        }
-        for column in reader.metadata().row_groups().iter().flat_map(|group| group.columns()) {
-            let range = guarded(|| Ok(column.byte_range()));
-            range.and_then(|(start, len)| check_pages(&bytes, start, len)).map_err(|reason| {
-                let place = format!("{}: column `{}`", place(), column.column_path().string());
-                Error::invalid(place, "pages within the file", reason, "fetch the file again")
-            })?;
-        }
+        check_sizes(reader.metadata(), &bytes, &place())?;
         let schema = reader.metadata().file_metadata().schema_descr().root_schema();
         for column in schema.get_fields() {
             readable(column, 0).map_err(|reason| {
@@ -105,6 +92,28 @@ impl Iterator for ParquetRows {
         self.done = !matches!(row, Some(Ok(_)));
         row
     }
+}
+
+/// Refuses rows and pages that a file of these bytes cannot hold.
+fn check_sizes(metadata: &ParquetMetaData, bytes: &[u8], place: &str) -> Result<()> {
+    let refuse = |place: String, expected, got| {
+        Err(Error::invalid(place, expected, got, "fetch the file again"))
+    };
+    let groups = metadata.row_groups();
+    // Rows that differ take bytes.
+    let rows = groups.iter().fold(0u64, |sum, group| sum.saturating_add(group.num_rows() as u64));
+    if rows > bytes.len() as u64 {
+        let got = format!("{rows} rows in {} bytes", bytes.len());
+        return refuse(place.into(), "a Parquet file with its footer", got);
+    }
+    for column in groups.iter().flat_map(|group| group.columns()) {
+        let range = guarded(|| Ok(column.byte_range()));
+        if let Err(got) = range.and_then(|(start, len)| check_pages(bytes, start, len)) {
+            let place = format!("{place}: column `{}`", column.column_path().string());
+            return refuse(place, "pages within the file", got);
+        }
+    }
+    Ok(())
 }
 
 /// The outcome of `read`, with a panic of the Parquet crate on damaged bytes as an error.

@@ -29,7 +29,10 @@ impl Steps {
     /// A curve of one key; none where no step has it.
     fn curve(&self, name: &str, key: &str, colour: usize) -> Option<Series> {
         let point = |s: &Value| Some((Steps::number(s, "step")?, Steps::number(s, key)));
-        let points: Vec<_> = self.records.iter().filter_map(point).collect();
+        let points: Vec<_> = match key {
+            "accuracy" => self.accuracy(),
+            _ => self.records.iter().filter_map(point).collect(),
+        };
         points.iter().any(|(_, y)| y.is_some()).then(|| Series::new(name, colour, points))
     }
 
@@ -211,7 +214,11 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
             "mean",
             "Mean reward of the step's completions, held-out accuracy where it was measured, and the share of groups that teach something.",
             true,
-            &[("reward", "reward", 0), ("groups with signal", "groups_with_signal", 6)],
+            &[
+                ("reward", "reward", 0),
+                ("held-out accuracy", "accuracy", 1),
+                ("groups with signal", "groups_with_signal", 6),
+            ],
         ),
         (
             "length",
@@ -272,14 +279,10 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
     ];
     let mut parts = Vec::new();
     for (id, title, y, caption, zero, curves) in charts {
-        let mut series: Vec<Series> = curves
+        let series: Vec<Series> = curves
             .iter()
             .filter_map(|&(name, key, colour)| steps.curve(name, key, colour))
             .collect();
-        let accuracy = if id == "reward" { steps.accuracy() } else { Vec::new() };
-        if !accuracy.is_empty() {
-            series.push(Series::new("held-out accuracy", 1, accuracy));
-        }
         if series.is_empty() {
             continue;
         }
