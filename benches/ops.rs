@@ -8,9 +8,9 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bupo_gguf::bench::packed;
+use bupo_gguf::bench::{packed, pairs};
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, Tensor, ThreadPool, Type};
-use bupo_gguf::ops::{self, AttentionSpec, LowRank};
+use bupo_gguf::ops::{self, Activation, AttentionSpec, LogitMap, LowRank};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -200,7 +200,8 @@ fn logprob(c: &mut Criterion) {
                 let h = inputs.f32(arena, [d, t]);
                 let e_u = inputs.weight(arena, ty, [d, v]);
                 let target = inputs.ids(arena, t, v);
-                let head = ops::linear_logprob(arena, h, e_u, Some(target), 1.0, gradient);
+                let map = LogitMap::default();
+                let head = ops::linear_logprob(arena, h, e_u, Some(target), map, 1.0, gradient);
                 graph.output(head.logprob);
             });
         }
@@ -208,24 +209,29 @@ fn logprob(c: &mut Criterion) {
 }
 
 fn attention(c: &mut Criterion) {
-    for (name, segments, n_head, n_head_kv, head_size) in [
-        ("2 x 256, 16/8 heads of 128", packed(2, 256, 0, 0), 16, 8, 128),
-        ("2048, 16/8 heads of 128", packed(1, 2048, 0, 0), 16, 8, 128),
-        ("256 + 8 x 128, 16/8 heads of 128", packed(1, 256, 8, 128), 16, 8, 128),
-        ("16 x (20 + 8 x 10), 4/2 heads of 32", packed(16, 20, 8, 10), 4, 2, 32),
+    let heads = |n_head, n_head_kv, head_size| AttentionSpec {
+        n_head,
+        n_head_kv,
+        head_size,
+        scale: 1.0 / (head_size as f32).sqrt(),
+        window: None,
+        softcap: None,
+    };
+    let wide = heads(16, 8, 128);
+    let windowed = AttentionSpec { window: Some(256), ..wide };
+    let capped = AttentionSpec { softcap: Some(50.0), ..wide };
+    for (name, segments, spec) in [
+        ("2 x 256, 16/8 heads of 128", packed(2, 256, 0, 0), wide),
+        ("2048, 16/8 heads of 128", packed(1, 2048, 0, 0), wide),
+        ("2048, 16/8 heads of 128, window 256", packed(1, 2048, 0, 0), windowed),
+        ("2048, 16/8 heads of 128, softcap", packed(1, 2048, 0, 0), capped),
+        ("256 + 8 x 128, 16/8 heads of 128", packed(1, 256, 8, 128), wide),
+        ("16 x (20 + 8 x 10), 4/2 heads of 32", packed(16, 20, 8, 10), heads(4, 2, 32)),
     ] {
-        let scale = 1.0 / (head_size as f32).sqrt();
-        let spec = AttentionSpec { n_head, n_head_kv, head_size, scale };
+        let AttentionSpec { n_head, n_head_kv, head_size, .. } = spec;
         let t = segments.last().expect("segments").end as usize;
-        let seen: usize = segments
-            .iter()
-            .map(|s| {
-                let n = (s.end - s.begin) as usize;
-                n * (s.prefix_end - s.prefix_begin) as usize + n * (n + 1) / 2
-            })
-            .sum();
         // Two products forward, five backward, over the pairs that see each other.
-        let flop = 2 * seen * head_size * n_head;
+        let flop = 2 * pairs(&segments, spec.window) * head_size * n_head;
         for backward in [false, true] {
             let name = format!("attention{} {name}", if backward { "+back" } else { "" });
             let products = if backward { 7 } else { 2 };
@@ -248,15 +254,17 @@ fn attention(c: &mut Criterion) {
 
 fn rows(c: &mut Criterion) {
     let ([d, f], t) = ([1024, 3072], 512);
-    bench(c, "swiglu 3072 T 512", f * t, |arena, graph, inputs| {
-        let (gate, up) = (inputs.f32(arena, [f, t]), inputs.f32(arena, [f, t]));
-        graph.output(ops::swiglu(arena, gate, up));
-    });
-    bench(c, "swiglu_back 3072 T 512", f * t, |arena, graph, inputs| {
-        let (gate, up) = (inputs.f32(arena, [f, t]), inputs.f32(arena, [f, t]));
-        let dh = inputs.f32(arena, [f, t]);
-        graph.output(ops::swiglu_back(arena, gate, up, dh).0);
-    });
+    for (name, activation) in [("silu", Activation::Silu), ("gelu", Activation::Gelu)] {
+        bench(c, &format!("glu {name} 3072 T 512"), f * t, |arena, graph, inputs| {
+            let (gate, up) = (inputs.f32(arena, [f, t]), inputs.f32(arena, [f, t]));
+            graph.output(ops::glu(arena, gate, up, activation));
+        });
+        bench(c, &format!("glu_back {name} 3072 T 512"), f * t, |arena, graph, inputs| {
+            let (gate, up) = (inputs.f32(arena, [f, t]), inputs.f32(arena, [f, t]));
+            let dy = inputs.f32(arena, [f, t]);
+            graph.output(ops::glu_back(arena, gate, up, dy, activation).0);
+        });
+    }
     bench(c, "rms_norm 1024 T 512", d * t, |arena, graph, inputs| {
         let (x, weight) = (inputs.f32(arena, [d, t]), inputs.f32(arena, [d, 1]));
         graph.output(ops::rms_norm(arena, x, weight, 1e-6));

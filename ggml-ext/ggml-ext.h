@@ -39,8 +39,8 @@ enum bupo_op {
     BUPO_OP_ATTENTION_BACK = 6,
     BUPO_OP_RMS_NORM       = 7, // norm and weight in one pass
     BUPO_OP_RMS_NORM_BACK  = 8,
-    BUPO_OP_SWIGLU         = 9,
-    BUPO_OP_SWIGLU_BACK    = 10,
+    BUPO_OP_GLU            = 9,  // activation of a gate, times another tensor
+    BUPO_OP_GLU_BACK       = 10,
     BUPO_OP_SCALE_ROWS     = 11,
     BUPO_OP_POLICIES       = 12, // entropy, KL, rank and top tokens of many policies in one pass
     BUPO_OP_TAKEN_LOGITS   = 13, // one logit per hidden state
@@ -59,20 +59,40 @@ struct bupo_linear_params {
     uint32_t add;      // the last source is a tensor of dst's shape to be added
 };
 
+// logits = softcap tanh(z / softcap), z = scale * (unembedding . hidden state); without a softcap logits = z.
+struct bupo_logit_map {
+    float scale;
+    float softcap; // 0: none
+};
+
 struct bupo_logprob_params {
-    uint32_t op;
-    float    inv_temperature; // 1/T
-    uint32_t gradient;        // also the gradient of the log-prob by the hidden state
+    uint32_t              op;
+    float                 inv_temperature; // 1/T, of the logits after the softcap
+    uint32_t              gradient;        // also the gradient of the log-prob by the hidden state
+    struct bupo_logit_map map;
 };
 
 struct bupo_policies_params {
-    uint32_t op;
-    uint32_t group; // columns come in groups of this many; the last of each is what the others are compared with
-    uint32_t top_k; // likeliest tokens wanted per column
-    uint32_t taken; // sources 2 and 3 are the taken tokens and their logits
+    uint32_t              op;
+    uint32_t              group; // columns come in groups of this many; the last of each is what the others are compared with
+    uint32_t              top_k; // likeliest tokens wanted per column
+    uint32_t              taken; // sources 2 and 3 are the taken tokens and their logits
+    struct bupo_logit_map map;
 };
 
-// One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end).
+struct bupo_taken_logits_params {
+    uint32_t              op;
+    struct bupo_logit_map map;
+};
+
+struct bupo_divergence_params {
+    uint32_t              op;
+    struct bupo_logit_map p;
+    struct bupo_logit_map q;
+};
+
+// One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end). Its tokens'
+// positions go on from its prefix's, which begin at 0.
 struct bupo_segment {
     int32_t begin;
     int32_t end;
@@ -82,12 +102,24 @@ struct bupo_segment {
 
 struct bupo_attention_params {
     uint32_t op;
-    float    scale;      // of the scores: 1/sqrt(head size)
+    float    scale;      // of the scores, usually 1/sqrt(head size)
+    float    softcap;    // scores become softcap tanh(score / softcap); 0: none
+    uint32_t window;     // a key is seen from this many positions, its own the first; 0: from all after it
     uint32_t n_head;
     uint32_t n_head_kv;
     uint32_t head_size;
     uint32_t n_segments;
     const struct bupo_segment * segments; // in token order, without gaps; a prefix stands before its segment
+};
+
+enum bupo_activation {
+    BUPO_ACTIVATION_SILU = 0,
+    BUPO_ACTIVATION_GELU = 1, // in its tanh form
+};
+
+struct bupo_glu_params {
+    uint32_t op;         // BUPO_OP_GLU or BUPO_OP_GLU_BACK
+    uint32_t activation; // enum bupo_activation
 };
 
 struct bupo_norm_params {

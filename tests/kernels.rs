@@ -11,7 +11,9 @@ mod common;
 mod harness;
 
 use bupo_gguf::ggml::{Arena, Device, Tensor, Type};
-use bupo_gguf::ops::{self, AdamWStep, AttentionSpec, LowRank, Segment};
+use bupo_gguf::ops::{
+    self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment,
+};
 use common::{device, relative_error};
 use harness::{Random, Source, run_on, weight_types};
 
@@ -19,6 +21,12 @@ use harness::{Random, Source, run_on, weight_types};
 const PRECISE: f32 = 1e-5;
 /// Relative error of products whose factors are rounded to 11 bits of mantissa.
 const ROUNDED: f32 = 2e-3;
+
+const PLAIN: LogitMap = LogitMap { scale: 1.0, softcap: None };
+
+fn capped(scale: f32, softcap: f32) -> LogitMap {
+    LogitMap { scale, softcap: Some(softcap) }
+}
 
 /// Wants every output on the device under test as on the CPU.
 #[track_caller]
@@ -107,25 +115,29 @@ fn linear_with_low_rank_bias_and_addend() {
 #[test]
 fn logprob() {
     let mut random = Random::new(3);
-    for (ty, d, v, t, gain, temperature) in [
-        (Type::F32, 40, 301, 61, 0.2, 1.0),
-        (Type::Q8_0, 64, 130, 24, 0.2, 0.7),
-        (Type::Q8_0, 96, 1000, 25, 1.0, 1.3), // peaked
-        (Type::F16, 24, 33, 1, 0.5, 1.0),
+    for (ty, d, v, t, gain, map, temperature) in [
+        (Type::F32, 40, 301, 61, 0.2, PLAIN, 1.0),
+        (Type::Q8_0, 64, 130, 24, 0.2, PLAIN, 0.7),
+        (Type::Q8_0, 96, 1000, 25, 1.0, PLAIN, 1.3), // peaked
+        (Type::F16, 24, 33, 1, 0.5, PLAIN, 1.0),
+        (Type::Q8_0, 64, 300, 50, 1.0, LogitMap { scale: 0.125, softcap: None }, 0.7),
+        (Type::F32, 40, 301, 61, 0.5, capped(1.0, 3.0), 0.7),
+        (Type::Q8_0, 64, 300, 50, 0.5, capped(2.0, 5.0), 1.3),
+        (Type::Q8_0, 96, 1000, 25, 1.0, capped(1.0, 30.0), 1.0),
     ] {
         let (e_u, _) = random.weight(ty, d, v);
         let h: Vec<f32> = random.normal(d * t).iter().map(|x| gain * x).collect();
         let mut target = random.below(t, v);
         target[0] = v as i32 - 1;
         let sources = [Source::f32(&h, &[d, t]), e_u, Source::I32(target)];
-        let what = format!("logprob {ty} D={d} V={v} T={t}");
+        let what = format!("logprob {ty} D={d} V={v} T={t} {map:?}");
+        let inverse = 1.0 / temperature;
         agree_within(
             &what,
             &sources,
             |arena, s| {
-                let all =
-                    ops::linear_logprob(arena, s[0], s[1], Some(s[2]), 1.0 / temperature, true);
-                let plain = ops::linear_logprob(arena, s[0], s[1], None, 1.0 / temperature, false);
+                let all = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, true);
+                let plain = ops::linear_logprob(arena, s[0], s[1], None, map, inverse, false);
                 vec![all.logprob, all.lse, all.entropy, all.gradient.unwrap(), plain.entropy]
             },
             // An entropy near 0 is a small difference of large sums.
@@ -137,11 +149,13 @@ fn logprob() {
 #[test]
 fn policies() {
     let mut random = Random::new(8);
-    for (ty, d, v, groups, group, top_k, gain) in [
-        (Type::F32, 40, 301, 9, 7, 3, 0.2),
-        (Type::Q8_0, 64, 130, 50, 1, 0, 0.2),
-        (Type::Q8_0, 96, 1000, 2, 30, 5, 1.0), // peaked; a group larger than a tile of columns
-        (Type::F16, 24, 33, 1, 2, 33, 0.5),
+    for (ty, d, v, groups, group, top_k, gain, map) in [
+        (Type::F32, 40, 301, 9, 7, 3, 0.2, PLAIN),
+        (Type::Q8_0, 64, 130, 50, 1, 0, 0.2, PLAIN),
+        (Type::Q8_0, 96, 1000, 2, 30, 5, 1.0, PLAIN), // peaked; a group larger than a tile of columns
+        (Type::F16, 24, 33, 1, 2, 33, 0.5, PLAIN),
+        (Type::Q8_0, 64, 130, 20, 3, 2, 0.2, LogitMap { scale: 0.25, softcap: None }),
+        (Type::F32, 40, 301, 9, 7, 3, 0.2, capped(1.5, 4.0)),
     ] {
         let (e_u, _) = random.weight(ty, d, v);
         let n = groups * group;
@@ -149,13 +163,14 @@ fn policies() {
         let mut taken = random.below(n, v);
         taken[0] = v as i32 - 1;
         let sources = [Source::f32(&h, &[d, n]), e_u, Source::I32(taken)];
-        let what = format!("policies {ty} D={d} V={v} {groups} groups of {group}, top {top_k}");
+        let what =
+            format!("policies {ty} D={d} V={v} {groups} groups of {group}, top {top_k}, {map:?}");
         for with_taken in [true, false] {
             let run = |device| {
                 run_on(device, &sources, |arena, s| {
                     let taken = with_taken.then_some(s[2]);
                     let wanted = ops::Compare { taken, group, top_k };
-                    vec![ops::policies(arena, s[0], s[1], wanted).values]
+                    vec![ops::policies(arena, s[0], s[1], wanted, map).values]
                 })
             };
             let want = run(Device::Cpu);
@@ -196,7 +211,7 @@ fn policies_that_are_equal_have_no_divergence() {
     let compare = ops::Compare { taken: None, group: 4, top_k: 2 };
     let sources = [Source::f32(&h, &[d, 4]), e_u];
     let got = run_on(device(false), &sources, |arena, s| {
-        vec![ops::policies(arena, s[0], s[1], compare).values]
+        vec![ops::policies(arena, s[0], s[1], compare, PLAIN).values]
     });
     let answers = ops::Answers::new(got[0].clone(), 2);
     for c in 0..4 {
@@ -208,10 +223,12 @@ fn policies_that_are_equal_have_no_divergence() {
 #[test]
 fn divergence() {
     let mut random = Random::new(10);
-    for (p_ty, q_ty, d_p, d_q, v, t, gain) in [
-        (Type::F32, Type::Q8_0, 40, 64, 301, 61, 0.2),
-        (Type::Q8_0, Type::F16, 96, 24, 1000, 25, 1.0),
-        (Type::F16, Type::F16, 24, 24, 33, 1, 0.5),
+    for (p_ty, q_ty, d_p, d_q, v, t, gain, p_map, q_map) in [
+        (Type::F32, Type::Q8_0, 40, 64, 301, 61, 0.2, PLAIN, PLAIN),
+        (Type::Q8_0, Type::F16, 96, 24, 1000, 25, 1.0, PLAIN, PLAIN),
+        (Type::F16, Type::F16, 24, 24, 33, 1, 0.5, PLAIN, PLAIN),
+        (Type::F32, Type::Q8_0, 40, 64, 301, 61, 0.2, capped(1.0, 5.0), PLAIN),
+        (Type::F32, Type::Q8_0, 40, 64, 301, 30, 0.2, capped(0.5, 30.0), capped(2.0, 3.0)),
     ] {
         let (e_p, _) = random.weight(p_ty, d_p, v);
         let (e_q, _) = random.weight(q_ty, d_q, v);
@@ -223,13 +240,15 @@ fn divergence() {
         let mut target = random.below(t, v);
         target[0] = v as i32 - 1;
         let sources = [h_p, e_p, h_q, e_q, Source::I32(target)];
-        let what = format!("divergence {p_ty} {q_ty} V={v} T={t}");
+        let what = format!("divergence {p_ty} {q_ty} V={v} T={t} {p_map:?} {q_map:?}");
         agree_within(
             &what,
             &sources,
             |arena, s| {
-                let d = ops::divergence(arena, (s[0], s[1]), (s[2], s[3]), s[4]);
-                let same = ops::divergence(arena, (s[0], s[1]), (s[0], s[1]), s[4]);
+                let p = Head { hidden: s[0], unembedding: s[1], map: p_map };
+                let q = Head { hidden: s[2], unembedding: s[3], map: q_map };
+                let d = ops::divergence(arena, p, q, s[4]);
+                let same = ops::divergence(arena, p, p, s[4]);
                 vec![d.kl, d.logprob_p, d.logprob_q, d.agree, same.kl]
             },
             [PRECISE; 2],
@@ -262,16 +281,25 @@ fn attention() {
     ] {
         let segments = segments(trees);
         let t = segments.last().unwrap().end as usize;
-        let scale = 1.0 / (head_size as f32).sqrt();
-        let spec = AttentionSpec { n_head, n_head_kv, head_size, scale };
         let widths = [n_head, n_head_kv, n_head_kv, n_head].map(|n| n * head_size);
         let sources = widths.map(|width| Source::f32(&random.normal(width * t), &[width, t]));
-        let what = format!("attention T={t} {n_head}:{n_head_kv}x{head_size}");
-        agree(&what, &sources, |arena, s| {
-            let (out, saved) = ops::attention(arena, s[0], s[1], s[2], &segments, spec);
-            let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
-            vec![out, dq, dk, dv]
-        });
+        for (window, softcap) in [
+            (None, None),
+            (Some(2), None),
+            (Some(7), None),
+            (Some(39), Some(2.0)),
+            (Some(1000), None),
+            (None, Some(0.5)),
+            (None, Some(50.0)),
+        ] {
+            let scale = 1.0 / (head_size as f32).sqrt();
+            let spec = AttentionSpec { n_head, n_head_kv, head_size, scale, window, softcap };
+            agree(&format!("attention T={t} {spec:?}"), &sources, |arena, s| {
+                let (out, saved) = ops::attention(arena, s[0], s[1], s[2], &segments, spec);
+                let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
+                vec![out, dq, dk, dv]
+            });
+        }
     }
 }
 
@@ -286,16 +314,17 @@ fn rowwise() {
             &format!("rows {n}x{t}"),
             &sources,
             |arena, s| {
-                let (d_gate, d_up) = ops::swiglu_back(arena, s[0], s[1], s[2]);
-                vec![
+                let mut all = vec![
                     ops::rms_norm(arena, s[0], s[3], 1e-6),
                     ops::rms_norm_back(arena, s[0], s[3], s[1], None, 1e-6),
                     ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), 1e-6),
-                    ops::swiglu(arena, s[0], s[1]),
-                    d_gate,
-                    d_up,
                     ops::scale_rows(arena, s[0], s[4]),
-                ]
+                ];
+                for activation in [Activation::Silu, Activation::Gelu] {
+                    let (d_gate, d_up) = ops::glu_back(arena, s[0], s[1], s[2], activation);
+                    all.extend([ops::glu(arena, s[0], s[1], activation), d_gate, d_up]);
+                }
+                all
             },
             exact,
         );

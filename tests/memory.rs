@@ -13,7 +13,7 @@ use bupo_gguf::Model;
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, ThreadPool, Type};
 use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
 use bupo_gguf::model::{Batch, Engine, Lora, Policy, Target, Targets};
-use bupo_gguf::ops;
+use bupo_gguf::ops::{self, LogitMap};
 
 /// The system's allocator, remembering the largest single request and the most that was taken at once.
 struct Counting;
@@ -203,7 +203,9 @@ fn head_bytes(threads: usize, v: usize, t: usize) -> usize {
         let h = arena.input("h", Type::F32, &[D, t]);
         let e_u = arena.input("e_u", Type::Q8_0, &[D, v]);
         let target = arena.input("target", Type::I32, &[t]);
-        let head = ops::linear_logprob(&arena, h, e_u, Some(target), 1.0, true);
+        // What a softcap needs beside is in the bound.
+        let map = LogitMap { softcap: Some(30.0), ..LogitMap::default() };
+        let head = ops::linear_logprob(&arena, h, e_u, Some(target), map, 1.0, true);
         graph.output(head.gradient.unwrap());
         let values: Vec<f32> = (0..D * t).map(|i| (i % 13) as f32 / 13.0).collect();
         let blocks = q8_0(D * v);

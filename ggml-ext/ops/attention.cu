@@ -3,7 +3,8 @@
 //
 // A tile of queries of one segment against all keys it sees: scores by cuBLAS (the prefix's and the segment's own keys
 // one below the other), a block per row for the softmax, products with V by cuBLAS. Scores exist for one tile at a
-// time, so memory is O(tokens). Heads j, j + group, j + 2 group, .. are a batch, one for each key/value head: within
+// time, so memory is O(tokens). Keys lie in the order of their positions, so that those which a query sees are a run of
+// them, with a window as without. Heads j, j + group, j + 2 group, .. are a batch, one for each key/value head: within
 // it both queries and keys lie at equal distances.
 
 #include "device.h"
@@ -18,10 +19,18 @@ namespace {
 struct Tile {
     int query;   // first query: token
     int queries;
+    int at;      // position of the first query
+    int from;    // position of the first key
     int prefix;  // keys of the prefix, which come first
-    int own;     // keys of the segment, from its beginning to the last query
-    int begin;   // of the segment
+    int own;     // keys of the segment, up to the last query
+    int window;  // keys that a query sees at most
     int pitch;
+};
+
+// Keys [first, last) of a tile.
+struct Run {
+    int first;
+    int last;
 };
 
 struct Heads {
@@ -34,30 +43,37 @@ struct Heads {
 } // namespace
 
 // Keys that query i of the tile sees.
-__device__ static int seen(const Tile & tile, int i) {
-    return tile.prefix + tile.query + i - tile.begin + 1;
+__device__ static Run seen(const Tile & tile, int i) {
+    const int last = tile.at + i + 1 - tile.from;
+    return { last > tile.window ? last - tile.window : 0, last };
 }
 
-// A block per (key/value head, query): scores become probabilities in `p`.
-template <typename E> static __global__ void softmax(Tile tile, Heads heads, const float * scores, E * p, float * lse) {
+// A block per (key/value head, query): scores become probabilities in `p`. With a softcap (not 0) the scores of keys that
+// are seen are bent in place before.
+template <typename E>
+static __global__ void softmax(Tile tile, Heads heads, float softcap, float * scores, E * p, float * lse) {
     const int     i    = blockIdx.x % tile.queries;
     const int     kv   = blockIdx.x / tile.queries;
     const size_t  skip = (size_t) blockIdx.x * tile.pitch;
-    const float * s    = scores + skip;
-    const int     live = seen(tile, i);
+    float *       s    = scores + skip;
+    const Run     live = seen(tile, i);
     float         max  = -INFINITY;
-    for (int j = threadIdx.x; j < live; j += blockDim.x) {
+    for (int j = live.first + threadIdx.x; j < live.last; j += blockDim.x) {
+        if (softcap > 0.0f) {
+            s[j] = capped(s[j], softcap).value;
+        }
         max = Largest()(max, s[j]);
     }
     max = over_block<Largest>(max);
     float sum = 0.0f;
-    for (int j = threadIdx.x; j < live; j += blockDim.x) {
+    for (int j = live.first + threadIdx.x; j < live.last; j += blockDim.x) {
         sum += expf(s[j] - max);
     }
     sum = over_block<Sum>(sum);
     const float scale = PROBABILITY_SCALE<E> / sum;
     for (int j = threadIdx.x; j < tile.prefix + tile.own; j += blockDim.x) {
-        p[skip + j] = from_float<E>(j < live ? scale * expf(s[j] - max) : 0.0f);
+        const bool visible = j >= live.first && j < live.last;
+        p[skip + j]        = from_float<E>(visible ? scale * expf(s[j] - max) : 0.0f);
     }
     if (threadIdx.x == 0) {
         lse[(size_t) (tile.query + i) * heads.n + kv * heads.group + heads.first] = max + logf(sum);
@@ -67,14 +83,15 @@ template <typename E> static __global__ void softmax(Tile tile, Heads heads, con
 // A block per (key/value head, query): scores become probabilities in `p`, their cotangents those of the scores in `ds`.
 // `d_p` and `ds` are of the scale of d_out's factors: `shrink` times too large.
 template <typename E>
-static __global__ void softmax_back(Tile tile, Heads heads, const float * scores, const float * d_p, const float * lse,
-                                    const float * out, const float * d_out, const float * shrink, E * p, E * ds) {
+static __global__ void softmax_back(Tile tile, Heads heads, float softcap, const float * scores, const float * d_p,
+                                    const float * lse, const float * out, const float * d_out, const float * shrink, E * p,
+                                    E * ds) {
     const int    i     = blockIdx.x % tile.queries;
     const int    kv    = blockIdx.x / tile.queries;
     const int    head  = kv * heads.group + heads.first;
     const size_t row   = (size_t) (tile.query + i) * heads.n + head;
     const size_t skip  = (size_t) blockIdx.x * tile.pitch;
-    const int    live  = seen(tile, i);
+    const Run    live  = seen(tile, i);
     float        inner = 0.0f;
     for (int e = threadIdx.x; e < heads.size; e += blockDim.x) {
         inner += out[row * heads.size + e] * d_out[row * heads.size + e];
@@ -82,8 +99,13 @@ static __global__ void softmax_back(Tile tile, Heads heads, const float * scores
     inner = over_block<Sum>(inner) / (shrink ? *shrink : 1.0f);
     const float own_lse = lse[row];
     for (int j = threadIdx.x; j < tile.prefix + tile.own; j += blockDim.x) {
-        const float probability = j < live ? expf(scores[skip + j] - own_lse) : 0.0f;
-        const float cotangent   = j < live ? probability * (d_p[skip + j] - inner) : 0.0f;
+        float probability = 0.0f, cotangent = 0.0f;
+        if (j >= live.first && j < live.last) {
+            const float  x     = scores[skip + j];
+            const Capped score = softcap > 0.0f ? capped(x, softcap) : Capped{ x, 1.0f };
+            probability = expf(score.value - own_lse);
+            cotangent   = probability * (d_p[skip + j] - inner) * score.slope;
+        }
         p[skip + j]  = from_float<E>(PROBABILITY_SCALE<E> * probability);
         ds[skip + j] = from_float<E>(cotangent);
     }
@@ -108,17 +130,24 @@ struct Walk {
         for (uint32_t i = 0; i < params.n_segments; ++i) {
             const bupo_segment & s      = params.segments[i];
             const int            prefix = s.prefix_end - s.prefix_begin;
-            const int64_t        most   = (prefix + s.end - s.begin + 7) / 8 * 8;
+            const int64_t        all    = prefix + s.end - s.begin;
+            // No more queries than the window is wide: half of the scores are of keys that are seen.
+            const int64_t        wide   = std::max<int64_t>(32, ((int64_t) params.window + 31) / 32 * 32);
+            const bool           cut    = params.window > 0 && 2 * wide < all;
+            const int64_t        most   = ((cut ? 2 * wide : all) + 7) / 8 * 8;
             const int64_t        fit    = (int64_t) TILE_BYTES / (int64_t) sizeof(float) / (most * kv);
-            const int64_t        step   = std::max<int64_t>(1, fit >= 32 ? fit / 32 * 32 : fit);
+            const int64_t        fitted = std::max<int64_t>(1, fit >= 32 ? fit / 32 * 32 : fit);
+            const int64_t        step   = cut ? std::min(fitted, wide) : fitted;
             for (int64_t first = s.begin; first < s.end; first += step) {
                 Tile tile = {};
-                tile.query   = (int) first;
-                tile.queries = (int) std::min<int64_t>(step, s.end - first);
-                tile.prefix  = prefix;
-                tile.own     = tile.query + tile.queries - s.begin;
-                tile.begin   = s.begin;
-                tile.pitch   = (tile.prefix + tile.own + 7) / 8 * 8;
+                tile.query    = (int) first;
+                tile.queries  = (int) std::min<int64_t>(step, s.end - first);
+                tile.at       = prefix + tile.query - s.begin;
+                tile.window   = params.window > 0 ? (int) std::min<int64_t>(params.window, all) : (int) all;
+                tile.from     = std::max(0, tile.at + 1 - tile.window);
+                tile.prefix   = std::max(0, prefix - tile.from);
+                tile.own      = tile.at + tile.queries - std::max(prefix, tile.from);
+                tile.pitch    = (tile.prefix + tile.own + 7) / 8 * 8;
                 for (int64_t j = 0; j < group; ++j) {
                     const Device::Scope scope(device);
                     body(s, tile, j);
@@ -144,12 +173,12 @@ struct Walk {
         return Factor{ p, kind, tile.pitch, false, (int64_t) tile.pitch * tile.queries, shrink }.from(first);
     }
 
-    // The prefix's keys and the segment's own: body(first token, tokens, first in the tile).
+    // The tile's keys of the prefix and of the segment: body(first token, tokens, first in the tile).
     template <typename F> void each_part(const bupo_segment & s, const Tile & tile, F && body) const {
         if (tile.prefix > 0) {
-            body((int64_t) s.prefix_begin, (int64_t) tile.prefix, (int64_t) 0);
+            body((int64_t) s.prefix_end - tile.prefix, (int64_t) tile.prefix, (int64_t) 0);
         }
-        body((int64_t) s.begin, (int64_t) tile.own, (int64_t) tile.prefix);
+        body((int64_t) tile.query + tile.queries - tile.own, (int64_t) tile.own, (int64_t) tile.prefix);
     }
 
     // out[key, query] = scale k_key . q_query.
@@ -182,7 +211,7 @@ template <typename E> static void forward(Device & device, ggml_tensor * dst, co
         E *     p      = sizeof(E) == sizeof(float) ? (E *) scores : (E *) device.scratch(walk.scores(tile) * sizeof(E));
         walk.products(s, tile, k, walk.queries(q, tile, j), params.scale, scores);
         device.launch(softmax<E>, (size_t) (tile.queries * walk.kv), threads_for(tile.pitch), tile, walk.heads(j),
-                      (const float *) scores, p, lse);
+                      params.softcap, scores, p, lse);
         float beta = 0.0f;
         walk.each_part(s, tile, [&](int64_t token, int64_t n, int64_t at) {
             Product product = { walk.size, tile.queries, n };
@@ -227,7 +256,7 @@ template <typename E> static void backward(Device & device, ggml_tensor * dst, c
         unshrunk.shrink = nullptr;
         walk.products(s, tile, v, unshrunk, 1.0f, d_p);
         device.launch(softmax_back<E>, (size_t) (tile.queries * walk.kv), threads_for(tile.pitch), tile, walk.heads(j),
-                      (const float *) scores, (const float *) d_p, lse, out, d_out, d_o.shrink, p, ds);
+                      params.softcap, (const float *) scores, (const float *) d_p, lse, out, d_out, d_o.shrink, p, ds);
         walk.each_part(s, tile, [&](int64_t token, int64_t n, int64_t at) {
             Product over_keys = { walk.size, tile.queries, n };
             over_keys.alpha  = params.scale;

@@ -9,6 +9,7 @@
 #include "../ggml-ext.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -250,9 +251,24 @@ template <> __device__ inline half from_float<half>(float x) {
 template <typename E> constexpr float PROBABILITY_SCALE = 1.0f;
 template <> inline constexpr float PROBABILITY_SCALE<half> = 32768.0f;
 
+// c tanh(x / c), and its slope.
+struct Capped {
+    float value;
+    float slope;
+};
+
+__device__ inline Capped capped(float x, float c) {
+    const float y = x / c;
+    const float t = expf(-2.0f * fabsf(y)); // of it the slope, which 1 - tanh^2 would lose where tanh is 1
+    return { c * tanhf(y), 4.0f * t / ((1.0f + t) * (1.0f + t)) };
+}
+
 inline float * data_of(const ggml_tensor * tensor) {
     return static_cast<float *>(tensor->data);
 }
+
+// Logits of the scaled products in `logits`, in place.
+void cap_logits(Device & device, const bupo_logit_map & map, float * logits, size_t n);
 
 // What bupo_backend_rates gives.
 bupo_rates measure_rates(Device & device, int64_t n, size_t bytes, int reps);
@@ -261,15 +277,15 @@ void run_linear(Device & device, ggml_tensor * dst, const bupo_linear_params & p
 void run_linear_back(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_outer(Device & device, ggml_tensor * dst, const bupo_linear_params & params);
 void run_logprob(Device & device, ggml_tensor * dst, const bupo_logprob_params & params);
-void run_taken_logits(Device & device, ggml_tensor * dst);
+void run_taken_logits(Device & device, ggml_tensor * dst, const bupo_taken_logits_params & params);
 void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params & params);
-void run_divergence(Device & device, ggml_tensor * dst);
+void run_divergence(Device & device, ggml_tensor * dst, const bupo_divergence_params & params);
 void run_attention(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_attention_back(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_rms_norm(Device & device, ggml_tensor * dst, const bupo_norm_params & params);
 void run_rms_norm_back(Device & device, ggml_tensor * dst, const bupo_norm_params & params);
-void run_swiglu(Device & device, ggml_tensor * dst);
-void run_swiglu_back(Device & device, ggml_tensor * dst);
+void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
+void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
 void run_scale_rows(Device & device, ggml_tensor * dst);
 void run_sum_squares(Device & device, ggml_tensor * dst);
 void run_adamw(Device & device, ggml_tensor * dst, const bupo_adamw_params & params);

@@ -98,7 +98,7 @@ static __global__ void finish(int n, int stride, const Pair * pairs, float * out
     }
 }
 
-void run_divergence(Device & device, ggml_tensor * dst) {
+void run_divergence(Device & device, ggml_tensor * dst, const bupo_divergence_params & params) {
     const int64_t t       = dst->src[0]->ne[1];
     const int64_t v       = dst->src[1]->ne[1];
     const int *   targets = static_cast<const int *>(dst->src[4]->data);
@@ -119,8 +119,11 @@ void run_divergence(Device & device, ggml_tensor * dst) {
                 const int64_t       d   = h->ne[0];
                 const void *        e_u = device.rows(dst->src[2 * side + 1], vocab, width, Kind::F32); // [D, width]
                 logits[side] = device.floats((size_t) (width * n));
-                device.multiply({ width, n, d }, { e_u, Kind::F32, d, true }, { data_of(h) + first * d, Kind::F32, d },
-                                logits[side], width);
+                const bupo_logit_map & map = side == 0 ? params.p : params.q;
+                Product product = { width, n, d };
+                product.alpha = map.scale;
+                device.multiply(product, { e_u, Kind::F32, d, true }, { data_of(h) + first * d, Kind::F32, d }, logits[side], width);
+                cap_logits(device, map, logits[side], (size_t) (width * n));
             }
             device.launch(absorb, (size_t) n, THREADS, (int) vocab, (int) width, (const float *) logits[0],
                           (const float *) logits[1], targets + first, pairs);

@@ -24,6 +24,20 @@ struct Sums {
 
 } // namespace
 
+// From a product to the logit that the softmax takes, and its slope (but for factors of the product).
+struct Map {
+    float softcap;         // 0: none, and then the product is the logit
+    float inv_temperature; // of what the softcap gives
+
+    __device__ Capped operator()(float z) const {
+        if (softcap > 0.0f) {
+            const Capped logit = capped(z, softcap);
+            return { inv_temperature * logit.value, logit.slope };
+        }
+        return { z, 1.0f };
+    }
+};
+
 static __global__ void start(int n, Sums * sums) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
@@ -31,32 +45,34 @@ static __global__ void start(int n, Sums * sums) {
     }
 }
 
-// Logits of one tile of the vocabulary, `width` per token, become e^(l - max) in `p` (which may be the same memory).
-// `gradient` and `mean` (null without) get the target's embedding and the new scale.
+// Products of one tile of the vocabulary, `width` per token, become e^(l - max) times the slope of l in `p` (which may be
+// the same memory). `gradient` and `mean` (null without) get the target's embedding times its slope, and the new scale.
 template <typename E>
-static __global__ void absorb(int d, int first, int width, const E * embeddings, const int * targets, const float * logits, E * p,
-                              Sums * sums, float * gradient, float * mean) {
+static __global__ void absorb(int d, int first, int width, Map map, const E * embeddings, const int * targets,
+                              const float * products, E * p, Sums * sums, float * gradient, float * mean) {
     const int     t      = blockIdx.x;
-    const float * l      = logits + (size_t) t * width;
+    const float * z      = products + (size_t) t * width;
     Sums          s      = sums[t];
     const int     target = targets ? targets[t] - first : -1;
     const bool    seen   = target >= 0 && target < width;
+    const Capped  own    = map(seen ? z[target] : 0.0f);
     if (seen) {
-        s.target = l[target];
+        s.target = own.value;
     }
     float largest = s.max;
     for (int v = threadIdx.x; v < width; v += blockDim.x) {
-        largest = Largest()(largest, l[v]);
+        largest = Largest()(largest, map(z[v]).value);
     }
     const float max    = over_block<Largest>(largest);
     double      sum    = 0.0;
     double      weight = 0.0;
     for (int v = threadIdx.x; v < width; v += blockDim.x) {
-        const float x = l[v] - max;
-        const float e = expf(x);
+        const Capped l = map(z[v]);
+        const float  x = l.value - max;
+        const float  e = expf(x);
         sum += (double) e;
         weight += (double) (e * x);
-        p[(size_t) t * width + v] = from_float<E>(PROBABILITY_SCALE<E> * e);
+        p[(size_t) t * width + v] = from_float<E>(PROBABILITY_SCALE<E> * e * l.slope);
     }
     sum    = over_block<Sum>(sum);
     weight = over_block<Sum>(weight);
@@ -73,7 +89,7 @@ static __global__ void absorb(int d, int first, int width, const E * embeddings,
     }
     if (seen && gradient) {
         for (int i = threadIdx.x; i < d; i += blockDim.x) {
-            gradient[(size_t) t * d + i] = to_float(embeddings[(size_t) target * d + i]);
+            gradient[(size_t) t * d + i] = own.slope * to_float(embeddings[(size_t) target * d + i]);
         }
     }
     if (threadIdx.x == 0) {
@@ -84,7 +100,7 @@ static __global__ void absorb(int d, int first, int width, const E * embeddings,
     }
 }
 
-static __global__ void finish(int d, float inv_temperature, bool has_targets, const Sums * sums, const float * mean, float * logprob,
+static __global__ void finish(int d, float factor, bool has_targets, const Sums * sums, const float * mean, float * logprob,
                               float * lse, float * entropy, float * gradient) {
     const int  t = blockIdx.x;
     const Sums s = sums[t];
@@ -98,7 +114,7 @@ static __global__ void finish(int d, float inv_temperature, bool has_targets, co
         const float scale = (float) (1.0 / s.sum);
         for (int i = threadIdx.x; i < d; i += blockDim.x) {
             const size_t at = (size_t) t * d + i;
-            gradient[at] = inv_temperature * (gradient[at] - scale * mean[at]);
+            gradient[at] = factor * (gradient[at] - scale * mean[at]);
         }
     }
 }
@@ -112,6 +128,8 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
     const int64_t       v       = e_u->ne[1];
     const int64_t       v_step  = vocab_step(d * (int64_t) sizeof(E), n);
     float *             out     = data_of(dst);
+    const Map           map     = { params.map.softcap, params.inv_temperature };
+    const float         factor  = params.map.scale * params.inv_temperature; // of what d logits / dh is without a softcap
 
     for (int64_t first = 0; first < n; first += TOKEN_TILE) {
         const Device::Scope tokens_tile(device);
@@ -134,9 +152,9 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
             float *             logits = device.floats((size_t) (width * t));
             E * p = sizeof(E) == sizeof(float) ? (E *) logits : (E *) device.scratch((size_t) (width * t) * sizeof(E));
             Product product = { width, t, d };
-            product.alpha = params.inv_temperature;
+            product.alpha = map.softcap > 0.0f ? params.map.scale : factor;
             device.multiply(product, { rows, kind, d, true }, hidden, logits, width);
-            device.launch(absorb<E>, (size_t) t, THREADS, (int) d, (int) vocab, (int) width, (const E *) rows, own,
+            device.launch(absorb<E>, (size_t) t, THREADS, (int) d, (int) vocab, (int) width, map, (const E *) rows, own,
                           (const float *) logits, p, sums, gradient, mean);
             if (mean) {
                 Product running = { d, t, width };
@@ -145,7 +163,7 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
                 device.multiply(running, { rows, kind, d }, { p, kind, width }, mean, d);
             }
         }
-        device.launch(finish, (size_t) t, threads_for(d), (int) d, params.inv_temperature, own != nullptr, (const Sums *) sums,
+        device.launch(finish, (size_t) t, threads_for(d), (int) d, factor, own != nullptr, (const Sums *) sums,
                       (const float *) mean, out + first, out + n + first, out + 2 * n + first, gradient);
     }
 }

@@ -37,7 +37,7 @@ constexpr int FIXED = 7; // values of a column before its likeliest tokens
 
 } // namespace
 
-static __global__ void taken_logits(int d, const float * row, const float * h, float * out) {
+static __global__ void taken_logits(int d, float scale, const float * row, const float * h, float * out) {
     const float * x   = h + (size_t) blockIdx.x * d;
     float         sum = 0.0f;
     for (int i = threadIdx.x; i < d; i += blockDim.x) {
@@ -45,7 +45,7 @@ static __global__ void taken_logits(int d, const float * row, const float * h, f
     }
     sum = over_block<Sum>(sum);
     if (threadIdx.x == 0) {
-        out[blockIdx.x] = sum;
+        out[blockIdx.x] = scale * sum;
     }
 }
 
@@ -186,7 +186,7 @@ static __global__ void finish(int group, int top_k, bool has_taken, const Sums *
     }
 }
 
-void run_taken_logits(Device & device, ggml_tensor * dst) {
+void run_taken_logits(Device & device, ggml_tensor * dst, const bupo_taken_logits_params & params) {
     const ggml_tensor *  h   = dst->src[0];
     const ggml_tensor *  e_u = dst->src[1];
     const int64_t        d   = h->ne[0];
@@ -200,10 +200,11 @@ void run_taken_logits(Device & device, ggml_tensor * dst) {
         }
         const Device::Scope scope(device);
         const float *       row = static_cast<const float *>(device.rows(e_u, ids[c], 1, Kind::F32));
-        device.launch(taken_logits, end - c, threads_for(d), (int) d, row, (const float *) data_of(h) + c * (size_t) d,
-                      data_of(dst) + c);
+        device.launch(taken_logits, end - c, threads_for(d), (int) d, params.map.scale, row,
+                      (const float *) data_of(h) + c * (size_t) d, data_of(dst) + c);
         c = end;
     }
+    cap_logits(device, params.map, data_of(dst), ids.size());
 }
 
 void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params & params) {
@@ -235,7 +236,10 @@ void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params
             const int64_t       width  = std::min(v_step, v - vocab);
             const void *        rows   = device.rows(e_u, vocab, width, Kind::F32); // [D, width]
             float *             logits = device.floats((size_t) (width * n));
-            device.multiply({ width, n, d }, { rows, Kind::F32, d, true }, hidden, logits, width);
+            Product             product = { width, n, d };
+            product.alpha = params.map.scale;
+            device.multiply(product, { rows, Kind::F32, d, true }, hidden, logits, width);
+            cap_logits(device, params.map, logits, (size_t) (width * n));
             device.launch(absorb, (size_t) n, THREADS, group, (int) vocab, (int) width, (const float *) logits,
                           taken ? taken + first : nullptr, logit ? logit + first : nullptr, (const Sums *) sums[0], sums[1]);
             std::swap(sums[0], sums[1]);

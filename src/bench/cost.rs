@@ -10,7 +10,7 @@ use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Executor, Graph, Input, Type};
 use crate::model::{Batch, Policy};
-use crate::ops;
+use crate::ops::{self, LogitMap};
 
 /// Sizes of each series, as multiples of the smallest.
 const STEPS: usize = 4;
@@ -96,7 +96,7 @@ fn head(bench: &Bench<'_>, v: usize, t: usize) -> Result<Duration> {
     let h = arena.input("h", Type::F32, &[d, t]);
     let target = arena.input("target", Type::I32, &[t]);
     let part = arena.row_range(unembedding, 0, v);
-    let head = ops::linear_logprob(&arena, h, part, Some(target), 1.0, true);
+    let head = ops::linear_logprob(&arena, h, part, Some(target), LogitMap::default(), 1.0, true);
     graph.output(head.logprob);
     if let Some(gradient) = head.gradient {
         graph.output(gradient);

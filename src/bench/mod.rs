@@ -12,7 +12,7 @@ mod ops;
 mod rollout;
 mod train;
 
-pub use ops::packed;
+pub use ops::{packed, pairs};
 
 use std::path::Path;
 use std::process::Command;

@@ -6,7 +6,7 @@ use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
 use crate::model::Target;
-use crate::ops::{self, AdamWStep, AttentionSpec, LowRank, Segment};
+use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
 pub(super) const CASES: [&str; 6] = ["linear", "ggml", "head", "attention", "policies", "rows"];
@@ -222,7 +222,8 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let target = inputs.ids(arena, T, v);
             let e_u = arena.row_range(inputs.w, 0, v);
-            let head = ops::linear_logprob(arena, h, e_u, Some(target), 1.0, gradient);
+            let map = LogitMap::default();
+            let head = ops::linear_logprob(arena, h, e_u, Some(target), map, 1.0, gradient);
             graph.output(head.logprob);
             if let Some(gradient) = head.gradient {
                 graph.output(gradient);
@@ -255,25 +256,48 @@ pub fn packed(times: usize, prompt: usize, n: usize, len: usize) -> Vec<Segment>
     segments
 }
 
+/// Pairs of tokens of which one sees the other.
+pub fn pairs(segments: &[Segment], window: Option<usize>) -> usize {
+    let seen = |s: &Segment| -> usize {
+        let first = (s.prefix_end - s.prefix_begin) as usize + 1;
+        let positions = first..first + (s.end - s.begin) as usize;
+        positions.map(|n| n.min(window.unwrap_or(n))).sum()
+    };
+    segments.iter().map(seen).sum()
+}
+
 fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let c = bench.model.config();
     let (n_head, n_head_kv, head_size) = (c.n_head, c.n_head_kv, c.head_size);
-    let spec = AttentionSpec { n_head, n_head_kv, head_size, scale: c.attention_scale };
+    let plain = AttentionSpec {
+        n_head,
+        n_head_kv,
+        head_size,
+        scale: c.attention_scale,
+        window: None,
+        softcap: None,
+    };
     // Not used: attention has no weights.
     let w = bench.model.weights().output_norm;
     let mut rows = Vec::new();
-    for (name, segments) in [
-        ("2 x 256", packed(2, 256, 0, 0)),
-        ("1 x 2048", packed(1, 2048, 0, 0)),
-        ("256 + 8 x 128", packed(1, 256, 8, 128)),
+    for (name, segments, spec) in [
+        ("2 x 256", packed(2, 256, 0, 0), plain),
+        ("1 x 2048", packed(1, 2048, 0, 0), plain),
+        (
+            "1 x 2048, window 256",
+            packed(1, 2048, 0, 0),
+            AttentionSpec { window: Some(256), ..plain },
+        ),
+        (
+            "1 x 2048, softcap",
+            packed(1, 2048, 0, 0),
+            AttentionSpec { softcap: Some(50.0), ..plain },
+        ),
+        ("256 + 8 x 128", packed(1, 256, 8, 128), plain),
     ] {
         let t = segments.last().expect("segments").end as usize;
-        let pairs = segments.iter().map(|s| {
-            let n = (s.end - s.begin) as usize;
-            n * (s.prefix_end - s.prefix_begin) as usize + n * (n + 1) / 2
-        });
         // Two products forward, five backward, over the pairs of tokens that see each other.
-        let flop = 2.0 * (pairs.sum::<usize>() * head_size * n_head) as f64;
+        let flop = 2.0 * (pairs(&segments, spec.window) * head_size * n_head) as f64;
         let (q, kv) = ([head_size * n_head, t], [head_size * n_head_kv, t]);
         rows.push(time(
             bench,
@@ -309,13 +333,18 @@ fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let taken = inputs.ids(arena, T, v);
             let wanted = ops::Compare { taken: Some(taken), group: 8, top_k: 3 };
-            graph.output(ops::policies(arena, h, inputs.w, wanted).values);
+            graph.output(ops::policies(arena, h, inputs.w, wanted, LogitMap::default()).values);
         })?,
         time(bench, format!("divergence {what}"), 2.0 * flop, w, |arena, graph, inputs| {
             let (p, q) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
             let target = inputs.ids(arena, T, v);
             let q = arena.add(q, p);
-            let d = ops::divergence(arena, (p, inputs.w), (q, inputs.w), target);
+            let [p, q] = [p, q].map(|hidden| Head {
+                hidden,
+                unembedding: inputs.w,
+                map: LogitMap::default(),
+            });
+            let d = ops::divergence(arena, p, q, target);
             for node in [d.kl, d.logprob_p, d.logprob_q, d.agree] {
                 graph.output(node);
             }
@@ -344,15 +373,17 @@ fn rowwise(bench: &Bench<'_>) -> Result<Vec<Row>> {
         let (x, dy) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
         vec![ops::rms_norm_back(arena, x, inputs.w, dy, None, 1e-6)]
     })?;
-    add(format!("swiglu {ff}"), &|arena, inputs| {
-        let (gate, up) = (inputs.f32(arena, [ff, T]), inputs.f32(arena, [ff, T]));
-        vec![ops::swiglu(arena, gate, up)]
-    })?;
-    add(format!("swiglu_back {ff}"), &|arena, inputs| {
-        let [gate, up, d] = [(); 3].map(|()| inputs.f32(arena, [ff, T]));
-        let (d_gate, d_up) = ops::swiglu_back(arena, gate, up, d);
-        vec![d_gate, d_up]
-    })?;
+    for (name, activation) in [("silu", Activation::Silu), ("gelu", Activation::Gelu)] {
+        add(format!("glu {name} {ff}"), &|arena, inputs| {
+            let (gate, up) = (inputs.f32(arena, [ff, T]), inputs.f32(arena, [ff, T]));
+            vec![ops::glu(arena, gate, up, activation)]
+        })?;
+        add(format!("glu_back {name} {ff}"), &|arena, inputs| {
+            let [gate, up, d] = [(); 3].map(|()| inputs.f32(arena, [ff, T]));
+            let (d_gate, d_up) = ops::glu_back(arena, gate, up, d, activation);
+            vec![d_gate, d_up]
+        })?;
+    }
     add(format!("scale_rows {d}"), &|arena, inputs| {
         let (x, factors) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [T, 1]));
         vec![ops::scale_rows(arena, x, factors)]

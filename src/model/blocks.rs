@@ -7,7 +7,7 @@
 use super::memo::Memo;
 use super::weights::Linear;
 use crate::ggml::{Arena, Graph, Rope, Tensor};
-use crate::ops;
+use crate::ops::{self, Activation};
 
 /// An adapter's pair on one linear map.
 #[derive(Clone, Copy)]
@@ -204,6 +204,8 @@ impl<'a> Attention<'a> {
             n_head_kv: self.k_heads.n,
             head_size: self.q_heads.size,
             scale: self.scale,
+            window: None,
+            softcap: None,
         };
         let whole = memo.node(|| ops::attention(arena, q, k, v, self.segments, spec).1.whole());
         let (mixed, core) = ops::attention_kept(arena, whole, q, k, v, self.segments, spec); // [hd * n_head, T]
@@ -262,7 +264,8 @@ impl<'a> SwiGlu<'a> {
         };
         let (gate, gate_saved) = kept(&self.gate); // [n_ff, T]
         let (up, up_saved) = kept(&self.up); // [n_ff, T]
-        let (out, down_saved) = self.down.forward(arena, ops::swiglu(arena, gate, up), memo);
+        let (out, down_saved) =
+            self.down.forward(arena, ops::glu(arena, gate, up, Activation::Silu), memo);
         (out, SwiGluSaved { linear: [gate_saved, up_saved, down_saved], gate, up })
     }
 
@@ -277,7 +280,7 @@ impl<'a> SwiGlu<'a> {
         let [gate_saved, up_saved, down_saved] = saved.linear;
         let d_inner = self.down.vjp(arena, graph, down_saved, d_out, None, true);
         let d_inner = d_inner.expect("asked for"); // [n_ff, T]
-        let (d_gate, d_up) = ops::swiglu_back(arena, saved.gate, saved.up, d_inner);
+        let (d_gate, d_up) = ops::glu_back(arena, saved.gate, saved.up, d_inner, Activation::Silu);
         let dh = self.gate.vjp(arena, graph, gate_saved, d_gate, None, true);
         self.up.vjp(arena, graph, up_saved, d_up, dh, true).expect("asked for")
     }

@@ -3,7 +3,7 @@
 use super::{Batch, Engine, Lora, Model};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Type};
-use crate::ops;
+use crate::ops::{self, Head, LogitMap};
 
 /// A model as it is compared: with its own engine, so that both keep their activations.
 pub struct Contestant<'c> {
@@ -44,7 +44,8 @@ pub fn compare(p: &mut Contestant, q: &mut Contestant, batch: &Batch) -> Result<
         let x = arena.input("hidden", Type::F32, &[config.n_embd, s]);
         let weights = model.weights();
         let normed = ops::rms_norm(&arena, x, weights.output_norm, config.rms_eps);
-        (x, (normed, weights.unembedding))
+        let map = LogitMap::default();
+        (x, Head { hidden: normed, unembedding: weights.unembedding, map })
     });
     let d = ops::divergence(&arena, inputs[0].1, inputs[1].1, target);
     let nodes = [d.kl, d.logprob_p, d.logprob_q, d.agree];

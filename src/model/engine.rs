@@ -14,7 +14,7 @@ use crate::Result;
 use crate::ggml::{
     Arena, Device, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type,
 };
-use crate::ops;
+use crate::ops::{self, LogitMap};
 
 /// Room for the nodes of a layer's forward and backward.
 const LAYER_NODES: usize = 256;
@@ -267,6 +267,7 @@ impl Engine {
             hidden,
             weights.unembedding,
             Some(target),
+            LogitMap::default(),
             1.0 / temperature,
             keep,
         );

@@ -6,7 +6,7 @@ use super::memo::Memo;
 use super::{Batch, Lora, Model};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Type};
-use crate::ops::{self, Answers, Compare};
+use crate::ops::{self, Answers, Compare, LogitMap};
 
 /// What one layer computes at the picked tokens, `[D, S]` each. Its input is the layer below's output.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -125,7 +125,8 @@ impl Engine {
             node
         });
         let wanted = Compare { taken, group: question.group, top_k: question.top_k };
-        let node = ops::policies(&arena, h, weights.unembedding, wanted).values;
+        let node =
+            ops::policies(&arena, h, weights.unembedding, wanted, LogitMap::default()).values;
         graph.output(node);
         let computed = self.executor().run(&graph, &inputs)?;
         Ok(Answers::new(computed.f32(node), question.top_k))

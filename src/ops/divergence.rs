@@ -1,6 +1,6 @@
 //! How far two models' distributions over one vocabulary are apart, token by token.
 //!
-//! With logits `l^p = E_p h_p`, `l^q = E_q h_q` (`p = softmax(l^p)`, `q = softmax(l^q)`):
+//! With logits `l^p` and `l^q`, each by its own map ([`super::LogitMap`]), `p = softmax(l^p)`, `q = softmax(l^q)`:
 //!
 //! ```text
 //! KL(p || q) = sum_v p_v (l^p_v - l^q_v) - lse(l^p) + lse(l^q)
@@ -19,6 +19,7 @@ use ggml_sys as sys;
 use super::exp::exp;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::linear::{Weight, steps};
+use super::logits::{Head, LogitMap};
 use super::rows::{check_head, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
@@ -42,7 +43,7 @@ pub struct Divergence<'a> {
 
 #[repr(C)]
 struct Params {
-    op: u32,
+    c: sys::bupo_divergence_params,
     // Partial sums of each token tile, by thread.
     tiles: Vec<Mutex<Vec<Option<Vec<Partial>>>>>,
 }
@@ -68,26 +69,31 @@ struct Side {
     target: Option<f32>,
 }
 
-/// KL, log-probs and agreement of hidden states `h_p: [D_p, T]`, `h_q: [D_q, T]` F32 under unembeddings
-/// `e_p: [D_p, V]`, `e_q: [D_q, V]` of any type; `target: [T]` I32, in range. The vocabulary is the same.
+/// KL, log-probs and agreement of p, of hidden states `[D_p, T]` and an unembedding `[D_p, V]`, and q, of
+/// `[D_q, T]` and `[D_q, V]`; `target: [T]` I32, in range. The vocabulary is the same.
 pub fn divergence<'a>(
     arena: &'a Arena,
-    p: (Tensor<'a>, Tensor<'a>),
-    q: (Tensor<'a>, Tensor<'a>),
+    p: Head<'a>,
+    q: Head<'a>,
     target: Tensor<'a>,
 ) -> Divergence<'a> {
-    let t = p.0.shape()[1];
-    for (h, e) in [p, q] {
-        check_head("divergence", h, e);
-        assert!(h.shape()[1] == t, "divergence: {t} tokens, and {h:?}");
+    let t = p.hidden.shape()[1];
+    for head in [p, q] {
+        check_head("divergence", head.hidden, head.unembedding);
+        assert!(head.hidden.shape()[1] == t, "divergence: {t} tokens, and {:?}", head.hidden);
     }
-    assert_eq!(p.1.shape()[1], q.1.shape()[1], "divergence: one vocabulary");
+    let [v_p, v_q] = [p, q].map(|head| head.unembedding.shape()[1]);
+    assert_eq!(v_p, v_q, "divergence: one vocabulary");
     assert!(target.ty() == Type::I32 && target.len() == t, "divergence: {target:?}");
     let params = Params {
-        op: sys::BUPO_OP_DIVERGENCE,
+        c: sys::bupo_divergence_params {
+            op: sys::BUPO_OP_DIVERGENCE,
+            p: p.map.params(),
+            q: q.map.params(),
+        },
         tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
     };
-    let sources = [p.0, p.1, q.0, q.1, target];
+    let sources = [p.hidden, p.unembedding, q.hidden, q.unembedding, target];
     let all = arena.custom([4 * t, 1, 1, 1], &sources, kernel, params);
     Divergence {
         kl: arena.part(all, 0, [t, 1]),
@@ -102,6 +108,7 @@ struct Model {
     d: usize,
     h: *const f32,
     unembedding: Weight,
+    map: LogitMap,
 }
 
 struct Job {
@@ -123,16 +130,17 @@ unsafe extern "C" fn kernel(
     // 4 T results, Params as userdata.
     let (params, job) = unsafe {
         let params = &*userdata.cast::<Params>();
-        debug_assert_eq!(params.op, sys::BUPO_OP_DIVERGENCE);
+        debug_assert_eq!(params.c.op, sys::BUPO_OP_DIVERGENCE);
         let src = &(*dst).src;
-        let model = |i: usize| Model {
+        let model = |i: usize, map| Model {
             d: (*src[i]).ne[0] as usize,
             h: (*src[i]).data.cast(),
             unembedding: Weight::new(src[i + 1]),
+            map: LogitMap::from_params(map),
         };
         let job = Job {
-            p: model(0),
-            q: model(2),
+            p: model(0, params.c.p),
+            q: model(2, params.c.q),
             t: (*src[0]).ne[1] as usize,
             v: (*src[1]).ne[1] as usize,
             targets: (*src[4]).data.cast(),
@@ -174,8 +182,9 @@ impl Model {
             let e = self.unembedding.tile(vs, 0..self.d, rows); // (v, d)
             let h = Matrix::new(self.h.add(tokens.start * self.d), 1, self.d); // (d, t)
             let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, t)
-            gemm([width, n, self.d], l, false, e, h, 1.0);
+            gemm([width, n, self.d], l, false, e, h, self.map.scale);
         }
+        self.map.cap(&mut logits[..width * n]);
     }
 }
 

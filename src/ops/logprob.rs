@@ -1,11 +1,12 @@
 //! `linear_logprob`: log-prob, log-sum-exp and entropy of a softmax over the vocabulary, straight from
 //! hidden states, and their vjp, without ever holding `[V, T]` logits.
 //!
-//! With `l_v = E_u[v] . h / T`, `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`:
+//! With `z_v = scale E_u[v] . h`, `l_v = z_v / T` or, with a softcap c, `l_v = c tanh(z_v / c) / T`,
+//! `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and `w_v = 1` or `w_v = 1 - tanh^2(z_v / c)`:
 //!
 //! ```text
 //! logprob = l_target - lse          entropy = -sum_v p_v log p_v = lse - sum_v p_v l_v
-//! d logprob / dh = (E_u[target] - sum_v p_v E_u[v]) / T
+//! d logprob / dh = (w_target E_u[target] - sum_v p_v w_v E_u[v]) scale / T
 //! ```
 //!
 //! One pass over the vocabulary in tiles does both directions: as flash attention with K = V = E_u, it
@@ -22,9 +23,10 @@ use std::sync::Mutex;
 
 use ggml_sys as sys;
 
-use super::exp::exp;
+use super::exp::{exp, softcap};
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::linear::{Weight, steps};
+use super::logits::LogitMap;
 use super::rows::{check_head, maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
@@ -32,13 +34,15 @@ use crate::ggml::{Arena, Tensor, Type};
 const TOKEN_TILE: usize = 512;
 /// Floats of a dequantised vocabulary tile.
 const VOCAB_TILE: usize = 128 * 1024;
+/// Its rows at most.
+const VOCAB_STEP: usize = 512;
 
 /// Bytes that [`linear_logprob`] takes beside its result: on each thread a tile of dequantised vocabulary
 /// and its logits, and the partial sums of the token tiles that are in work.
 pub fn logprob_tiles_bytes(d: usize, tokens: usize, threads: usize) -> usize {
     let tile = tokens.min(TOKEN_TILE);
     // A thread that is a tile ahead has begun its next sums.
-    threads * 4 * (VOCAB_TILE + 512 * tile + 2 * d * tile)
+    threads * 4 * (VOCAB_TILE + VOCAB_STEP * (tile + 1) + 2 * d * tile)
 }
 
 /// Results of [`linear_logprob`], one value per token `[T]` each.
@@ -67,19 +71,20 @@ struct Partial {
     // sum e^(l - max), sum e^(l - max) (l - max)
     sum: Vec<f64>,
     weighted: Vec<f64>,
-    // The target's l, where this part of the vocabulary holds it.
-    target: Vec<Option<f32>>,
-    // sum e^(l - max) E_u[v]: [D, tokens]
+    // The target's l and w, where this part of the vocabulary holds it.
+    target: Vec<Option<(f32, f32)>>,
+    // sum e^(l - max) w E_u[v]: [D, tokens]
     mean: Vec<f32>,
 }
 
 /// Log-probs of `target: [T]` I32 (in range), and entropies, of hidden states `h: [D, T]` under the
-/// unembedding `e_u: [D, V]` of any type, logits scaled by `inv_temperature`.
+/// unembedding `e_u: [D, V]` of any type; `inv_temperature` multiplies the logits that `map` makes.
 pub fn linear_logprob<'a>(
     arena: &'a Arena,
     h: Tensor<'a>,
     e_u: Tensor<'a>,
     target: Option<Tensor<'a>>,
+    map: LogitMap,
     inv_temperature: f32,
     gradient: bool,
 ) -> Logprob<'a> {
@@ -97,6 +102,7 @@ pub fn linear_logprob<'a>(
             op: sys::BUPO_OP_LOGPROB,
             inv_temperature,
             gradient: gradient as u32,
+            map: map.params(),
         },
         tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
     };
@@ -118,6 +124,7 @@ struct Job {
     h: *const f32,
     unembedding: Weight,
     targets: *const i32,
+    map: LogitMap,
     inv_temperature: f32,
     gradient: bool,
     out: *mut f32,
@@ -142,6 +149,7 @@ unsafe extern "C" fn kernel(
             h: (*src[0]).data.cast(),
             unembedding: Weight::new(src[1]),
             targets,
+            map: LogitMap::from_params(params.c.map),
             inv_temperature: params.c.inv_temperature,
             gradient: params.c.gradient != 0,
             out: (*dst).data.cast(),
@@ -177,19 +185,35 @@ impl Job {
             target: vec![None; n],
             mean: vec![0.0; if self.gradient { d * n } else { 0 }],
         };
-        let step = (VOCAB_TILE / d / 64 * 64).clamp(64, 512);
+        let step = (VOCAB_TILE / d / 64 * 64).clamp(64, VOCAB_STEP);
         let dequantised = self.unembedding.scratch(step, d);
-        // SAFETY: by contract; scratch holds a tile of E_u and a tile of logits.
-        with_scratch(dequantised + step * n, |scratch| unsafe {
-            let (rows, logits) = scratch.split_at_mut(dequantised);
+        // Where a softcap comes between, the temperature follows it.
+        let alpha = match self.map.softcap {
+            None => self.map.scale * self.inv_temperature,
+            Some(_) => self.map.scale,
+        };
+        // SAFETY: by contract; scratch holds a tile of E_u, a tile of logits, and slopes of one token's.
+        with_scratch(dequantised + step * (n + 1), |scratch| unsafe {
+            let (rows, scratch) = scratch.split_at_mut(dequantised);
+            let (slopes, logits) = scratch.split_at_mut(step);
             for vs in steps(vocab, step) {
                 let e = self.unembedding.tile(vs.clone(), 0..d, rows); // (v, d)
                 let width = vs.len();
                 let h = Matrix::new(self.h.add(tokens.start * d), 1, d); // (d, t)
                 let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, t)
-                gemm([width, n, d], l, false, e, h, self.inv_temperature);
+                gemm([width, n, d], l, false, e, h, alpha);
                 for (t, column) in logits.chunks_exact_mut(width).take(n).enumerate() {
-                    self.absorb(&mut sums, t, tokens.start, vs.start, column);
+                    let Some(cap) = self.map.softcap else {
+                        self.absorb(&mut sums, t, tokens.start, vs.start, column, None);
+                        continue;
+                    };
+                    let slopes = &mut slopes[..width];
+                    for (l, slope) in column.iter_mut().zip(&mut *slopes) {
+                        let (logit, w) = softcap(*l, cap);
+                        (*l, *slope) = (self.inv_temperature * logit, w);
+                    }
+                    self.absorb(&mut sums, t, tokens.start, vs.start, column, Some(slopes));
+                    column.iter_mut().zip(slopes).for_each(|(e, slope)| *e *= *slope);
                 }
                 if self.gradient {
                     let mean = Matrix::new(sums.mean.as_mut_ptr(), 1, d); // (d, t)
@@ -202,7 +226,8 @@ impl Job {
         sums
     }
 
-    /// Takes one token's logits of a vocabulary tile into the sums; `l` becomes `e^(l - max)`.
+    /// Takes one token's logits of a vocabulary tile into the sums; `l` becomes `e^(l - max)`. `slopes` are
+    /// the w, where they are not 1.
     ///
     /// # Safety
     /// Token `first + t` is within the sources.
@@ -213,12 +238,13 @@ impl Job {
         first: usize,
         vocab: usize,
         l: &mut [f32],
+        slopes: Option<&[f32]>,
     ) {
         if !self.targets.is_null() {
             // SAFETY: by contract.
             let target = unsafe { *self.targets.add(first + t) } as usize;
-            if let Some(&logit) = target.checked_sub(vocab).and_then(|i| l.get(i)) {
-                sums.target[t] = Some(logit);
+            if let Some(i) = target.checked_sub(vocab).filter(|&i| i < l.len()) {
+                sums.target[t] = Some((l[i], slopes.map_or(1.0, |slopes| slopes[i])));
             }
         }
         let before = sums.max[t];
@@ -278,7 +304,7 @@ impl Job {
                 target = target.or(p.target[i]);
             }
             let lse = max as f64 + sum.ln();
-            let logprob = target.map_or(0.0, |l| l as f64 - lse);
+            let logprob = target.map_or(0.0, |(l, _)| l as f64 - lse);
             // SAFETY: by contract; `out` has 3 T values, then D for each token.
             unsafe {
                 *self.out.add(token) = logprob as f32;
@@ -287,16 +313,18 @@ impl Job {
                 if !self.gradient {
                     continue;
                 }
+                let factor = self.map.scale * self.inv_temperature;
+                let own = factor * target.map_or(1.0, |(_, slope)| slope);
                 let target = *self.targets.add(token) as usize;
                 let e = self.unembedding.tile(target..target + 1, 0..d, &mut row);
                 let e = std::slice::from_raw_parts(e.data, d);
                 let out = std::slice::from_raw_parts_mut(self.out.add(3 * self.t + token * d), d);
                 for (g, e) in out.iter_mut().zip(e) {
-                    *g = self.inv_temperature * e;
+                    *g = own * e;
                 }
                 for p in &partials {
                     let scale = ((p.max[i] - max) as f64).exp() / sum;
-                    let scale = scale as f32 * self.inv_temperature;
+                    let scale = scale as f32 * factor;
                     for (g, m) in out.iter_mut().zip(&p.mean[i * d..][..d]) {
                         *g -= scale * m;
                     }

@@ -1,6 +1,6 @@
 //! `policies`: what many hidden states say through one unembedding, in a single pass over the vocabulary.
 //!
-//! For a column `h` with logits `l_v = E_u[v] . h`, `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and the
+//! For a column `h` with logits `l` ([`LogitMap`]), `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and the
 //! column `r` that it is compared with, of probabilities `q_v`:
 //!
 //! ```text
@@ -24,6 +24,7 @@ use ggml_sys as sys;
 use super::exp::exp;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::linear::{Weight, steps};
+use super::logits::LogitMap;
 use super::queue::Queue;
 use super::rows::{dot, maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
@@ -180,6 +181,7 @@ pub fn policies<'a>(
     h: Tensor<'a>,
     e_u: Tensor<'a>,
     wanted: Compare<'a>,
+    map: LogitMap,
 ) -> Policies<'a> {
     let [d, columns, ..] = h.shape();
     let v = e_u.shape()[1];
@@ -192,13 +194,15 @@ pub fn policies<'a>(
         assert!(taken.ty() == Type::I32 && taken.len() == columns, "policies: {taken:?}");
         let shape = [columns, 1, 1, 1];
         let op = sys::BUPO_OP_TAKEN_LOGITS;
-        sources.extend([taken, arena.custom(shape, &[h, e_u, taken], taken_kernel, op)]);
+        let params = sys::bupo_taken_logits_params { op, map: map.params() };
+        sources.extend([taken, arena.custom(shape, &[h, e_u, taken], taken_kernel, params)]);
     }
     let c = sys::bupo_policies_params {
         op: sys::BUPO_OP_POLICIES,
         group: wanted.group as u32,
         top_k: wanted.top_k as u32,
         taken: wanted.taken.is_some() as u32,
+        map: map.params(),
     };
     let passes = columns.div_ceil(pass_columns(wanted.group));
     let params = Params { c, passes: (0..passes).map(|_| Pass::default()).collect() };
@@ -215,10 +219,12 @@ unsafe extern "C" fn taken_kernel(
     dst: *mut sys::ggml_tensor,
     ith: c_int,
     nth: c_int,
-    _userdata: *mut c_void,
+    userdata: *mut c_void,
 ) {
-    // SAFETY: `policies` made this node: h F32 [D, C], e_u [D, V], taken I32 [C] in range, dst F32 [C].
+    // SAFETY: `policies` made this node: h F32 [D, C], e_u [D, V], taken I32 [C] in range, dst F32 [C], the
+    // parameters as userdata.
     unsafe {
+        let map = LogitMap::from_params((*userdata.cast::<sys::bupo_taken_logits_params>()).map);
         let src = &(*dst).src;
         let (d, columns) = ((*src[0]).ne[0] as usize, (*src[0]).ne[1] as usize);
         let (h, taken) = ((*src[0]).data.cast::<f32>(), (*src[2]).data.cast::<i32>());
@@ -229,7 +235,9 @@ unsafe extern "C" fn taken_kernel(
             let e = unembedding.tile(token..token + 1, 0..d, &mut row);
             let e = std::slice::from_raw_parts(e.data, d);
             let h = std::slice::from_raw_parts(h.add(c * d), d);
-            *(*dst).data.cast::<f32>().add(c) = dot(e, h);
+            let mut logit = [map.scale * dot(e, h)];
+            map.cap(&mut logit);
+            *(*dst).data.cast::<f32>().add(c) = logit[0];
         }
     }
 }
@@ -241,6 +249,7 @@ struct Job {
     v: usize,
     group: usize,
     top_k: usize,
+    map: LogitMap,
     h: *const f32,
     unembedding: Weight,
     // Null without.
@@ -267,6 +276,7 @@ unsafe extern "C" fn kernel(
             v: (*src[1]).ne[1] as usize,
             group: params.c.group as usize,
             top_k: params.c.top_k as usize,
+            map: LogitMap::from_params(params.c.map),
             h: (*src[0]).data.cast(),
             unembedding: Weight::new(src[1]),
             taken: if has { (*src[2]).data.cast() } else { std::ptr::null() },
@@ -345,7 +355,8 @@ impl Job {
                 for cs in steps(0..n, tile) {
                     let h = Matrix::new(self.h.add((columns.start + cs.start) * d), 1, d); // (d, c)
                     let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, c)
-                    gemm([width, cs.len(), d], l, false, e, h, 1.0);
+                    gemm([width, cs.len(), d], l, false, e, h, self.map.scale);
+                    self.map.cap(&mut logits[..width * cs.len()]);
                     for (c, l) in cs.clone().zip(logits.chunks_exact(width)) {
                         self.look(&mut part, c, columns.start + c, &vs, l);
                     }

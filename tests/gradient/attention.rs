@@ -25,7 +25,8 @@ fn segments(trees: &[Tree]) -> Vec<Segment> {
 }
 
 fn spec(n_head: usize, n_head_kv: usize, head_size: usize) -> AttentionSpec {
-    AttentionSpec { n_head, n_head_kv, head_size, scale: 1.0 / (head_size as f32).sqrt() }
+    let scale = 1.0 / (head_size as f32).sqrt();
+    AttentionSpec { n_head, n_head_kv, head_size, scale, window: None, softcap: None }
 }
 
 /// Output and cotangents of q, k and v.
@@ -53,9 +54,11 @@ fn computed(
 fn check(trees: &[Tree], spec: AttentionSpec, threads: usize, gain: f32, tolerance: f64) {
     let segments = segments(trees);
     let t = segments.last().unwrap().end as usize;
-    let AttentionSpec { n_head, n_head_kv, head_size, .. } = spec;
+    let AttentionSpec { n_head, n_head_kv, head_size, window, softcap, .. } = spec;
     let what = |of: &str| {
-        format!("attention {of} T={t} {n_head}:{n_head_kv}x{head_size} x{gain} threads={threads}")
+        let heads = format!("{n_head}:{n_head_kv}x{head_size}");
+        let edges = format!("window={window:?} softcap={softcap:?}");
+        format!("attention {of} T={t} {heads} {edges} x{gain} threads={threads}")
     };
     let [q_width, kv_width] = [n_head, n_head_kv].map(|n| n * head_size);
     let mut random = Random::new((t * q_width + kv_width) as u64);
@@ -121,13 +124,95 @@ fn attention_of_large_scores() {
     }
 }
 
+#[test]
+fn attention_with_a_window() {
+    let forest: &[Tree] = &[(9, &[1, 2, 14]), (1, &[]), (2, &[3]), (40, &[])];
+    for window in [2, 3, 9, 10, 23, 40, 1000] {
+        for threads in [1, 2, 5] {
+            let spec = AttentionSpec { window: Some(window), ..spec(4, 2, 8) };
+            check(forest, spec, threads, 1.0, EXACT);
+        }
+    }
+    // Tiles are 64 queries by 128 keys; the longest sequence has 290 tokens.
+    for window in [2, 63, 64, 65, 127, 128, 129, 140, 141, 151, 289, 290, 291] {
+        let spec = AttentionSpec { window: Some(window), ..spec(2, 1, 8) };
+        check(&[(140, &[1, 150, 20, 30, 70]), (65, &[130])], spec, 2, 1.0, EXACT);
+        check(&[(290, &[])], spec, 1, 1.0, EXACT);
+    }
+}
+
+/// Each token alone: its own value, whatever queries and keys.
+#[test]
+fn attention_with_a_window_of_one() {
+    let spec = AttentionSpec { window: Some(1), ..spec(4, 2, 8) };
+    for trees in [&[(140, &[3, 70][..])][..], &[(2, &[1]), (1, &[])]] {
+        // Cotangents of q and k are differences of equal products of size 1.
+        check(trees, spec, 2, 1.0, CANCELLED);
+    }
+}
+
+#[test]
+fn a_window_beyond_all_tokens_changes_no_bit() {
+    let segments = segments(&[(140, &[1, 150, 70]), (65, &[130])]);
+    let t = segments.last().unwrap().end as usize;
+    let mut random = Random::new(7);
+    let [q, d] = [(); 2].map(|()| random.normal(32 * t));
+    let [k, v] = [(); 2].map(|()| random.normal(16 * t));
+    let with = |window| {
+        let spec = AttentionSpec { window, ..spec(4, 2, 8) };
+        computed([&q, &k, &v, &d], &segments, spec, 2)
+    };
+    let plain = with(None);
+    assert_eq!(plain, with(Some(290)));
+    assert_eq!(plain, with(Some(usize::MAX)));
+    assert_ne!(plain, with(Some(289)));
+}
+
+#[test]
+fn attention_with_a_softcap() {
+    let trees: &[Tree] = &[(140, &[1, 70]), (9, &[5, 1, 8])];
+    for threads in [1, 2, 5] {
+        // Scores from far below the cap to far beyond.
+        for (softcap, gain) in [(50.0, 1.0), (2.0, 1.0), (1.0, 3.0), (0.1, 1.0), (30.0, 20.0)] {
+            let spec = AttentionSpec { softcap: Some(softcap), ..spec(4, 2, 16) };
+            check(trees, spec, threads, gain, EXACT * (gain as f64 / 2.0).max(1.0));
+            let spec = AttentionSpec { window: Some(33), ..spec };
+            check(trees, spec, threads, gain, EXACT * (gain as f64 / 2.0).max(1.0));
+        }
+    }
+}
+
+/// All scores at the cap: every key is as good as another, and hardly moves.
+#[test]
+fn attention_of_scores_at_the_cap() {
+    let [size, t] = [8, 70];
+    let spec = AttentionSpec { softcap: Some(2.0), scale: 1.0, ..spec(1, 1, size) };
+    let mut random = Random::new(16);
+    let q = vec![4.0f32; size * t];
+    let k: Vec<f32> = random.normal(size * t).iter().map(|x| 1.0 + 0.01 * x).collect();
+    let (v, d) = (random.normal(size * t), random.normal(size * t));
+    let [out, dq, dk, _] = computed([&q, &k, &v, &d], &segments(&[(t, &[])]), spec, 1);
+    let mean = |i: usize, c: usize| -> f64 {
+        (0..=i).map(|j| v[j * size + c] as f64).sum::<f64>() / (i + 1) as f64
+    };
+    let want: Vec<f64> = (0..size * t).map(|at| mean(at / size, at % size)).collect();
+    close("attention of scores at the cap", &out, &want, EXACT);
+    assert!(dq.iter().chain(&dk).all(|x| x.abs() < 1e-9), "{dq:?} {dk:?}");
+    assert!(dq.iter().any(|&x| x != 0.0));
+}
+
 /// Completions on one shared prompt, and each on a copy of its own: equal outputs, and the shared
 /// prompt's cotangents are the sum over the copies.
 #[test]
 fn a_shared_prefix_is_the_sum_of_its_copies() {
-    let spec = spec(4, 2, 16);
     let [q_width, kv_width] = [64, 32];
-    for (prompt, completions) in [(5, vec![3, 1, 4]), (130, vec![70, 2, 129])] {
+    for (prompt, completions, window) in [
+        (5, vec![3, 1, 4], None),
+        (130, vec![70, 2, 129], None),
+        (5, vec![3, 1, 4], Some(4)),
+        (130, vec![70, 2, 129], Some(72)),
+    ] {
+        let spec = AttentionSpec { window, ..spec(4, 2, 16) };
         for threads in [1, 2, 5] {
             let shared = segments(&[(prompt, &completions)]);
             let t = shared.last().unwrap().end as usize;
@@ -158,7 +243,9 @@ fn a_shared_prefix_is_the_sum_of_its_copies() {
             let inputs = [&q_alone[..], &k_alone, &v_alone, &d_alone];
             let results = computed(inputs, &segments(&lengths), spec, threads);
 
-            let what = |of: &str| format!("shared {of} prompt={prompt} threads={threads}");
+            let what = |of: &str| {
+                format!("shared {of} prompt={prompt} window={window:?} threads={threads}")
+            };
             close(&what("out"), &results[0], &f64s(&gather(&out, q_width)), EXACT);
             let names = [("dq", &dq, q_width), ("dk", &dk, kv_width), ("dv", &dv, kv_width)];
             for ((name, got, width), copies) in names.into_iter().zip(&results[1..]) {
@@ -172,6 +259,14 @@ fn a_shared_prefix_is_the_sum_of_its_copies() {
             }
         }
     }
+}
+
+#[test]
+#[should_panic(expected = "a token sees itself at least")]
+fn a_window_of_none_is_refused() {
+    let x = vec![0.0; 8];
+    let spec = AttentionSpec { window: Some(0), ..spec(1, 1, 8) };
+    computed([&x, &x, &x, &x], &segments(&[(1, &[])]), spec, 1);
 }
 
 #[test]

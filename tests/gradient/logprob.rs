@@ -1,7 +1,7 @@
 //! linear_logprob, and scale_rows as its vjp.
 
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops;
+use bupo_gguf::ops::{self, LogitMap};
 
 use super::EXACT;
 use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
@@ -13,6 +13,7 @@ struct Case {
     unembedding: (Source, Vec<f64>),
     targets: Vec<i32>,
     d: usize,
+    map: LogitMap,
     inverse: f32,
     threads: usize,
     /// Of log-probs, log-sum-exps, entropies and the vjp.
@@ -29,7 +30,8 @@ impl Case {
         let mut targets = random.below(t, v);
         targets[t - 1] = v as i32 - 1;
         let what = format!("logprob {ty} D={d} V={v} T={t} threads={threads}");
-        Case { what, h, unembedding, targets, d, inverse: 1.0, threads, tolerance: EXACT }
+        let map = LogitMap::default();
+        Case { what, h, unembedding, targets, d, map, inverse: 1.0, threads, tolerance: EXACT }
     }
 
     fn check(&self) {
@@ -42,13 +44,13 @@ impl Case {
             Source::I32(self.targets.clone()),
             Source::f32(&dy, &[t]),
         ];
-        let inverse = self.inverse;
+        let (map, inverse) = (self.map, self.inverse);
         let results = run(self.threads, &sources, |arena, s| {
-            let full = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), inverse, true);
+            let full = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, true);
             let dh = ops::scale_rows(arena, full.gradient.unwrap(), s[3]);
             // Without gradient, and without targets: the same values, and zero.
-            let less = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), inverse, false);
-            let none = ops::linear_logprob(arena, s[0], s[1], None, inverse, false);
+            let less = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, false);
+            let none = ops::linear_logprob(arena, s[0], s[1], None, map, inverse, false);
             assert!(less.gradient.is_none());
             vec![
                 full.logprob,
@@ -64,7 +66,8 @@ impl Case {
             ]
         });
         let forward = |h: &[f64]| {
-            reference::logprob(h, &self.unembedding.1, d, &self.targets, inverse as f64)
+            let logits = reference::logits(h, &self.unembedding.1, d, map);
+            reference::logprob(&logits, &self.targets, inverse as f64)
         };
         let [logprob, lse, entropy] = forward(&f64s(&self.h));
         close(&what("log-prob"), &results[0], &logprob, self.tolerance);
@@ -118,6 +121,66 @@ fn logprob_with_temperature() {
     }
 }
 
+/// The size of the products beside the cap, from far below it to far beyond.
+#[test]
+fn logprob_with_scale_and_softcap() {
+    for (scale, softcap, inverse) in [
+        (0.125, None, 1.0),
+        (1.0, Some(30.0), 1.0),
+        (1.0, Some(1.0), 1.0),
+        (8.0, Some(5.0), 1.0 / 0.7),
+        (0.5, Some(0.1), 3.0),
+        (100.0, Some(30.0), 0.5),
+    ] {
+        for ([d, v, t], threads) in [([32, 97, 4], 1), ([64, 1000, 7], 2), ([1000, 400, 3], 5)] {
+            let mut case = Case::random(Type::F32, [d, v, t], threads);
+            case.what += &format!(" x{scale} softcap={softcap:?} 1/T={inverse}");
+            (case.map, case.inverse) = (LogitMap { scale, softcap }, inverse);
+            // Products of size 100 are off by as many times 2^-24, which the cap leaves to those below it.
+            case.tolerance = EXACT * (scale as f64 / 20.0).max(1.0);
+            case.check();
+        }
+    }
+}
+
+/// The target and its rivals at the cap: what is left of the gradient is relative to its own size.
+#[test]
+fn logprob_of_logits_at_the_cap() {
+    let [d, v, t] = [8, 700, 3];
+    let mut random = Random::new(15);
+    let mut e = random.normal(d * v);
+    e.iter_mut().for_each(|x| *x *= 0.01);
+    e.iter_mut().step_by(d).for_each(|x| *x = 1.0);
+    for size in [100f32, 200.0] {
+        let mut h = random.normal(d * t);
+        h.iter_mut().step_by(d).for_each(|x| *x = size);
+        let sources = [Source::f32(&h, &[d, t]), Source::f32(&e, &[d, v]), Source::I32(vec![5; t])];
+        let map = LogitMap { scale: 1.0, softcap: Some(30.0) };
+        let results = run(2, &sources, |arena, s| {
+            let head = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, 1.0, true);
+            vec![head.gradient.unwrap()]
+        });
+        let e64 = f64s(&e);
+        for (h, got) in h.chunks(d).zip(results[0].chunks(d)) {
+            let z: Vec<f64> =
+                e64.chunks(d).map(|e| e.iter().zip(h).map(|(e, &h)| e * h as f64).sum()).collect();
+            let p: Vec<f64> = z.iter().map(|z| (30.0 * (z / 30.0).tanh()).exp()).collect();
+            let w: Vec<f64> = z.iter().map(|z| (z / 30.0).cosh().powi(-2)).collect();
+            let sum: f64 = p.iter().sum();
+            let want: Vec<f64> = (0..d)
+                .map(|i| {
+                    let mean = (0..v).map(|v| p[v] * w[v] * e64[v * d + i]).sum::<f64>() / sum;
+                    w[5] * e64[5 * d + i] - mean
+                })
+                .collect();
+            let size = want.iter().map(|x| x * x).sum::<f64>().sqrt();
+            let off: f64 = want.iter().zip(got).map(|(w, &g)| (w - g as f64).powi(2)).sum();
+            println!("{:.1e} of a gradient of size {size:.1e}", off.sqrt() / size);
+            assert!(size < 1e-2 && off.sqrt() < 1e-4 * size, "{got:?} of {want:?}");
+        }
+    }
+}
+
 #[test]
 fn logprob_of_equal_logits() {
     for threads in [1, 5] {
@@ -150,6 +213,7 @@ fn logprob_of_a_dominating_logit() {
                 unembedding: (Source::f32(&e, &[d, v]), f64s(&e)),
                 targets,
                 d,
+                map: LogitMap::default(),
                 inverse: 1.0,
                 threads,
                 // Logits of +-gap/2 are off by gap 2^-25 each, and so is what e^l is taken of,
@@ -172,7 +236,8 @@ fn entropy_of_peaked_distributions() {
             e[3 * d] = 1.0;
             let sources = [Source::f32(&[gap / 2.0, 0.0], &[d, 1]), Source::f32(&e, &[d, v])];
             let results = run(threads, &sources, |arena, s| {
-                vec![ops::linear_logprob(arena, s[0], s[1], None, 1.0, false).entropy]
+                let map = LogitMap::default();
+                vec![ops::linear_logprob(arena, s[0], s[1], None, map, 1.0, false).entropy]
             });
             // With q = e^-gap: log(1 + (V-1) q) + (V-1) q gap / (1 + (V-1) q).
             let rest = (v - 1) as f64 * (-gap as f64).exp();

@@ -13,6 +13,7 @@
 //! has its own bound.
 
 mod attention;
+mod divergence;
 mod harness;
 mod linear;
 mod logprob;

@@ -1,7 +1,7 @@
 //! What the graphs of training rely on: results that stay, and the same bits every time.
 
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops::{self, AttentionSpec, Segment};
+use bupo_gguf::ops::{self, Activation, AttentionSpec, LogitMap, Segment};
 
 use super::harness::{Random, Source, run};
 
@@ -12,16 +12,16 @@ fn a_part_that_is_an_output_stays() {
     let mut random = Random::new(13);
     let sources = [(); 3].map(|()| Source::f32(&random.normal(n * t), &[n, t]));
     let alone = run(1, &sources, |arena, s| {
-        let (dg, du) = ops::swiglu_back(arena, s[0], s[1], s[2]);
+        let (dg, du) = ops::glu_back(arena, s[0], s[1], s[2], Activation::Silu);
         vec![dg, du]
     });
     let within = run(1, &sources, |arena, s| {
-        let (dg, du) = ops::swiglu_back(arena, s[0], s[1], s[2]);
+        let (dg, du) = ops::glu_back(arena, s[0], s[1], s[2], Activation::Silu);
         // Enough later nodes of the same size to take any memory that became free.
         let mut last = arena.add(dg, du);
         let mut all = vec![dg, du];
         for _ in 0..8 {
-            let (a, b) = ops::swiglu_back(arena, last, s[1], s[2]);
+            let (a, b) = ops::glu_back(arena, last, s[1], s[2], Activation::Silu);
             last = arena.add(a, b);
         }
         all.push(last);
@@ -43,7 +43,15 @@ fn results_repeat_to_the_bit() {
         prefix_begin,
         prefix_end,
     });
-    let spec = AttentionSpec { n_head: 4, n_head_kv: 4, head_size: 16, scale: 0.25 };
+    let spec = AttentionSpec {
+        n_head: 4,
+        n_head_kv: 4,
+        head_size: 16,
+        scale: 0.25,
+        window: Some(120),
+        softcap: Some(2.0),
+    };
+    let map = LogitMap { scale: 0.5, softcap: Some(5.0) };
     let targets = random.below(t, v);
     let sources = [Source::f32(&random.normal(d * t), &[d, t]), e, Source::I32(targets)];
     let once = |threads| {
@@ -53,7 +61,7 @@ fn results_repeat_to_the_bit() {
             let [dq, dk, dv] = ops::attention_back(arena, &saved, h);
             let y = ops::linear(arena, e, out, None, None);
             let dx = ops::linear_back(arena, e, y, None, None);
-            let logprob = ops::linear_logprob(arena, out, e, Some(s[2]), 1.3, true);
+            let logprob = ops::linear_logprob(arena, out, e, Some(s[2]), map, 1.3, true);
             let gradient = logprob.gradient.unwrap();
             vec![out, dq, dk, dv, dx, logprob.logprob, logprob.entropy, gradient]
         })

@@ -1,7 +1,7 @@
 //! policies: entropies, divergences, ranks and top tokens beside the plain f64 reference.
 
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops::{self, Answers, Compare};
+use bupo_gguf::ops::{self, Answers, Compare, LogitMap};
 
 use super::EXACT;
 use super::harness::{Random, Source, close, f64s, run, weight_types};
@@ -13,6 +13,7 @@ struct Case {
     unembedding: (Source, Vec<f64>),
     taken: Vec<i32>,
     d: usize,
+    map: LogitMap,
     group: usize,
     top_k: usize,
 }
@@ -27,7 +28,7 @@ impl Case {
         let mut taken = random.below(columns, v);
         taken[columns - 1] = v as i32 - 1;
         let what = format!("policies {ty} D={d} V={v} C={columns} group={group} top={top_k}");
-        Case { what, h, unembedding, taken, d, group, top_k }
+        Case { what, h, unembedding, taken, d, map: LogitMap::default(), group, top_k }
     }
 
     fn answers(&self, threads: usize, with_taken: bool) -> Answers {
@@ -40,7 +41,7 @@ impl Case {
         let results = run(threads, &sources, |arena, s| {
             let taken = with_taken.then_some(s[2]);
             let wanted = Compare { taken, group: self.group, top_k: self.top_k };
-            vec![ops::policies(arena, s[0], s[1], wanted).values]
+            vec![ops::policies(arena, s[0], s[1], wanted, self.map).values]
         });
         Answers::new(results.into_iter().next().unwrap(), self.top_k)
     }
@@ -54,13 +55,7 @@ impl Case {
             assert_eq!(self.answers(threads, true), ours, "{} threads={threads}", self.what);
         }
         let plain = self.answers(2, false);
-        let logits: Vec<Vec<f64>> = f64s(&self.h)
-            .chunks(self.d)
-            .map(|h| {
-                let e = self.unembedding.1.chunks(self.d);
-                e.map(|e| e.iter().zip(h).map(|(e, h)| e * h).sum()).collect()
-            })
-            .collect();
+        let logits = reference::logits(&f64s(&self.h), &self.unembedding.1, self.d, self.map);
         let want: Vec<reference::Policy> = (0..columns)
             .map(|c| {
                 let last = c / self.group * self.group + self.group - 1;
@@ -133,6 +128,24 @@ fn policies_of_every_type() {
     }
 }
 
+#[test]
+fn policies_with_scale_and_softcap() {
+    for (scale, softcap) in [(0.25, None), (1.0, Some(30.0)), (3.0, Some(4.0)), (1.0, Some(0.5))] {
+        let map = LogitMap { scale, softcap };
+        for ([d, v], columns, group, top_k) in [
+            ([32, 97], 3, 3, 3),
+            ([96, 1000], 8, 4, 5),
+            ([33, 700], 510, 30, 2),
+            ([8, 513], 1, 1, 0),
+        ] {
+            let mut case = Case::random(Type::F32, [d, v], columns, group, top_k);
+            case.what += &format!(" {map:?}");
+            case.map = map;
+            case.check(0.1);
+        }
+    }
+}
+
 /// Divergences of policies that differ by a hair: the sums must not lose them beside the entropies.
 #[test]
 fn close_policies_keep_their_divergence() {
@@ -169,6 +182,7 @@ fn policies_of_a_dominating_logit() {
                 unembedding: (Source::f32(&e, &[d, v]), f64s(&e)),
                 taken: vec![dominating as i32, 0, 17, v as i32 - 1],
                 d,
+                map: LogitMap::default(),
                 group: 2,
                 top_k: 2,
             }

@@ -1,7 +1,7 @@
 //! The forward of each op in plain f64. Layouts as in ggml: the first extent is the fastest.
 
 use bupo_gguf::ggml::Rope;
-use bupo_gguf::ops::{AttentionSpec, Segment};
+use bupo_gguf::ops::{Activation, AttentionSpec, LogitMap, Segment};
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -12,11 +12,22 @@ pub fn linear(w: &[f64], x: &[f64], k: usize) -> Vec<f64> {
     x.chunks(k).flat_map(|x| w.chunks(k).map(move |w| dot(w, x))).collect()
 }
 
-/// Log-prob of the target, log-sum-exp and entropy of each token.
-pub fn logprob(h: &[f64], e: &[f64], d: usize, targets: &[i32], inverse: f64) -> [Vec<f64>; 3] {
+/// `c tanh(x / c)`, or x.
+fn capped(x: f64, cap: Option<f32>) -> f64 {
+    cap.map_or(x, |c| c as f64 * (x / c as f64).tanh())
+}
+
+/// The logits of each token.
+pub fn logits(h: &[f64], e: &[f64], d: usize, map: LogitMap) -> Vec<Vec<f64>> {
+    let logit = |h: &[f64], e: &[f64]| capped(map.scale as f64 * dot(e, h), map.softcap);
+    h.chunks(d).map(|h| e.chunks(d).map(|e| logit(h, e)).collect()).collect()
+}
+
+/// Log-prob of the target, log-sum-exp and entropy of each token from its logits times `inverse`.
+pub fn logprob(logits: &[Vec<f64>], targets: &[i32], inverse: f64) -> [Vec<f64>; 3] {
     let mut all = [const { Vec::new() }; 3];
-    for (h, &target) in h.chunks(d).zip(targets) {
-        let logits: Vec<f64> = e.chunks(d).map(|e| inverse * dot(e, h)).collect();
+    for (logits, &target) in logits.iter().zip(targets) {
+        let logits: Vec<f64> = logits.iter().map(|l| inverse * l).collect();
         let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln();
         all[0].push(logits[target as usize] - lse);
@@ -39,15 +50,18 @@ pub fn attention(
     let mut out = vec![0.0; q.len()];
     for s in segments {
         for t in s.begin as usize..s.end as usize {
-            let seen = || {
-                let prefix = s.prefix_begin as usize..s.prefix_end as usize;
-                prefix.chain(s.begin as usize..t + 1)
-            };
+            // The sequence from its first token to this one.
+            let prefix = s.prefix_begin as usize..s.prefix_end as usize;
+            let sequence: Vec<usize> = prefix.chain(s.begin as usize..t + 1).collect();
+            let own = sequence.len() - 1;
+            let within = |position: &usize| spec.window.is_none_or(|w| own - position < w);
+            let seen = || (0..=own).filter(within).map(|position| sequence[position]);
             for h in 0..spec.n_head {
                 let kv = h / (spec.n_head / spec.n_head_kv) * size;
                 let q = &q[t * q_width + h * size..][..size];
                 let scores: Vec<f64> = seen()
                     .map(|j| spec.scale as f64 * dot(q, &k[j * kv_width + kv..][..size]))
+                    .map(|score| capped(score, spec.softcap))
                     .collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
@@ -73,9 +87,16 @@ pub fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
     x.chunks(w.len()).flat_map(row).collect()
 }
 
-/// `silu(g) u`.
-pub fn swiglu(g: &[f64], u: &[f64]) -> Vec<f64> {
-    g.iter().zip(u).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+/// `act(g) u`.
+pub fn glu(g: &[f64], u: &[f64], activation: Activation) -> Vec<f64> {
+    let act = |g: f64| match activation {
+        Activation::Silu => g / (1.0 + (-g).exp()),
+        Activation::Gelu => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+            0.5 * g * (1.0 + inner.tanh())
+        }
+    };
+    g.iter().zip(u).map(|(&g, u)| act(g) * u).collect()
 }
 
 /// Rotary embedding of heads `x: [head size, heads, T]`, with YaRN when `ext_factor` is not 0.

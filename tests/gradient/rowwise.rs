@@ -1,7 +1,7 @@
-//! rms_norm, swiglu, scale_rows; ggml's rows and rope with their vjps.
+//! rms_norm, glu, scale_rows; ggml's rows and rope with their vjps.
 
 use bupo_gguf::ggml::{Rope, Type};
-use bupo_gguf::ops;
+use bupo_gguf::ops::{self, Activation};
 
 use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
 use super::reference;
@@ -51,47 +51,68 @@ fn rms_norm() {
     }
 }
 
+const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::Gelu];
+
 #[test]
-fn swiglu() {
-    for [n, t] in SHAPES {
-        for (threads, gain) in [(1, 1.0), (2, 1.0), (5, 1.0), (2, 30.0)] {
-            let what = |of: &str| format!("swiglu {of} [{n}, {t}] x{gain} threads={threads}");
-            let mut random = Random::new(8);
-            let gate: Vec<f32> = random.normal(n * t).iter().map(|x| gain * x).collect();
-            let (up, dh) = (random.normal(n * t), random.normal(n * t));
-            let sources = [&gate, &up, &dh].map(|x| Source::f32(x, &[n, t]));
-            let results = run(threads, &sources, |arena, s| {
-                let (dg, du) = ops::swiglu_back(arena, s[0], s[1], s[2]);
-                vec![ops::swiglu(arena, s[0], s[1]), dg, du]
-            });
-            let [g64, u64] = [&gate, &up].map(|x| f64s(x));
-            close(&what("forward"), &results[0], &reference::swiglu(&g64, &u64), EXACT);
-            is_vjp(&what("dg"), |g| reference::swiglu(g, &u64), &gate, &dh, &results[1], EXACT);
-            is_vjp(&what("du"), |u| reference::swiglu(&g64, u), &up, &dh, &results[2], EXACT);
+fn glu() {
+    for activation in ACTIVATIONS {
+        for [n, t] in SHAPES {
+            for (threads, gain) in [(1, 1.0), (2, 1.0), (5, 1.0), (2, 30.0)] {
+                let what = |of: &str| {
+                    format!("glu {activation:?} {of} [{n}, {t}] x{gain} threads={threads}")
+                };
+                let mut random = Random::new(8);
+                let gate: Vec<f32> = random.normal(n * t).iter().map(|x| gain * x).collect();
+                let (up, dy) = (random.normal(n * t), random.normal(n * t));
+                let sources = [&gate, &up, &dy].map(|x| Source::f32(x, &[n, t]));
+                let results = run(threads, &sources, |arena, s| {
+                    let (dg, du) = ops::glu_back(arena, s[0], s[1], s[2], activation);
+                    vec![ops::glu(arena, s[0], s[1], activation), dg, du]
+                });
+                let [g64, u64] = [&gate, &up].map(|x| f64s(x));
+                let forward = |g: &[f64], u: &[f64]| reference::glu(g, u, activation);
+                close(&what("forward"), &results[0], &forward(&g64, &u64), EXACT);
+                is_vjp(&what("dg"), |g| forward(g, &u64), &gate, &dy, &results[1], EXACT);
+                is_vjp(&what("du"), |u| forward(&g64, u), &up, &dy, &results[2], EXACT);
+            }
         }
     }
 }
 
 #[test]
-fn swiglu_of_extreme_gates() {
-    let gate = [-1e4f32, -200.0, -89.0, -87.0, -1e-30, 0.0, 1e-30, 87.0, 89.0, 200.0, 1e4];
-    let ones = [1f32; 11];
-    let sources = [&gate, &ones, &ones].map(|x| Source::f32(x, &[11, 1]));
-    let results = run(1, &sources, |arena, s| {
-        let (dg, du) = ops::swiglu_back(arena, s[0], s[1], s[2]);
-        vec![ops::swiglu(arena, s[0], s[1]), dg, du]
-    });
-    let want = reference::swiglu(&f64s(&gate), &[1.0; 11]);
-    let slope = |g: f32| {
-        let s = 1.0 / (1.0 + (-g as f64).exp());
-        s * (1.0 + g as f64 * (1.0 - s))
-    };
-    for (i, &g) in gate.iter().enumerate() {
-        // e^x stops at 88.7, so what should be below 1e-38 may be as much times g.
-        let near = |a: f32, b: f64| (a as f64 - b).abs() <= 1e-6 * b.abs() + 1e-33;
-        assert!(near(results[0][i], want[i]), "swiglu({g}) = {}", results[0][i]);
-        assert!(near(results[1][i], slope(g)), "swiglu'({g}) = {}", results[1][i]);
-        assert_eq!(results[2][i], results[0][i], "du of {g}");
+fn glu_of_extreme_gates() {
+    let gate = [
+        -1e30f32, -1e4, -200.0, -89.0, -87.0, -11.0, -9.9, -1e-30, 0.0, 1e-30, 9.9, 11.0, 87.0,
+        89.0, 200.0, 1e4, 1e30,
+    ];
+    let n = gate.len();
+    let ones = vec![1f32; n];
+    let sources = [&gate[..], &ones, &ones].map(|x| Source::f32(x, &[n, 1]));
+    for activation in ACTIVATIONS {
+        let results = run(1, &sources, |arena, s| {
+            let (dg, du) = ops::glu_back(arena, s[0], s[1], s[2], activation);
+            vec![ops::glu(arena, s[0], s[1], activation), dg, du]
+        });
+        for (i, &g) in gate.iter().enumerate() {
+            // act(g) = g sigmoid(w), and what the slope adds to sigmoid(w).
+            let g64 = g as f64;
+            let (w, slope) = match activation {
+                Activation::Silu => (g64, 1.0),
+                Activation::Gelu => {
+                    let k = (8.0 / std::f64::consts::PI).sqrt();
+                    (k * (g64 + 0.044715 * g64.powi(3)), k * (1.0 + 3.0 * 0.044715 * g64.powi(2)))
+                }
+            };
+            let (s, rest) = (1.0 / (1.0 + (-w).exp()), 1.0 / (1.0 + w.exp()));
+            // e^x stops at 88.7, so what should be below 1e-38 may be as much times g.
+            let near = |a: f32, b: f64| {
+                (a as f64 - b).abs() <= 2e-6 * b.abs() + 2e-38 * (g64 * g64).max(1e5)
+            };
+            let want = s + if rest > 0.0 { g64 * slope * s * rest } else { 0.0 };
+            assert!(near(results[0][i], g64 * s), "{activation:?}({g}) = {}", results[0][i]);
+            assert!(near(results[1][i], want), "{activation:?}'({g}) = {}", results[1][i]);
+            assert_eq!(results[2][i], results[0][i], "du of {g}");
+        }
     }
 }
 

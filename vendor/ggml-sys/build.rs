@@ -14,15 +14,16 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 11] = [
+const KERNELS: [&str; 12] = [
     "activations",
     "linear",
+    "logits",
     "logprob",
     "policies",
     "divergence",
     "attention",
     "norm",
-    "swiglu",
+    "glu",
     "rows",
     "adamw",
     "yardstick",

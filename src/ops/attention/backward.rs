@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use ggml_sys as sys;
 
 use super::tiles::{Heads, Job, LD, Tile, query_tiles, trees};
-use crate::ops::exp::exp;
+use crate::ops::exp::{exp, softcap};
 use crate::ops::gemm::{Matrix, gemm, with_scratch};
 use crate::ops::rows::dot;
 
@@ -33,7 +33,7 @@ pub(super) unsafe extern "C" fn kernel(
             job,
         };
         let trees: Vec<Vec<Tile>> = trees(back.job.segments)
-            .map(|tree| query_tiles(tree, back.job.tile_tokens()))
+            .map(|tree| query_tiles(tree, back.job.tile_tokens(), back.job.window))
             .collect();
         let n_kv = back.job.n_head_kv;
         back.job.units.each(trees.len() * n_kv, nth, |unit| {
@@ -136,9 +136,17 @@ impl Back<'_> {
                     ds[hidden].fill(0.0);
                 }
                 let (lse, d) = (lse[c], d[c]);
-                for (p, ds) in p[seen.clone()].iter_mut().zip(&mut ds[seen]) {
-                    *p = exp(*p - lse);
-                    *ds = *p * (*ds - d);
+                let live = p[seen.clone()].iter_mut().zip(&mut ds[seen]);
+                match job.softcap {
+                    None => live.for_each(|(p, ds)| {
+                        *p = exp(*p - lse);
+                        *ds = *p * (*ds - d);
+                    }),
+                    Some(cap) => live.for_each(|(p, ds)| {
+                        let (score, slope) = softcap(*p, cap);
+                        *p = exp(score - lse);
+                        *ds = *p * (*ds - d) * slope;
+                    }),
                 }
             }
             // SAFETY: the views lie within the packed slices.

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use ggml_sys as sys;
 
 use super::tiles::{Heads, Job, KEYS, LD, Tile, query_tiles, trees};
-use crate::ops::exp::exp;
+use crate::ops::exp::{exp, softcap};
 use crate::ops::gemm::{Matrix, gemm, with_scratch};
 use crate::ops::rows::maximum;
 
@@ -24,7 +24,8 @@ pub(super) unsafe extern "C" fn kernel(
         (out, data.add(job.size * job.n_head * job.t))
     };
     let most = job.tile_tokens();
-    let tiles: Vec<Tile> = trees(job.segments).flat_map(|tree| query_tiles(tree, most)).collect();
+    let tiles: Vec<Tile> =
+        trees(job.segments).flat_map(|tree| query_tiles(tree, most, job.window)).collect();
     job.units.each(tiles.len() * job.n_head_kv, nth, |unit| {
         // SAFETY: tile and heads lie within the tensors; no other thread has this unit.
         unsafe { tile(&job, &tiles[unit / job.n_head_kv], unit % job.n_head_kv, out, lse) };
@@ -58,6 +59,9 @@ unsafe fn tile(job: &Job<'_>, tile: &Tile, kv: usize, out: Heads<*mut f32>, lse:
             for (c, column) in p.chunks_exact_mut(LD).take(columns).enumerate() {
                 let o = &mut o[c * stride..][..size];
                 let seen = tile.seen(&keys, c % n);
+                if let Some(cap) = job.softcap {
+                    column[seen.clone()].iter_mut().for_each(|x| *x = softcap(*x, cap).0);
+                }
                 absorb(&mut column[..width], seen, &mut max[c], &mut sum[c], o);
             }
             // SAFETY: by contract; the products' views lie within the scratch.

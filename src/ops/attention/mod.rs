@@ -1,14 +1,19 @@
 //! Causal attention over packed segments with shared prefixes, forward and vjp, memory O(tokens).
 //!
 //! Token t of a segment `[begin, end)` sees its prefix `[prefix_begin, prefix_end)` in full and
-//! `[begin, t]` of its own. With `s_ij = scale q_i . k_j`, `p_ij = e^(s_ij - lse_i)`:
+//! `[begin, t]` of its own; with a window w only the last w of these. (Positions count from 0 in a prefix and
+//! go on in the segments after it, so that w ends within the prefix for the first tokens of a completion.)
+//! With `x_ij = scale q_i . k_j`, `s_ij = x_ij` or, with a softcap c, `s_ij = c tanh(x_ij / c)`, and
+//! `p_ij = e^(s_ij - lse_i)`:
 //!
 //! ```text
 //! o_i = sum_j p_ij v_j                       lse_i = log sum_j e^(s_ij)
 //! dv_j = sum_i p_ij do_i                     D_i = do_i . o_i
-//! ds_ij = p_ij (do_i . v_j - D_i)            dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i
+//! ds_ij = p_ij (do_i . v_j - D_i)            dx_ij = ds_ij, or ds_ij (1 - tanh^2(x_ij / c))
+//! dq_i = scale sum_j dx_ij k_j               dk_j = scale sum_i dx_ij q_i
 //! ```
 //!
+//! Keys before the window of all queries of a tile are not looked at: time goes with tokens x window.
 //! Scores exist for one tile of queries by keys at a time (flash attention: running maximum and sum
 //! forward, probabilities again from lse backward). Grouped queries: head h reads key/value head
 //! `h / (n_head / n_head_kv)`, and a tile holds the queries of all heads of a group. Threads take from a
@@ -22,10 +27,11 @@ mod tiles;
 use ggml_sys as sys;
 pub use sys::bupo_segment as Segment;
 
+use super::logits::softcap_param;
 use super::queue::Queue;
 use crate::ggml::{Arena, Tensor, Type};
 
-/// Heads and the scale of scores.
+/// Heads, and what is done with their scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionSpec {
     /// Query heads.
@@ -36,6 +42,10 @@ pub struct AttentionSpec {
     pub head_size: usize,
     /// Usually 1/sqrt(head size).
     pub scale: f32,
+    /// w, at least 1: key j is seen from query i if `0 <= i - j < w`, in positions of the sequence.
+    pub window: Option<usize>,
+    /// c, above 0: scores become `c tanh(score / c)`.
+    pub softcap: Option<f32>,
 }
 
 /// What the vjp needs of the forward.
@@ -60,10 +70,14 @@ struct Params {
 
 fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
     let segments = segments.to_vec();
+    // A window of more positions than there are is none.
+    let window = spec.window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
     Params {
         c: sys::bupo_attention_params {
             op,
             scale: spec.scale,
+            softcap: softcap_param(spec.softcap),
+            window,
             n_head: spec.n_head as u32,
             n_head_kv: spec.n_head_kv as u32,
             head_size: spec.head_size as u32,
@@ -121,6 +135,7 @@ fn check_inputs(q: Tensor<'_>, k: Tensor<'_>, v: Tensor<'_>, spec: AttentionSpec
         assert_eq!(x.shape(), [width, t, 1, 1], "attention of {x:?}");
     }
     assert!(spec.n_head_kv > 0 && spec.n_head.is_multiple_of(spec.n_head_kv), "{spec:?}");
+    assert!(spec.window != Some(0), "a token sees itself at least: {spec:?}");
 }
 
 impl<'a> AttentionSaved<'a> {

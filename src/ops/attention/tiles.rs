@@ -7,6 +7,7 @@ use ggml_sys as sys;
 
 use super::{Params, Segment};
 use crate::ops::gemm::{Matrix, gemm};
+use crate::ops::logits::softcap_of;
 use crate::ops::queue::Queue;
 
 /// Keys of a tile.
@@ -71,6 +72,8 @@ pub(super) struct Tile {
     pub prefix: Range<usize>,
     /// First token of each query's own segment.
     pub begins: Vec<usize>,
+    /// Keys that a query sees at most, its own and those before it.
+    pub window: usize,
 }
 
 /// A run of keys; `own` when they belong to the tile's segments, so that not every query sees each.
@@ -87,22 +90,36 @@ impl Tile {
             let end = all.end;
             all.step_by(KEYS).map(move |j| Keys { tokens: j..(j + KEYS).min(end), own })
         };
-        runs(self.prefix.clone(), false).chain(runs(self.begins[0]..self.queries.end, true))
+        // Its first query sees furthest back: those after it are later in its segment, or begin another.
+        let prefix = self.first_seen(0, &self.prefix, false)..self.prefix.end;
+        let own = self.begins[0]..self.queries.end;
+        let own = self.first_seen(0, &own, true)..own.end;
+        runs(prefix, false).chain(runs(own, true))
+    }
+
+    /// The first token of `tokens`, of its segment or of its prefix, in the window of query `i`; their end
+    /// if it sees none.
+    fn first_seen(&self, i: usize, tokens: &Range<usize>, own: bool) -> usize {
+        let query = self.queries.start + i;
+        // Where the query would end if what it sees lay in one piece.
+        let behind = if own { query + 1 } else { self.prefix.end + (query + 1 - self.begins[i]) };
+        behind.saturating_sub(self.window).clamp(tokens.start, tokens.end)
     }
 
     /// Which of the keys query `i` (from 0) sees, counted from the run's first.
     pub(super) fn seen(&self, keys: &Keys, i: usize) -> Range<usize> {
-        let first = keys.tokens.start;
+        let (first, last) = (keys.tokens.start, keys.tokens.end);
+        let from = self.first_seen(i, &keys.tokens, keys.own);
         if !keys.own {
-            return 0..keys.tokens.len();
+            return from - first..last - first;
         }
-        let end = (self.queries.start + i + 1).clamp(first, keys.tokens.end);
-        self.begins[i].clamp(first, end) - first..end - first
+        let end = (self.queries.start + i + 1).clamp(first, last);
+        self.begins[i].max(from).min(end) - first..end - first
     }
 }
 
 /// Cuts a tree into tiles of at most `most` tokens. Segments longer than that are tiled alone.
-pub(super) fn query_tiles(tree: &[Segment], most: usize) -> Vec<Tile> {
+pub(super) fn query_tiles(tree: &[Segment], most: usize, window: usize) -> Vec<Tile> {
     let mut tiles: Vec<Tile> = Vec::new();
     for s in tree {
         let (begin, end) = (s.begin as usize, s.end as usize);
@@ -121,7 +138,7 @@ pub(super) fn query_tiles(tree: &[Segment], most: usize) -> Vec<Tile> {
         for first in (begin..end).step_by(most) {
             let queries = first..(first + most).min(end);
             let begins = vec![begin; queries.len()];
-            tiles.push(Tile { queries, prefix: prefix.clone(), begins });
+            tiles.push(Tile { queries, prefix: prefix.clone(), begins, window });
         }
     }
     tiles
@@ -137,6 +154,9 @@ pub(super) struct Job<'k> {
     pub segments: &'k [Segment],
     pub units: &'k Queue,
     pub scale: f32,
+    pub softcap: Option<f32>,
+    /// Keys that a query sees at most.
+    pub window: usize,
     pub n_head: usize,
     pub n_head_kv: usize,
     pub size: usize,
@@ -164,6 +184,8 @@ impl<'k> Job<'k> {
                 segments: &params.segments,
                 units: &params.units,
                 scale: params.c.scale,
+                softcap: softcap_of(params.c.softcap),
+                window: if params.c.window > 0 { params.c.window as usize } else { usize::MAX },
                 n_head: params.c.n_head as usize,
                 n_head_kv: params.c.n_head_kv as usize,
                 size,
@@ -249,8 +271,11 @@ mod tests {
         }
         segments.push(segment(at, at + 9, (at, at)));
         segments.push(segment(at + 9, at + 12, (at, at + 9)));
-        for most in [16, 64] {
-            let tiles: Vec<Tile> = trees(&segments).flat_map(|t| query_tiles(t, most)).collect();
+        for (most, window) in
+            [16, 64].into_iter().flat_map(|m| [1, 2, 40, 70, 130, 1000].map(|w| (m, w)))
+        {
+            let tiles: Vec<Tile> =
+                trees(&segments).flat_map(|t| query_tiles(t, most, window)).collect();
             let mut next = 0;
             for tile in &tiles {
                 assert_eq!(tile.queries.start, next);
@@ -259,18 +284,22 @@ mod tests {
                 for (i, query) in tile.queries.clone().enumerate() {
                     let s = segments.iter().find(|s| (s.begin..s.end).contains(&(query as i32)));
                     let s = s.unwrap();
-                    let mut want: Vec<usize> = (s.prefix_begin..s.prefix_end)
+                    // In the order of positions: the window is the last of them.
+                    let all: Vec<usize> = (s.prefix_begin..s.prefix_end)
                         .chain(s.begin..=query as i32)
                         .map(|j| j as usize)
                         .collect();
+                    let mut want = all[all.len().saturating_sub(window)..].to_vec();
                     let mut got: Vec<usize> = Vec::new();
                     for keys in tile.keys() {
                         got.extend(tile.seen(&keys, i).map(|j| keys.tokens.start + j));
                     }
                     want.sort();
                     got.sort();
-                    assert_eq!(got, want, "query {query}");
+                    assert_eq!(got, want, "query {query}, window {window}");
                 }
+                let looked_at: usize = tile.keys().map(|keys| keys.tokens.len()).sum();
+                assert!(looked_at <= most + window, "{looked_at} keys, window {window}");
             }
             assert_eq!(next as i32, segments.last().unwrap().end);
         }
@@ -280,6 +309,6 @@ mod tests {
     fn short_completions_share_a_tile() {
         let mut segments = vec![segment(0, 20, (0, 0))];
         segments.extend((0..8).map(|i| segment(20 + 10 * i, 30 + 10 * i, (0, 20))));
-        assert_eq!(query_tiles(&segments, 64).len(), 3);
+        assert_eq!(query_tiles(&segments, 64, usize::MAX).len(), 3);
     }
 }

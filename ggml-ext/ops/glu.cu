@@ -1,0 +1,87 @@
+// The gate of an FFN and its vjp, a thread per value. Twin: src/ops/glu.rs, which has the formulas.
+
+#include "device.h"
+
+#include <cmath>
+#include <string>
+
+namespace bupo::BUPO_DEVICE {
+
+namespace {
+
+// act(g) = g s; `slope` is 1 + g w' (1 - s).
+struct Gate {
+    float s;
+    float slope;
+};
+
+struct Silu {
+    __device__ Gate operator()(float g) const {
+        const float s = 1.0f / (1.0f + expf(-g));
+        return { s, 1.0f + g * (1.0f - s) };
+    }
+};
+
+struct Gelu {
+    __device__ Gate operator()(float g) const {
+        constexpr float A = 0.044715f;
+        constexpr float K = 1.5957691f; // 2 sqrt(2/pi)
+        const float x      = fminf(fmaxf(g, -10.0f), 10.0f);
+        const float square = x * x;
+        const float e      = expf(-K * x * (1.0f + A * square));
+        const float s      = 1.0f / (1.0f + e);
+        return { s, 1.0f + x * (K * (1.0f + 3.0f * A * square)) * (e * s) };
+    }
+};
+
+} // namespace
+
+template <typename Act> static __global__ void glu(size_t n, const float * gate, const float * up, float * y) {
+    const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        y[i] = gate[i] * Act()(gate[i]).s * up[i];
+    }
+}
+
+template <typename Act>
+static __global__ void glu_back(size_t n, const float * gate, const float * up, const float * dy, float * d_gate, float * d_up) {
+    const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const Gate act = Act()(gate[i]);
+        d_up[i]   = dy[i] * gate[i] * act.s;
+        d_gate[i] = dy[i] * up[i] * act.s * act.slope;
+    }
+}
+
+template <typename Act> static void forward(Device & device, ggml_tensor * dst) {
+    const size_t n = ggml_nelements(dst);
+    device.launch(glu<Act>, blocks_for(n), THREADS, n, data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst));
+}
+
+template <typename Act> static void backward(Device & device, ggml_tensor * dst) {
+    const size_t n = ggml_nelements(dst->src[0]);
+    device.launch(glu_back<Act>, blocks_for(n), THREADS, n, data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst->src[2]),
+                  data_of(dst), data_of(dst) + n);
+}
+
+[[noreturn]] static void refuse(uint32_t activation) {
+    throw Failure("activation " + std::to_string(activation) + " is not known here");
+}
+
+void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params) {
+    switch (params.activation) {
+        case BUPO_ACTIVATION_SILU: return forward<Silu>(device, dst);
+        case BUPO_ACTIVATION_GELU: return forward<Gelu>(device, dst);
+        default:                   refuse(params.activation);
+    }
+}
+
+void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & params) {
+    switch (params.activation) {
+        case BUPO_ACTIVATION_SILU: return backward<Silu>(device, dst);
+        case BUPO_ACTIVATION_GELU: return backward<Gelu>(device, dst);
+        default:                   refuse(params.activation);
+    }
+}
+
+} // namespace bupo::BUPO_DEVICE
