@@ -53,35 +53,60 @@ bupo_status bupo_model_hparams(const llama_model * model, bupo_hparams * out) {
     return guarded([&] {
         const llama_hparams & h = model->hparams;
         bupo_hparams r = {};
-        r.n_layer           = h.n_layer();
-        r.n_embd            = h.n_embd;
-        r.n_ctx_train       = h.n_ctx_train;
-        r.n_head            = h.n_head();
-        r.n_head_kv         = h.n_head_kv();
-        r.n_ff              = h.n_ff();
-        r.head_size_k       = h.n_embd_head_k();
-        r.head_size_v       = h.n_embd_head_v();
-        r.n_rot             = h.n_rot();
-        r.n_expert          = h.n_expert;
-        r.uniform           = 1;
-        r.rms_eps           = h.f_norm_rms_eps;
-        r.attention_scale   = h.f_attention_scale;
-        r.rope_freq_base    = h.rope_freq_base_train;
-        r.rope_freq_scale   = h.rope_freq_scale_train;
-        r.rope_scaling_type = h.rope_scaling_type_train;
-        r.rope_type         = llama_model_rope_type(model);
-        r.rope_ctx_orig     = h.n_ctx_orig_yarn != 0 ? h.n_ctx_orig_yarn : h.n_ctx_train;
-        r.rope_attn_factor  = h.rope_attn_factor;
-        r.yarn_ext_factor   = h.yarn_ext_factor;
-        r.yarn_attn_factor  = h.yarn_attn_factor;
-        r.yarn_beta_fast    = h.yarn_beta_fast;
-        r.yarn_beta_slow    = h.yarn_beta_slow;
-        r.yarn_log_mul      = h.rope_yarn_log_mul;
-        for (uint32_t il = 0; il < r.n_layer; ++il) {
-            if (h.n_head(il) != r.n_head || h.n_head_kv(il) != r.n_head_kv || h.n_ff(il) != r.n_ff) {
-                r.uniform = 0;
-            }
+        r.n_layer            = h.n_layer();
+        r.n_embd             = h.n_embd;
+        r.n_ctx_train        = h.n_ctx_train;
+        r.n_expert           = h.n_expert;
+        r.n_embd_per_layer   = h.n_embd_per_layer;
+        r.n_layer_kv         = h.n_layer_kv_from_start < 0 ? r.n_layer : h.n_layer_kv_from_start;
+        r.rms_eps            = h.f_norm_rms_eps;
+        r.embedding_scale    = h.f_embedding_scale;
+        r.residual_scale     = h.f_residual_scale;
+        r.logit_scale        = h.f_logit_scale;
+        r.attention_scale    = h.f_attention_scale;
+        r.attention_softcap  = h.attn_soft_cap ? h.f_attn_logit_softcapping : 0.0f;
+        r.final_softcap      = h.f_final_logit_softcapping;
+        r.temperature_scale  = h.f_attn_temp_scale;
+        r.temperature_floor  = h.n_attn_temp_floor_scale;
+        r.temperature_offset = h.f_attn_temp_offset;
+        r.rope_scaling_type  = h.rope_scaling_type_train;
+        r.rope_type          = llama_model_rope_type(model);
+        r.rope_freq_scale    = h.rope_freq_scale_train;
+        r.rope_ctx_orig      = h.n_ctx_orig_yarn != 0 ? h.n_ctx_orig_yarn : h.n_ctx_train;
+        r.rope_attn_factor   = h.rope_attn_factor;
+        r.yarn_ext_factor    = h.yarn_ext_factor;
+        r.yarn_attn_factor   = h.yarn_attn_factor;
+        r.yarn_beta_fast     = h.yarn_beta_fast;
+        r.yarn_beta_slow     = h.yarn_beta_slow;
+        r.yarn_log_mul       = h.rope_yarn_log_mul;
+        *out = r;
+        return BUPO_OK;
+    });
+}
+
+bupo_status bupo_model_layer_hparams(const llama_model * model, uint32_t layer, bupo_layer_hparams * out) {
+    if (!model || !out || layer >= model->hparams.n_layer()) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument, or no such layer");
+    }
+    return guarded([&] {
+        const llama_hparams & h = model->hparams;
+        const bool windowed = h.is_swa(layer) && h.swa_type != LLAMA_SWA_TYPE_NONE && h.n_swa > 0;
+        if (windowed && h.swa_type != LLAMA_SWA_TYPE_STANDARD) {
+            return fail(BUPO_ERR_ARGUMENT, "windows of another kind than the last n tokens");
         }
+        bupo_layer_hparams r = {};
+        r.n_head          = h.n_head(layer);
+        r.n_head_kv       = h.n_head_kv(layer);
+        r.n_ff            = h.n_ff(layer);
+        r.head_size_k     = h.n_embd_head_k(layer);
+        r.head_size_v     = h.n_embd_head_v(layer);
+        r.n_rot           = h.n_rot(layer);
+        r.window          = windowed ? h.n_swa : 0;
+        r.kv              = h.has_kv(layer);
+        r.rope            = h.has_rope(layer);
+        r.recurrent       = h.is_recr(layer);
+        r.rope_freq_base  = h.is_swa(layer) ? h.rope_freq_base_train_swa : h.rope_freq_base_train;
+        r.rope_freq_scale = h.is_swa(layer) ? h.rope_freq_scale_train_swa : h.rope_freq_scale_train;
         *out = r;
         return BUPO_OK;
     });

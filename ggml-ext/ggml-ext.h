@@ -197,28 +197,30 @@ enum bupo_status bupo_cuda_buffer_type(int index, ggml_backend_buffer_type_t * o
 // ---------------------------------------------------------------------------------------------
 // Bridge to llama.cpp internals (bridge.cpp is the only file that sees them).
 
-// Hyperparameters as llama.cpp itself read them from the file.
+// Hyperparameters as llama.cpp itself read them from the file, for all layers.
 struct bupo_hparams {
-    uint32_t n_layer;
+    uint32_t n_layer;           // without blocks that only predict further tokens (MTP)
     uint32_t n_embd;
     uint32_t n_ctx_train;
-    uint32_t n_head;      // of layer 0; uniform != 0 says that all layers agree
-    uint32_t n_head_kv;
-    uint32_t n_ff;
-    uint32_t head_size_k;
-    uint32_t head_size_v;
-    uint32_t n_rot;
     uint32_t n_expert;
-    uint32_t uniform;     // head counts and n_ff are the same in every layer
+    uint32_t n_embd_per_layer;  // width of per-layer embeddings; 0 = none
+    uint32_t n_layer_kv;        // layers from here on read keys and values of earlier ones
     float    rms_eps;
-    float    attention_scale;     // 0 = 1/sqrt(head size)
-    float    rope_freq_base;
+    float    embedding_scale;   // 0 = not set
+    float    residual_scale;    // 0 = not set
+    float    logit_scale;       // 0 = not set
+    float    attention_scale;   // 0 = 1/sqrt(head size)
+    float    attention_softcap; // 0 = none
+    float    final_softcap;     // llama.cpp's default where the architecture has none: see model/arch/
+    float    temperature_scale; // of attention by position; 0 = none
+    uint32_t temperature_floor;
+    float    temperature_offset;
+    int32_t  rope_scaling_type; // enum llama_rope_scaling_type
+    int32_t  rope_type;         // enum llama_rope_type
     float    rope_freq_scale;
-    int32_t  rope_scaling_type;   // enum llama_rope_scaling_type
-    int32_t  rope_type;           // enum llama_rope_type
     uint32_t rope_ctx_orig;
     float    rope_attn_factor;
-    float    yarn_ext_factor;     // < 0: not set
+    float    yarn_ext_factor;   // < 0: not set
     float    yarn_attn_factor;
     float    yarn_beta_fast;
     float    yarn_beta_slow;
@@ -226,6 +228,24 @@ struct bupo_hparams {
 };
 
 enum bupo_status bupo_model_hparams(const struct llama_model * model, struct bupo_hparams * out);
+
+// What can differ from layer to layer.
+struct bupo_layer_hparams {
+    uint32_t n_head;
+    uint32_t n_head_kv;
+    uint32_t n_ff;
+    uint32_t head_size_k;
+    uint32_t head_size_v;
+    uint32_t n_rot;
+    uint32_t window;     // keys that a query sees, its own included; 0 = all
+    uint32_t kv;         // it has keys and values of its own
+    uint32_t rope;       // by the file's pattern; an architecture may have one of its own besides
+    uint32_t recurrent;
+    float    rope_freq_base;
+    float    rope_freq_scale;
+};
+
+enum bupo_status bupo_model_layer_hparams(const struct llama_model * model, uint32_t layer, struct bupo_layer_hparams * out);
 
 // The model's own tensors with their live buffers; borrowed, valid as long as the model.
 size_t               bupo_model_n_tensors(const struct llama_model * model);

@@ -10,7 +10,7 @@ use std::process::Command;
 use bupo_gguf::export::{AdapterSpec, Adapters, PeftBase, lora_of, read_peft, write_peft};
 use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, GgufFile};
-use bupo_gguf::model::{Batch, Contestant, Lora, Model, Policy, compare};
+use bupo_gguf::model::{Batch, ComparedModel, Lora, Model, Policy, compare};
 use common::{Golden, golden_dir, relative_error};
 use program::text;
 use serde_json::Value;
@@ -293,8 +293,8 @@ fn divergence_is_what_its_formula_says() {
             .collect()
     };
     let (lp, lq) = (all(&p, Some(&lora)), all(&q, None));
-    let mut a = Contestant { engine: &mut engine_p, model: &p.model, lora: Some(&lora) };
-    let mut b = Contestant { engine: &mut engine_q, model: &q.model, lora: None };
+    let mut a = ComparedModel { engine: &mut engine_p, model: &p.model, lora: Some(&lora) };
+    let mut b = ComparedModel { engine: &mut engine_q, model: &q.model, lora: None };
     let found = compare(&mut a, &mut b, &batch).unwrap();
     assert_eq!(found.kl_nats.len(), batch.scored.len());
     let mut agreed = 0.0;
@@ -312,7 +312,7 @@ fn divergence_is_what_its_formula_says() {
     assert!((agreed as usize) < batch.scored.len(), "these models disagree");
     // A model and itself.
     let mut again = p.engine();
-    let mut c = Contestant { engine: &mut again, model: &p.model, lora: Some(&lora) };
+    let mut c = ComparedModel { engine: &mut again, model: &p.model, lora: Some(&lora) };
     let same = compare(&mut a, &mut c, &batch).unwrap();
     assert!(same.kl_nats.iter().all(|kl| *kl == 0.0) && same.agree.iter().all(|x| *x == 1.0));
 }

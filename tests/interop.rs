@@ -52,6 +52,6 @@ fn stock_llama_cpp_gives_the_trainers_logprobs() {
             assert_eq!(lora.tensors().values(i), again.tensors().values(i), "{case} tensor {i}");
         }
         assert_eq!((again.rank(), again.alpha()), (lora.rank(), lora.alpha()));
-        assert_eq!(again.targets(), Targets::default());
+        assert_eq!(again.targets(), "q,k,v,o,gate,up,down".parse().unwrap());
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use bupo_gguf::Model;
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, ThreadPool, Type};
 use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
-use bupo_gguf::model::{Batch, Engine, Lora, Policy, Target, Targets};
+use bupo_gguf::model::{Batch, Engine, Lora, Policy, Targets};
 use bupo_gguf::ops::{self, LogitMap};
 
 /// The system's allocator, remembering the largest single request and the most that was taken at once.
@@ -155,13 +155,14 @@ fn a_weight_is_dequantised_once_per_pass() {
     let _alone = ALONE.lock();
     let model = wide_model();
     let lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
-    let size = |targets: &[Target]| -> u64 {
-        let layer = model.weights().layers[0];
-        targets.iter().map(|t| layer.linear(*t).weight.len() as u64).sum()
+    let size = |targets: &str| -> u64 {
+        let targets: Targets = targets.parse().unwrap();
+        let maps = targets.of(model.maps()).unwrap().into_iter().filter(|map| map.layer == 1);
+        maps.map(|map| (map.n_in * map.n_out) as u64).sum()
     };
-    let layer = size(&Target::ALL);
+    let layer = size("all");
     // What the backward of a layer does not need again, and what the lowest layer need not pass on.
-    let (last, first) = (size(&[Target::Down]), size(&[Target::Q, Target::K, Target::V]));
+    let (last, first) = (size("down"), size("q,k,v"));
     for (threads, n) in [(1, 300), (2, 300), (2, 40)] {
         let mut engine = Engine::new(Arc::new(ThreadPool::new(threads).unwrap())).unwrap();
         let tokens: Vec<i32> = (0..n).map(|i| 1 + i % 250).collect();

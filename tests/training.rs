@@ -50,7 +50,7 @@ fn tokens_drawn_in_the_graph_are_those_drawn_from_the_logits() {
         .collect();
     // Four sequences for fifteen completions: slots are taken again, and holes closed.
     let config = model.config();
-    let sequence = 256 * 2 * config.head_size * config.n_head_kv * config.n_layer * 2;
+    let sequence = 256 * model.engine().kv_token_bytes().unwrap();
     let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 4 * sequence };
     let stop = AtomicBool::new(false);
     let mut generate = |in_graph: bool, sampling: &Sampling| {
@@ -147,7 +147,7 @@ fn one_optimiser_step_changes_the_next_decode_with_no_file_between() {
     let weights = golden.model.weights();
     let engine = golden.model.engine();
     let decoding = engine.tensors().find(|t| t.name() == "blk.0.attn_q.weight").unwrap();
-    let training = weights.layers[0].linear(bupo_gguf::model::Target::Q).weight;
+    let training = weights.find("blk.0.attn_q.weight").unwrap();
     assert_eq!(format!("{:p}", decoding.address()), format!("{:p}", training.address()));
     #[cfg(target_os = "linux")]
     {

@@ -88,7 +88,7 @@ fn rows(series: &[Size]) -> Vec<Row> {
 
 /// The time of the head over the first `v` tokens of the vocabulary and `t` positions.
 fn head(bench: &Bench<'_>, v: usize, t: usize) -> Result<Duration> {
-    let unembedding = bench.model.weights().unembedding;
+    let unembedding = bench.model.weights().unembedding();
     let d = unembedding.shape()[0];
     let mut executor = Executor::new(bench.model.device(), bench.pool.clone())?;
     let arena = Arena::new(32);

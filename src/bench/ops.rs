@@ -5,7 +5,7 @@ use super::measure::{device_rates, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
-use crate::model::Target;
+use crate::model::Map;
 use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
@@ -128,14 +128,24 @@ fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     (off / size.max(1e-60)).sqrt()
 }
 
+fn weight<'m>(bench: &Bench<'m>, map: &Map) -> Tensor<'m> {
+    bench.model.weights().find(&map.weight()).expect("a map of the model")
+}
+
+/// The last map of layer 1 whose inputs are the residual's width: `ffn_up`, fused or not.
+fn ffn_up<'m>(bench: &Bench<'m>) -> Tensor<'m> {
+    let d = bench.model.config().n_embd;
+    let maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
+    weight(bench, maps.last().expect("a layer has maps"))
+}
+
 /// The model's linear maps of different sizes or types, forward and backward.
 fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let weights = bench.model.weights();
     let mut seen = Vec::new();
     let mut rows = Vec::new();
-    for layer in &weights.layers {
-        for target in Target::ALL {
-            let w = layer.linear(target).weight;
+    for map in bench.model.maps() {
+        {
+            let w = weight(bench, map);
             let [k, n, ..] = w.shape();
             if seen.contains(&(w.ty(), k, n)) {
                 continue;
@@ -159,7 +169,7 @@ fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
             )?);
         }
     }
-    let (w, r) = (weights.layers[0].linear(Target::Up).weight, bench.options.rank);
+    let (w, r) = (ffn_up(bench), bench.options.rank);
     let [k, n, ..] = w.shape();
     let name = format!("linear {} {k} x {n}, rank {r}", w.ty());
     let flop = 2.0 * (T * (k * n + n * r)) as f64;
@@ -183,7 +193,7 @@ fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
 /// What ggml itself does with the FFN's weight: its product (activations rounded to 8 bits where the
 /// weight is quantised) on plain blocks and repacked where it can, and its vjp.
 fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let w = bench.model.weights().layers[0].linear(Target::Up).weight;
+    let w = ffn_up(bench);
     let [k, n, ..] = w.shape();
     let flop = 2.0 * (k * n * T) as f64;
     let name = format!("{} {k} x {n}", w.ty());
@@ -210,7 +220,7 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
 
 /// The log-prob head over the whole vocabulary and parts of it: its cost is linear in V.
 fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let w = bench.model.weights().unembedding;
+    let w = bench.model.weights().unembedding();
     let [d, v, ..] = w.shape();
     let mut rows = Vec::new();
     for (v, gradient) in [(v, false), (v / 4, true), (v / 2, true), (v, true)] {
@@ -267,18 +277,18 @@ pub fn pairs(segments: &[Segment], window: Option<usize>) -> usize {
 }
 
 fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let c = bench.model.config();
+    let c = bench.model.config().layer(1);
     let (n_head, n_head_kv, head_size) = (c.n_head, c.n_head_kv, c.head_size);
     let plain = AttentionSpec {
         n_head,
         n_head_kv,
         head_size,
-        scale: c.attention_scale,
+        scale: 1.0 / (head_size as f32).sqrt(),
         window: None,
         softcap: None,
     };
     // Not used: attention has no weights.
-    let w = bench.model.weights().output_norm;
+    let w = bench.model.weights().output_norm();
     let mut rows = Vec::new();
     for (name, segments, spec) in [
         ("2 x 256", packed(2, 256, 0, 0), plain),
@@ -324,7 +334,7 @@ fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
 
 /// Entropies, divergences and likeliest tokens; two models' divergence, here of one model beside itself.
 fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let w = bench.model.weights().unembedding;
+    let w = bench.model.weights().unembedding();
     let [d, v, ..] = w.shape();
     let flop = 2.0 * (d * v * T) as f64;
     let what = format!("{} D {d} V {v}", w.ty());
@@ -355,8 +365,8 @@ fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
 /// What moves bytes and multiplies nothing.
 fn rowwise(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let c = bench.model.config();
-    let (d, ff) = (c.n_embd, c.n_ff);
-    let w = bench.model.weights().output_norm;
+    let (d, ff) = (c.n_embd, c.layer(1).n_ff);
+    let w = bench.model.weights().output_norm();
     let mut rows = Vec::new();
     let mut add =
         |name: String, build: &dyn for<'a> Fn(&'a Arena, &mut Inputs<'a>) -> Vec<Tensor<'a>>| {

@@ -16,10 +16,8 @@ const DECODED: usize = 32;
 pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     let model = bench.model;
     let mut lora = bench.adapter()?;
-    let config = model.config();
     let n_ctx_seq = PROMPT + DECODED;
-    let per_sequence =
-        n_ctx_seq.next_multiple_of(256) * config.head_size * config.n_head_kv * config.n_layer * 4;
+    let per_sequence = n_ctx_seq.next_multiple_of(256) * model.engine().kv_token_bytes()?;
     let options = RolloutOptions { n_ctx_seq, kv_bytes: n_seq * per_sequence };
     let mut rollouts = Rollouts::new(model.engine(), &bench.pool, options)?;
     let prompt = bench.tokens(PROMPT, 1);

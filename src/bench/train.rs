@@ -5,7 +5,7 @@ use super::measure::timed;
 use super::{Bench, Row, cost, row};
 use crate::Result;
 use crate::ggml::TensorSet;
-use crate::model::{Batch, Config, Engine, Lora, Model, Policy, Target};
+use crate::model::{Batch, Engine, Lora, Model, Policy};
 
 /// Names of the cases.
 pub(super) const CASES: [&str; 9] = [
@@ -81,25 +81,20 @@ impl Case {
 
     /// Operations that a perfect implementation needs: each linear map once forward and once for the
     /// cotangent of its input, the head twice; adapters and attention do not count.
-    fn useful_flop(&self, config: &Config) -> f64 {
+    fn useful_flop(&self, model: &Model) -> f64 {
+        let config = model.config();
         let passes = 1.0 + self.backward as u8 as f64;
-        let layers = self.policy.depth() as f64 * layer_weights(config) * self.batch.len() as f64;
+        let weights = layer_weights(model, self.policy.depth());
+        let layers = weights * self.batch.len() as f64;
         let head = (config.n_embd * config.n_vocab * self.batch.scored.len()) as f64;
         passes * 2.0 * (layers + head)
     }
 }
 
-/// Weights of the linear maps of a layer.
-fn layer_weights(c: &Config) -> f64 {
-    let (q, kv) = (c.head_size * c.n_head, c.head_size * c.n_head_kv);
-    Target::ALL
-        .into_iter()
-        .map(|target| match target {
-            Target::Q | Target::O => c.n_embd * q,
-            Target::K | Target::V => c.n_embd * kv,
-            Target::Gate | Target::Up | Target::Down => c.n_embd * c.n_ff,
-        })
-        .sum::<usize>() as f64
+/// Weights of the linear maps of layers 1 to `depth`.
+fn layer_weights(model: &Model, depth: usize) -> f64 {
+    let maps = model.maps().iter().filter(|map| map.layer <= depth);
+    maps.map(|map| map.n_in * map.n_out).sum::<usize>() as f64
 }
 
 /// What computes forwards and backwards.
@@ -145,7 +140,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let memory = if name.contains("computed again") { 0 } else { bench.options.keep };
     let mut pass = Pass::new(bench, memory)?;
     let n = case.batch.scored.len();
-    let flop = case.useful_flop(bench.model.config());
+    let flop = case.useful_flop(bench.model);
     let timing = timed(bench, flop, || pass.run(&case.batch, case.policy, case.backward))?;
     bench.model.engine().look_at_memory()?;
     Ok(Some(vec![row(

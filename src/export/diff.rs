@@ -21,7 +21,7 @@ use serde::Serialize;
 use crate::data::{CompletionContent, Problem, SourceOptions, Template};
 use crate::data::{ProblemSource, RolloutRow, read_rollouts, rollouts, tasks::is_task};
 use crate::ggml::ThreadPool;
-use crate::model::{Batch, Contestant, Engine, Lora, Model, compare};
+use crate::model::{Batch, ComparedModel, Engine, Lora, Model, compare};
 use crate::reward::{Judge, JudgeOptions, JudgePool, Sampler};
 use crate::rollout::{Encoder, Request, RolloutOptions, Rollouts, Sampling};
 use crate::{Error, Result};
@@ -148,8 +148,8 @@ pub fn diff(
     let engine = |side: &Side| Engine::on(side.model.device(), pool.clone());
     let mut engines = [engine(a)?, engine(b)?];
     let [engine_a, engine_b] = &mut engines;
-    let mut p = Contestant { engine: engine_a, model: a.model, lora: a.lora.as_ref() };
-    let mut q = Contestant { engine: engine_b, model: b.model, lora: b.lora.as_ref() };
+    let mut p = ComparedModel { engine: engine_a, model: a.model, lora: a.lora.as_ref() };
+    let mut q = ComparedModel { engine: engine_b, model: b.model, lora: b.lora.as_ref() };
     let mut batch = Batch::default();
     let mut places = Vec::new();
     for (row, group) in groups.iter().enumerate() {
@@ -355,8 +355,8 @@ struct Sums {
 impl Sums {
     fn add(
         &mut self,
-        p: &mut Contestant,
-        q: &mut Contestant,
+        p: &mut ComparedModel,
+        q: &mut ComparedModel,
         batch: &Batch,
         places: &[Place],
     ) -> Result<()> {

@@ -19,7 +19,7 @@ use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
 use crate::gguf::{AdapterFile, AdapterPair, GgufFile, Value, write_atomically};
-use crate::model::{Arch, Target};
+use crate::model::Family;
 use crate::{Error, Result};
 
 /// Tensors of a PEFT folder.
@@ -34,7 +34,7 @@ const PREFIX: &str = "base_model.model.";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeftBase {
     /// Architecture.
-    pub arch: Arch,
+    pub arch: &'static Family,
     /// Layers.
     pub n_layer: usize,
     /// Query heads.
@@ -47,9 +47,9 @@ impl PeftBase {
     /// Reads a GGUF model's metadata.
     ///
     /// # Errors
-    /// Another architecture than those of [`Arch`], or head counts that are missing.
+    /// Another architecture than those that open, or head counts that are missing.
     pub fn from_gguf(file: &GgufFile) -> Result<PeftBase> {
-        let arch = Arch::parse(file.architecture()?)?;
+        let arch = Family::of_name(file.architecture()?)?;
         let key = |name: &str| format!("{arch}.attention.{name}");
         let n_head = file.require(&key("head_count"))?;
         let n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
@@ -60,8 +60,9 @@ impl PeftBase {
     /// Heads whose rows are permuted in a weight; none where they are not.
     fn permuted_heads(&self, weight: &str) -> Option<usize> {
         match self.arch {
-            Arch::Llama if weight.ends_with(".attn_q.weight") => Some(self.n_head),
-            Arch::Llama if weight.ends_with(".attn_k.weight") => Some(self.n_head_kv),
+            Family { permuted: false, .. } => None,
+            _ if weight.ends_with(".attn_q.weight") => Some(self.n_head),
+            _ if weight.ends_with(".attn_k.weight") => Some(self.n_head_kv),
             _ => None,
         }
     }
@@ -73,8 +74,8 @@ fn module(weight: &str) -> Option<String> {
         return Some("lm_head".into());
     }
     let (layer, name) = weight.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
-    let target = Target::ALL.into_iter().find(|t| t.gguf_name() == name)?;
-    Some(format!("model.layers.{}.{}", layer.parse::<u32>().ok()?, module_of(target)))
+    let (_, module) = MODULES.into_iter().find(|(gguf, _)| *gguf == name)?;
+    Some(format!("model.layers.{}.{module}", layer.parse::<u32>().ok()?))
 }
 
 /// `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`.
@@ -83,21 +84,20 @@ fn weight(module: &str) -> Option<String> {
         return Some("output.weight".into());
     }
     let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let target = Target::ALL.into_iter().find(|t| module_of(*t) == name)?;
-    Some(target.weight(layer.parse::<usize>().ok()?.checked_add(1)?))
+    let (gguf, _) = MODULES.into_iter().find(|(_, module)| *module == name)?;
+    Some(format!("blk.{}.{gguf}.weight", layer.parse::<u32>().ok()?))
 }
 
-fn module_of(target: Target) -> &'static str {
-    [
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    ][target as usize]
-}
+/// Linear maps by their names in GGUF and in Hugging Face's modules, in the order of a layer.
+const MODULES: [(&str, &str); 7] = [
+    ("attn_q", "self_attn.q_proj"),
+    ("attn_k", "self_attn.k_proj"),
+    ("attn_v", "self_attn.v_proj"),
+    ("attn_output", "self_attn.o_proj"),
+    ("ffn_gate", "mlp.gate_proj"),
+    ("ffn_up", "mlp.up_proj"),
+    ("ffn_down", "mlp.down_proj"),
+];
 
 /// Rows of `b: [rank, n_out]` in the other order: to GGUF's, or back.
 fn permute(b: &[f32], rank: usize, heads: usize, to_gguf: bool) -> Option<Vec<f32>> {
@@ -225,7 +225,7 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
     let (first, scale) = &pairs[0];
     let alpha = scale * first.rank as f64;
     let mut adapter = AdapterFile {
-        arch: base.arch.name().into(),
+        arch: base.arch.name.into(),
         name: None,
         alpha: alpha as f32,
         pairs: Vec::with_capacity(pairs.len()),
@@ -300,7 +300,7 @@ fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {
 fn order(weight: &str) -> (usize, usize) {
     let parts = weight.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let Some((layer, name)) = parts else { return (usize::MAX, 0) };
-    let target = Target::ALL.iter().position(|t| name.starts_with(t.gguf_name()));
+    let target = MODULES.iter().position(|(gguf, _)| name.starts_with(gguf));
     (layer.parse().unwrap_or(usize::MAX), target.unwrap_or(usize::MAX))
 }
 
@@ -351,8 +351,8 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        for target in Target::ALL {
-            let name = target.weight(12);
+        for (gguf, _) in MODULES {
+            let name = format!("blk.11.{gguf}.weight");
             assert_eq!(weight(&module(&name).unwrap()).unwrap(), name);
         }
         assert_eq!(module("blk.3.attn_q.weight").unwrap(), "model.layers.3.self_attn.q_proj");

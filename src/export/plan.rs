@@ -12,7 +12,7 @@ use super::imatrix::Imatrix;
 use crate::ggml::Type;
 use crate::gguf::{GgufSet, TensorInfo};
 use crate::llama::{self, FileType, TensorEntry};
-use crate::model::{Arch, check_values};
+use crate::model::check_values;
 use crate::{Error, Result};
 
 /// The value of `--type`.
@@ -73,13 +73,13 @@ pub(super) fn types(
         })
         .collect();
     // What llama.cpp would abort on is checked before.
-    check_values(base.head(), Arch::parse(base.head().architecture()?)?)?;
+    check_values(base.head())?;
     let outline = llama::Model::load_outline(path)?;
     let mut chosen = outline.quantised_types(ty, &entries)?;
     if imatrix.is_some() {
-        let h = outline.hparams()?;
+        let (n_layer, h) = (outline.hparams()?.n_layer as usize, outline.layer_hparams(1)?);
         let wide_groups = h.n_head >= 4 * h.n_head_kv.max(1);
-        with_importance(ty, &entries, &mut chosen, h.n_layer as usize, wide_groups);
+        with_importance(ty, &entries, &mut chosen, n_layer, wide_groups);
     }
     let mut types = vec![Type::F32; tensors.len()];
     for (i, ty) in order.into_iter().zip(chosen) {

@@ -59,6 +59,17 @@ impl Arena {
         self.wrap(unsafe { sys::ggml_mul(self.context(), x.raw(), w.raw()) })
     }
 
+    /// `by x`; x itself for 1.
+    pub fn scale<'a>(&'a self, x: Tensor<'a>, by: f32) -> Tensor<'a> {
+        if by == 1.0 {
+            return x;
+        }
+        f32_contiguous("scale", &[x]);
+        self.reserve(1);
+        // SAFETY: F32, contiguous; room in the context.
+        self.wrap(unsafe { sys::ggml_scale(self.context(), x.raw(), by) })
+    }
+
     /// `x / sqrt(mean(x^2) + eps)` of each row.
     pub fn rms_norm<'a>(&'a self, x: Tensor<'a>, eps: f32) -> Tensor<'a> {
         f32_contiguous("rms_norm", &[x]);
@@ -206,6 +217,21 @@ impl Arena {
         self.wrap(unsafe {
             let (d, n) = (d as i64, n as i64);
             sys::ggml_view_2d(self.context(), x.raw(), d, n, stride, first * stride)
+        })
+    }
+
+    /// Columns `[first, first + n)` of the rows of the matrix `x: [D, rows]`, as a view `[n, rows]` that is not
+    /// contiguous. Both are whole blocks of x's type.
+    pub fn column_range<'a>(&'a self, x: Tensor<'a>, first: usize, n: usize) -> Tensor<'a> {
+        let [d, rows, ..] = x.shape();
+        assert!(x.is_contiguous() && first + n <= d, "columns {first}+{n} of {x:?}");
+        let bytes = |n| x.ty().row_bytes(n).expect("a whole number of blocks");
+        let (stride, skip) = (bytes(d), bytes(first));
+        assert!(n.is_multiple_of(x.ty().block_size()), "columns {first}+{n} of {x:?}");
+        self.reserve(1);
+        // SAFETY: the view lies within x, as just asserted.
+        self.wrap(unsafe {
+            sys::ggml_view_2d(self.context(), x.raw(), n as i64, rows as i64, stride, skip)
         })
     }
 

@@ -15,7 +15,7 @@ use ggml_sys as sys;
 
 pub use adapter::LiveAdapter;
 pub use context::{Context, ContextOptions, Token, TokenBatch, max_sequences};
-pub use model::{Hparams, Model, Placement};
+pub use model::{Hparams, LayerHparams, Model, Placement};
 pub use quantize::{FileType, TensorEntry};
 pub use vocab::{Vocab, chat_apply_template};
 

@@ -13,6 +13,8 @@ use crate::{Error, Result};
 
 /// Hyperparameters as llama.cpp read them from the file (fields: `ggml-ext/ggml-ext.h`).
 pub type Hparams = sys::bupo_hparams;
+/// Those of one layer.
+pub type LayerHparams = sys::bupo_layer_hparams;
 
 /// Where a model's weights go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,19 +144,45 @@ impl Model {
         Ok(out)
     }
 
+    /// Sizes and settings of a layer, from 1; see `hparams` for how many there are.
+    pub fn layer_hparams(&self, layer: usize) -> Result<LayerHparams> {
+        // SAFETY: plain numbers, for which zero is a value.
+        let mut out: LayerHparams = unsafe { std::mem::zeroed() };
+        // SAFETY: a live model and a place for the result; the bridge checks the index.
+        let status =
+            unsafe { sys::bupo_model_layer_hparams(self.raw(), layer as u32 - 1, &mut out) };
+        check("reading a layer's hyperparameters", status, "use another model")?;
+        Ok(out)
+    }
+
+    /// Bytes that a decoding context takes for one token's keys and values, F16, all layers that have their own.
+    pub fn kv_token_bytes(&self) -> Result<usize> {
+        let of_layer = |layer| {
+            let h = self.layer_hparams(layer)?;
+            Ok(2 * (h.kv * h.n_head_kv * (h.head_size_k + h.head_size_v)) as usize)
+        };
+        (1..=self.hparams()?.n_layer as usize).map(of_layer).sum()
+    }
+
+    /// Tensor `index` of [`Model::tensors`].
+    ///
+    /// # Panics
+    /// For an index out of range.
+    pub fn tensor(&self, index: usize) -> Tensor<'_> {
+        let (mut name, mut tensor) = (std::ptr::null(), std::ptr::null_mut());
+        // SAFETY: a live model; the bridge checks the index; the tensor lives as long as the model.
+        unsafe {
+            let status = sys::bupo_model_tensor(self.raw(), index, &mut name, &mut tensor);
+            assert_eq!(status, sys::BUPO_OK, "an index in range");
+            Tensor::from_raw(tensor)
+        }
+    }
+
     /// Every tensor of the model, each once.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
         // SAFETY: a live model.
         let n = unsafe { sys::bupo_model_n_tensors(self.raw()) };
-        (0..n).map(|i| {
-            let (mut name, mut tensor) = (std::ptr::null(), std::ptr::null_mut());
-            // SAFETY: a live model, an index in range; the tensor lives as long as the model.
-            unsafe {
-                let status = sys::bupo_model_tensor(self.raw(), i, &mut name, &mut tensor);
-                assert_eq!(status, sys::BUPO_OK, "an index in range");
-                Tensor::from_raw(tensor)
-            }
-        })
+        (0..n).map(|index| self.tensor(index))
     }
 
     /// The vocabulary.

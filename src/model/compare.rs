@@ -3,10 +3,10 @@
 use super::{Batch, Engine, Lora, Model};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Type};
-use crate::ops::{self, Head, LogitMap};
+use crate::ops::{self, Head};
 
-/// A model as it is compared: with its own engine, so that both keep their activations.
-pub struct Contestant<'c> {
+/// One of two models that are compared: with its own engine, so that both keep their activations.
+pub struct ComparedModel<'c> {
     /// Forwards.
     pub engine: &'c mut Engine,
     /// Model.
@@ -29,7 +29,7 @@ pub struct Comparison {
 }
 
 /// Compares the final policies of p and q, whose vocabularies are the same, at temperature 1.
-pub fn compare(p: &mut Contestant, q: &mut Contestant, batch: &Batch) -> Result<Comparison> {
+pub fn compare(p: &mut ComparedModel, q: &mut ComparedModel, batch: &Batch) -> Result<Comparison> {
     if batch.scored.is_empty() {
         return Ok(Comparison::default());
     }
@@ -42,10 +42,8 @@ pub fn compare(p: &mut Contestant, q: &mut Contestant, batch: &Batch) -> Result<
     let inputs = [p.model, q.model].map(|model| {
         let config = model.config();
         let x = arena.input("hidden", Type::F32, &[config.n_embd, s]);
-        let weights = model.weights();
-        let normed = ops::rms_norm(&arena, x, weights.output_norm, config.rms_eps);
-        let map = LogitMap::default();
-        (x, Head { hidden: normed, unembedding: weights.unembedding, map })
+        let hidden = model.final_norm(&arena, x);
+        (x, Head { hidden, unembedding: model.weights().unembedding(), map: config.logits })
     });
     let d = ops::divergence(&arena, inputs[0].1, inputs[1].1, target);
     let nodes = [d.kl, d.logprob_p, d.logprob_q, d.agree];
@@ -60,7 +58,7 @@ pub fn compare(p: &mut Contestant, q: &mut Contestant, batch: &Batch) -> Result<
     Ok(Comparison { kl_nats, logprob_p, logprob_q, agree })
 }
 
-impl Contestant<'_> {
+impl ComparedModel<'_> {
     /// H^L of the scored tokens: `[D, S]`.
     fn hidden(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         let config = self.model.config();

@@ -7,17 +7,16 @@
 
 use std::sync::Arc;
 
-use super::layer::{Adapter, LayerBlocks};
-use super::memo::{Activations, Memo};
-use super::{Batch, Config, Lora, Model, Policy, Target};
+use super::lora::Adapter;
+use super::memo::{Activations, Memo, kept_floats};
+use super::shared::Shared;
+use super::tape::{LAYER_NODES, Parts, Tape};
+use super::{Batch, Config, Lora, Model, Policy};
 use crate::Result;
 use crate::ggml::{
     Arena, Device, Executor, Graph, Input, Shape, Tensor, TensorSet, ThreadPool, Type,
 };
-use crate::ops::{self, LogitMap};
-
-/// Room for the nodes of a layer's forward and backward.
-const LAYER_NODES: usize = 256;
+use crate::ops;
 
 /// What has been computed so far; tests and benchmarks read it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +58,7 @@ struct Kept {
     residuals: TensorSet,
     // d logprob / d hidden of the scored tokens: [D, scored].
     head: TensorSet,
+    shared: Option<Shared>,
     depth: usize,
     tokens: usize,
     scored: usize,
@@ -67,23 +67,29 @@ struct Kept {
 impl Kept {
     fn allocate(
         device: Device,
-        d: usize,
+        config: &Config,
         depth: usize,
         tokens: usize,
         scored: usize,
     ) -> Result<Kept> {
         let named = |name: &str, i: usize, n: usize| -> (String, Shape) {
-            (format!("{name}-{i}"), [d, n, 1, 1])
+            (format!("{name}-{i}"), [config.n_embd, n, 1, 1])
         };
         let mut shapes: Vec<_> = (0..=depth).map(|l| named("residual", l, tokens)).collect();
         shapes.extend((0..2).map(|i| named("d_residual", i, tokens)));
         Ok(Kept {
             residuals: TensorSet::zeros(device, &shapes)?,
             head: TensorSet::zeros(device, &[named("head", 0, scored.max(1))])?,
+            shared: Shared::new(device, config, depth, tokens)?,
             depth,
             tokens,
             scored,
         })
+    }
+
+    fn n_bytes(&self) -> usize {
+        let shared = self.shared.as_ref().map_or(0, Shared::n_bytes);
+        self.residuals.n_bytes() + self.head.n_bytes() + shared
     }
 
     fn residual<'a>(&'a self, arena: &'a Arena, layer: usize, tokens: usize) -> Tensor<'a> {
@@ -94,17 +100,6 @@ impl Kept {
     fn cotangent<'a>(&'a self, arena: &'a Arena, layer: usize, tokens: usize) -> Tensor<'a> {
         arena.row_range(self.residuals.get(self.depth + 1 + layer % 2), 0, tokens)
     }
-}
-
-/// Floats that a layer's kept activations take for a batch of `tokens`.
-pub(crate) fn kept_floats(c: &Config, rank: usize, tokens: usize) -> usize {
-    // q, k, v, attention's result and lse, residual, gate and up, A x of every target; and the padding.
-    let per_token = 2 * c.head_size * (c.n_head + c.n_head_kv)
-        + c.n_head
-        + c.n_embd
-        + 2 * c.n_ff
-        + Target::ALL.len() * rank;
-    per_token * tokens + 16 * 16
 }
 
 impl Engine {
@@ -139,7 +134,7 @@ impl Engine {
 
     /// Bytes of kept activations and of the largest graph's intermediate results.
     pub fn bytes(&self) -> usize {
-        let kept = self.kept.as_ref().map_or(0, |k| k.residuals.n_bytes() + k.head.n_bytes());
+        let kept = self.kept.as_ref().map_or(0, Kept::n_bytes);
         kept + self.activations.n_bytes() + self.executor.scratch_bytes()
     }
 
@@ -155,14 +150,14 @@ impl Engine {
         self.activations.n_bytes()
     }
 
-    fn reserve(&mut self, d: usize, depth: usize, batch: &Batch) -> Result<()> {
+    fn reserve(&mut self, config: &Config, depth: usize, batch: &Batch) -> Result<()> {
         let (tokens, scored) = (batch.len(), batch.scored.len());
         let fits = |k: &Kept| k.depth >= depth && k.tokens >= tokens && k.scored >= scored;
         if !self.kept.as_ref().is_some_and(fits) {
             let before = self.kept.take().map_or((0, 0, 0), |k| (k.depth, k.tokens, k.scored));
             self.kept = Some(Kept::allocate(
                 self.executor.device(),
-                d,
+                config,
                 depth.max(before.0),
                 tokens.max(before.1),
                 scored.max(before.2),
@@ -180,7 +175,8 @@ impl Engine {
         depth: usize,
     ) -> Result<()> {
         self.activations.forget();
-        self.layers(model, lora, batch, depth, 0)
+        let adapter = lora.map(|lora| Adapter { lora, gradients: None });
+        self.layers(model, adapter, batch, depth, &[])
     }
 
     /// [`Engine::forward`] that also keeps activations for [`Engine::backward`], within the budget. Until
@@ -192,43 +188,49 @@ impl Engine {
         batch: &Batch,
         depth: usize,
     ) -> Result<()> {
-        let floats = kept_floats(model.config(), lora.rank(), batch.len());
-        self.activations.reserve(self.executor.device(), depth, floats)?;
-        self.layers(model, Some(lora), batch, depth, floats)
+        self.activations.forget();
+        let adapter = Some(Adapter { lora, gradients: None });
+        let mut floats = Vec::new();
+        if self.activations.is_on() {
+            floats = kept_by_layer(model, adapter, batch, depth);
+            self.activations.reserve(self.executor.device(), &floats)?;
+        }
+        self.layers(model, adapter, batch, depth, &floats)
     }
 
-    /// The forward, keeping activations of layers that take this many floats each, or none for 0.
+    /// The forward, keeping activations of as many of the layers that take `floats` as there is room for.
     fn layers(
         &mut self,
         model: &Model,
-        lora: Option<&Lora>,
+        adapter: Option<Adapter<'_>>,
         batch: &Batch,
         depth: usize,
-        floats: usize,
+        floats: &[usize],
     ) -> Result<()> {
-        let (config, weights, n) = (model.config(), model.weights(), batch.len());
-        self.reserve(config.n_embd, depth, batch)?;
+        let n = batch.len();
+        self.reserve(model.config(), depth, batch)?;
         let kept = self.kept.as_ref().expect("just reserved");
 
         let arena = Arena::new(8);
         let mut graph = Graph::new(&arena);
         let ids = arena.input("tokens", Type::I32, &[n]);
-        graph.store(arena.rows(weights.embedding, ids), kept.residual(&arena, 0, n));
+        graph.store(model.embed(&arena, ids), kept.residual(&arena, 0, n));
         self.executor.run(&graph, &[(ids, Input::I32(&batch.tokens))])?;
 
         for layer in 1..=depth {
             let arena = Arena::new(LAYER_NODES);
             let mut graph = Graph::new(&arena);
-            let positions = arena.input("positions", Type::I32, &[n]);
-            let adapter = lora.map(|lora| Adapter { lora, gradients: None });
-            let blocks =
-                LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
-            let keeps = floats > 0 && self.activations.takes(layer, floats);
+            let room = floats.get(layer - 1);
+            let keeps = room.is_some_and(|floats| self.activations.takes(layer, *floats));
             let memo = if keeps { Memo::record() } else { Memo::Off };
-            let (taps, _) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n), &memo);
-            graph.store(taps.layer_out, kept.residual(&arena, layer, n));
-            self.activations.store(&arena, &mut graph, memo);
-            self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
+            let parts = Parts { shared: kept.shared.as_ref(), ..model.parts(adapter, batch) };
+            let mut tape = Tape::new(&arena, parts, layer, memo);
+            let x = tape.leaf(kept.residual(&arena, layer - 1, n));
+            let taps = model.layer(&mut tape, x);
+            graph.store(tape.node(taps.layer_out), kept.residual(&arena, layer, n));
+            tape.store_shared(&mut graph);
+            self.activations.store(&arena, &mut graph, tape.take_memo());
+            self.executor.run(&graph, &tape.inputs())?;
             self.work.layer_forwards += 1;
             self.work.highest_layer = self.work.highest_layer.max(layer);
         }
@@ -249,7 +251,7 @@ impl Engine {
         if batch.scored.is_empty() {
             return Ok(Scores::default());
         }
-        let (weights, n, s) = (model.weights(), batch.len(), batch.scored.len());
+        let (n, s) = (batch.len(), batch.scored.len());
         let kept = self.kept.as_ref().expect("score follows forward");
         let (rows, targets): (Vec<i32>, Vec<i32>) =
             batch.scored.iter().map(|s| (s.row, s.target)).unzip();
@@ -260,14 +262,14 @@ impl Engine {
         let target = arena.input("targets", Type::I32, &[s]);
         let mut hidden = arena.rows(kept.residual(&arena, policy.depth(), n), row_ids); // [D, S]
         if policy.has_norm() {
-            hidden = ops::rms_norm(&arena, hidden, weights.output_norm, model.config().rms_eps);
+            hidden = model.final_norm(&arena, hidden);
         }
         let head = ops::linear_logprob(
             &arena,
             hidden,
-            weights.unembedding,
+            model.weights().unembedding(),
             Some(target),
-            LogitMap::default(),
+            model.config().logits,
             1.0 / temperature,
             keep,
         );
@@ -300,26 +302,28 @@ impl Engine {
         }
         let n = batch.len();
         self.backward_head(model, batch, policy, d_logprobs)?;
-        let (config, weights) = (model.config(), model.weights());
+        let kept = self.kept.as_mut().expect("backward follows forward");
+        if let Some(shared) = &mut kept.shared {
+            shared.clear_cotangents();
+        }
         let kept = self.kept.as_ref().expect("backward follows forward");
         let lowest = lora.slots().first().map_or(usize::MAX, |slot| slot.layer);
-        let gradients = &*gradients;
+        let adapter = Some(Adapter { lora, gradients: Some(&*gradients) });
 
         for layer in (lowest..=policy.depth()).rev() {
             let arena = Arena::new(LAYER_NODES);
             let mut graph = Graph::new(&arena);
-            let positions = arena.input("positions", Type::I32, &[n]);
-            let adapter = Some(Adapter { lora, gradients: Some(gradients) });
-            let blocks =
-                LayerBlocks::new(config, &weights, adapter, layer, positions, &batch.segments);
             let memo = self.activations.replay(&arena, layer);
-            let (_, saved) = blocks.forward(&arena, kept.residual(&arena, layer - 1, n), &memo);
-            let d_out = kept.cotangent(&arena, layer, n);
-            let d_in = blocks.vjp(&arena, &mut graph, &saved, d_out, layer > lowest);
-            if let Some(d_in) = d_in {
+            let parts = Parts { shared: kept.shared.as_ref(), ..model.parts(adapter, batch) };
+            let mut tape = Tape::new(&arena, parts, layer, memo);
+            let x = tape.leaf(kept.residual(&arena, layer - 1, n));
+            let taps = model.layer(&mut tape, x);
+            let given = (taps.layer_out, kept.cotangent(&arena, layer, n));
+            let wanted = (layer > lowest).then_some(x);
+            if let Some(d_in) = tape.backward_shared(&mut graph, given, wanted) {
                 graph.store(d_in, kept.cotangent(&arena, layer - 1, n));
             }
-            self.executor.run(&graph, &[(positions, Input::I32(&batch.positions))])?;
+            self.executor.run(&graph, &tape.inputs())?;
             self.work.layer_backwards += 1;
             self.work.layers_kept += (layer <= self.activations.layers()) as usize;
             self.work.highest_layer = self.work.highest_layer.max(layer);
@@ -348,7 +352,7 @@ impl Engine {
         let mut d = ops::scale_rows(&arena, head, cotangents);
         if policy.has_norm() {
             let residual = arena.rows(kept.residual(&arena, depth, n), row_ids);
-            let weight = model.weights().output_norm;
+            let weight = model.weights().output_norm();
             d = ops::rms_norm_back(&arena, residual, weight, d, None, model.config().rms_eps);
         }
         graph.store(arena.rows_back(d, row_ids, n), kept.cotangent(&arena, depth, n));
@@ -368,4 +372,21 @@ impl Engine {
         let d = kept.residuals.get(layer).shape()[0];
         kept.residuals.values(layer)[..d * tokens].to_vec()
     }
+}
+
+/// Floats that the kept activations of each layer take for this batch.
+fn kept_by_layer(
+    model: &Model,
+    adapter: Option<Adapter<'_>>,
+    batch: &Batch,
+    depth: usize,
+) -> Vec<usize> {
+    let of_layer = |layer| {
+        let arena = Arena::new(LAYER_NODES);
+        let mut tape = Tape::new(&arena, model.parts(adapter, batch), layer, Memo::record());
+        let x = tape.leaf(arena.tensor(Type::F32, &[model.config().n_embd, batch.len()]));
+        model.layer(&mut tape, x);
+        kept_floats(tape.take_memo().into_noted().iter().map(Tensor::shape))
+    };
+    (1..=depth).map(of_layer).collect()
 }

@@ -1,4 +1,4 @@
-//! What a model file holds, read from its header alone: llama.cpp is not asked, nothing is loaded.
+//! What a model file holds, read from its header alone: no weight is loaded.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Arch, DEMO, DEMO_BYTES, Target, precheck};
+use super::{DEMO, DEMO_BYTES, Model};
 use crate::Result;
 use crate::gguf::{GgufFile, Value, split_paths};
 
@@ -31,8 +31,10 @@ pub struct Trainable {
     pub target: &'static str,
     /// Name in the file, `blk.N.` before it.
     pub tensor: String,
-    /// Inputs and outputs.
+    /// Inputs and outputs; of the first layer that has it.
     pub shape: [u64; 2],
+    /// Whether other layers have it in other sizes.
+    pub varies: bool,
     /// Layers that have it.
     pub layers: usize,
     /// Types of those.
@@ -98,11 +100,9 @@ impl Description {
         };
         let first = &files[0];
         let architecture = first.architecture()?.to_owned();
-        let arch = Arch::parse(&architecture);
-        let refused = arch
-            .as_ref()
-            .map_err(ToString::to_string)
-            .and_then(|arch| precheck::check(first, *arch).map_err(|e| e.to_string()));
+        let outline = Model::outline(path);
+        let refused = outline.as_ref().err().map(ToString::to_string);
+        let model = outline.ok();
         let get = |key: &str| first.get(&format!("{architecture}.{key}"));
         let size =
             |key: &str| get(key).and_then(Value::integer).and_then(|n| u64::try_from(n).ok());
@@ -143,34 +143,34 @@ impl Description {
             tied: !tensors().any(|t| t.name == "output.weight"),
             types,
             taps: TAPS.to_vec(),
-            trainable: if arch.is_ok() { trainable(&files) } else { Vec::new() },
-            refused: refused.err(),
+            trainable: model.as_ref().map_or(Vec::new(), |model| trainable(model, &files)),
+            refused,
             architecture,
         })
     }
 }
 
-fn trainable(files: &[GgufFile]) -> Vec<Trainable> {
-    let mut found = Vec::new();
-    for target in Target::ALL {
-        let suffix = format!(".{}.weight", target.gguf_name());
-        let tensors: Vec<_> = files
-            .iter()
-            .flat_map(|f| f.tensors())
-            .filter(|t| t.name.starts_with("blk.") && t.name.ends_with(&suffix))
-            .filter(|t| t.shape.len() == 2 && t.ty.can_dequantize())
-            .collect();
-        let Some(first) = tensors.first() else { continue };
-        let mut types: Vec<_> = tensors.iter().map(|t| t.ty.name()).collect();
-        types.sort();
-        types.dedup();
-        found.push(Trainable {
-            target: target.name(),
-            tensor: format!("{}.weight", target.gguf_name()),
-            shape: [first.shape[0], first.shape[1]],
-            layers: tensors.len(),
-            types,
-        });
+fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
+    let types: BTreeMap<&str, &str> =
+        files.iter().flat_map(|f| f.tensors()).map(|t| (t.name.as_str(), t.ty.name())).collect();
+    let mut found: Vec<Trainable> = Vec::new();
+    for map in model.maps() {
+        let Some(target) = map.target else { continue };
+        let shape = [map.n_in as u64, map.n_out as u64];
+        let entry = match found.iter_mut().find(|t| t.target == target) {
+            Some(entry) => entry,
+            None => {
+                let tensor = format!("{}.weight", map.name);
+                let (layers, types) = (0, Vec::new());
+                found.push(Trainable { target, tensor, shape, varies: false, layers, types });
+                found.last_mut().expect("just pushed")
+            }
+        };
+        entry.layers += 1;
+        entry.varies |= entry.shape != shape;
+        entry.types.extend(types.get(map.weight().as_str()));
+        entry.types.sort();
+        entry.types.dedup();
     }
     found
 }
@@ -198,7 +198,7 @@ impl fmt::Display for Description {
             number(self.heads[1]),
             number(self.head_size)
         )?;
-        let tied = if self.tied { "tied" } else { "apart" };
+        let tied = if self.tied { "tied" } else { "of its own" };
         writeln!(f, "vocabulary    {} tokens, unembedding {tied}", number(self.vocabulary))?;
         writeln!(f, "context       {} tokens; rope {}", number(self.context), self.rope)?;
         let template = if self.chat_template { "in the file" } else { "none" };

@@ -18,71 +18,90 @@ use crate::gguf::{AdapterFile, AdapterPair, Value};
 use crate::llama::LiveAdapter;
 use crate::{Error, Result};
 
+/// Linear maps by their names on the command line and in the file, in the order of a layer. A fused map, whose
+/// outputs are used in parts, has a name of its own.
+const NAMES: [(&str, &str, bool); 9] = [
+    ("q", "attn_q", false),
+    ("k", "attn_k", false),
+    ("v", "attn_v", false),
+    ("qkv", "attn_qkv", true),
+    ("o", "attn_output", false),
+    ("gate", "ffn_gate", false),
+    ("up", "ffn_up", false),
+    ("gate_up", "ffn_up", true),
+    ("down", "ffn_down", false),
+];
+/// What stands for every map of attention and FFN.
+const ALL: &str = "all";
+
 /// A linear map of a layer that can carry an adapter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[repr(usize)]
-pub enum Target {
-    /// `attn_q`
-    Q,
-    /// `attn_k`
-    K,
-    /// `attn_v`
-    V,
-    /// `attn_output`
-    O,
-    /// `ffn_gate`
-    Gate,
-    /// `ffn_up`
-    Up,
-    /// `ffn_down`
-    Down,
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Map {
+    /// Layer, from 1.
+    pub layer: usize,
+    /// The middle of its GGUF name: `blk.3.` here `.weight`.
+    pub name: String,
+    /// The word on the command line; none for maps outside of attention and FFN.
+    pub target: Option<&'static str>,
+    /// Inputs, ne0.
+    pub n_in: usize,
+    /// Outputs, ne1.
+    pub n_out: usize,
+    // Place in a layer.
+    order: usize,
 }
 
-impl Target {
-    /// All of them, in the order of a layer.
-    pub const ALL: [Target; 7] =
-        [Target::Q, Target::K, Target::V, Target::O, Target::Gate, Target::Up, Target::Down];
-
-    /// The word on the command line.
-    pub fn name(self) -> &'static str {
-        ["q", "k", "v", "o", "gate", "up", "down"][self as usize]
-    }
-
-    /// The middle of its GGUF name: `blk.3.` here `.weight`.
-    pub fn gguf_name(self) -> &'static str {
-        ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"]
-            [self as usize]
+impl Map {
+    pub(super) fn new(layer: usize, name: &str, fused: bool, n_in: usize, n_out: usize) -> Map {
+        let order = NAMES.iter().position(|&(_, gguf, f)| gguf == name && f == fused);
+        Map {
+            layer,
+            name: name.into(),
+            target: order.map(|i| NAMES[i].0),
+            n_in,
+            n_out,
+            order: order.unwrap_or(NAMES.len()),
+        }
     }
 
     /// `blk.{layer - 1}.{name}.weight`; layers count from 1.
-    pub fn weight(self, layer: usize) -> String {
-        format!("blk.{}.{}.weight", layer - 1, self.gguf_name())
+    pub fn weight(&self) -> String {
+        format!("blk.{}.{}.weight", self.layer - 1, self.name)
+    }
+
+    /// By layer, then in the order of a layer.
+    pub(super) fn place(&self) -> (usize, usize) {
+        (self.layer, self.order)
     }
 }
 
-/// A set of [`Target`]s; on the command line `q,k,v,o,gate,up,down`.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+/// Which maps are adapted; on the command line `all`, or words such as `q,k,v,o,gate,up,down`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct Targets(Vec<Target>);
+pub struct Targets(Option<Vec<&'static str>>);
 
 impl Targets {
-    /// These targets, each once, in the order of a layer.
-    pub fn new(targets: impl IntoIterator<Item = Target>) -> Targets {
-        let mut targets: Vec<_> = targets.into_iter().collect();
-        targets.sort();
-        targets.dedup();
-        Targets(targets)
-    }
+    /// Every linear map of attention and FFN.
+    pub const ALL: Targets = Targets(None);
 
-    /// In the order of a layer.
-    pub fn iter(&self) -> impl Iterator<Item = Target> {
-        self.0.iter().copied()
-    }
-}
-
-impl Default for Targets {
-    fn default() -> Targets {
-        Targets::new(Target::ALL)
+    /// The model's maps of this choice, in the order of the layers.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a word that this model has no map for.
+    pub fn of<'m>(&self, maps: &'m [Map]) -> Result<Vec<&'m Map>> {
+        let known = maps.iter().filter(|map| map.target.is_some());
+        let Some(words) = &self.0 else { return Ok(known.collect()) };
+        if let Some(word) = words.iter().find(|w| maps.iter().all(|map| map.target != Some(**w))) {
+            let mut supported: Vec<_> = known.filter_map(|map| map.target).collect();
+            supported.sort_by_key(|word| NAMES.iter().position(|n| n.0 == *word));
+            supported.dedup();
+            return Err(Error::Unsupported {
+                what: "LoRA target of this model",
+                got: word.to_string(),
+                supported: format!("{ALL}, or some of {}", supported.join(", ")),
+            });
+        }
+        Ok(known.filter(|map| words.contains(&map.target.expect("filtered"))).collect())
     }
 }
 
@@ -90,21 +109,27 @@ impl FromStr for Targets {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Targets> {
+        if text.trim() == ALL {
+            return Ok(Targets::ALL);
+        }
         let one = |word: &str| {
-            Target::ALL.into_iter().find(|t| t.name() == word).ok_or_else(|| Error::Unsupported {
+            let found = NAMES.iter().find(|name| name.0 == word);
+            found.map(|name| name.0).ok_or_else(|| Error::Unsupported {
                 what: "LoRA target",
                 got: word.into(),
-                supported: Targets::default().to_string(),
+                supported: format!("{ALL}, {}", NAMES.map(|name| name.0).join(", ")),
             })
         };
-        let targets: Vec<_> = text.split(',').map(|w| one(w.trim())).collect::<Result<_>>()?;
-        Ok(Targets::new(targets))
+        let mut words: Vec<_> = text.split(',').map(|w| one(w.trim())).collect::<Result<_>>()?;
+        words.sort_by_key(|word| NAMES.iter().position(|name| name.0 == *word));
+        words.dedup();
+        Ok(Targets(Some(words)))
     }
 }
 
 impl fmt::Display for Targets {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str(&self.0.iter().map(|t| t.name()).collect::<Vec<_>>().join(","))
+        f.write_str(&self.0.as_ref().map_or(ALL.into(), |words| words.join(",")))
     }
 }
 
@@ -122,17 +147,36 @@ impl TryFrom<String> for Targets {
     }
 }
 
-/// One adapted weight.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Slot {
-    /// Layer, from 1.
-    pub layer: usize,
-    /// Which of its linear maps.
-    pub target: Target,
-    /// Inputs of the base weight, ne0.
-    pub n_in: usize,
-    /// Outputs of the base weight, ne1.
-    pub n_out: usize,
+/// An adapter's pair on one linear map.
+#[derive(Clone, Copy)]
+pub struct Pair<'a> {
+    /// `[n_in, r]`
+    pub a: Tensor<'a>,
+    /// `[r, n_out]`
+    pub b: Tensor<'a>,
+    /// alpha / rank
+    pub scale: f32,
+    /// Where gradients of A and B are accumulated; none in a forward without training.
+    pub gradient: Option<(Tensor<'a>, Tensor<'a>)>,
+}
+
+/// An adapter as a layer sees it: its tensors and, in training, where their gradients go.
+#[derive(Clone, Copy)]
+pub struct Adapter<'a> {
+    /// The pairs.
+    pub lora: &'a Lora,
+    /// Same layout as the adapter's tensors.
+    pub gradients: Option<&'a TensorSet>,
+}
+
+impl<'a> Adapter<'a> {
+    /// The pair on a layer's map, if it is adapted.
+    pub fn pair(&self, layer: usize, name: &str) -> Option<Pair<'a>> {
+        let slot = self.lora.find(layer, name)?;
+        let (a, b) = self.lora.pair(slot);
+        let gradient = self.gradients.map(|g| (g.get(2 * slot), g.get(2 * slot + 1)));
+        Some(Pair { a, b, scale: self.lora.scale(), gradient })
+    }
 }
 
 /// An adapter with F32 masters.
@@ -142,7 +186,7 @@ pub struct Lora {
     device: Device,
     rank: usize,
     alpha: f32,
-    slots: Vec<Slot>,
+    slots: Vec<Map>,
     // A of slot i at 2 i: [n_in, rank]; B at 2 i + 1: [rank, n_out].
     tensors: TensorSet,
 }
@@ -159,7 +203,7 @@ impl Lora {
         alpha: f32,
         seed: u64,
     ) -> Result<Lora> {
-        let slots = slots(model, targets);
+        let slots = slots(model, targets)?;
         let most = slots.iter().map(|s| s.n_in.min(s.n_out)).min().unwrap_or(0);
         if rank == 0 || rank > most {
             return Err(Error::invalid(
@@ -182,8 +226,11 @@ impl Lora {
     }
 
     /// Values that an adapter of this rank has.
-    pub fn count_params(model: &Model, targets: &Targets, rank: usize) -> usize {
-        slots(model, targets).iter().map(|s| rank * (s.n_in + s.n_out)).sum()
+    ///
+    /// # Errors
+    /// See [`Targets::of`].
+    pub fn count_params(model: &Model, targets: &Targets, rank: usize) -> Result<usize> {
+        Ok(slots(model, targets)?.iter().map(|s| rank * (s.n_in + s.n_out)).sum())
     }
 
     /// The pairs of one layer alone, zero: what a graph of that layer looks at.
@@ -193,7 +240,7 @@ impl Lora {
         rank: usize,
         layer: usize,
     ) -> Result<Lora> {
-        let mut slots = slots(model, targets);
+        let mut slots = slots(model, targets)?;
         slots.retain(|slot| slot.layer == layer);
         Lora::zeros(model.device(), slots, rank, 1.0)
     }
@@ -213,16 +260,15 @@ impl Lora {
     /// [`Error::Invalid`] when a tensor does not fit this model.
     pub fn from_file(model: &Model, file: AdapterFile, place: &str) -> Result<Lora> {
         let file = file.with_equal_ranks();
-        let arch = model.config().arch.name();
+        let arch = model.config().family.name;
         if file.arch != arch {
             let advice = "use the model that the adapter was trained on";
             return Err(Error::invalid(place, format!("an adapter for {arch}"), file.arch, advice));
         }
-        let all = slots(model, &Targets::default());
-        let mut found: Vec<(Slot, AdapterPair)> = Vec::new();
+        let mut found: Vec<(Map, AdapterPair)> = Vec::new();
         for pair in file.pairs {
             let place = format!("{place}: {}", pair.weight);
-            let Some(slot) = all.iter().find(|s| s.target.weight(s.layer) == pair.weight) else {
+            let Some(slot) = model.maps().iter().find(|map| map.weight() == pair.weight) else {
                 let expected = "a linear weight of a layer of this model";
                 let advice = "use the model that the adapter was trained on";
                 return Err(Error::invalid(place, expected, "an unknown tensor", advice));
@@ -237,7 +283,7 @@ impl Lora {
             }
             found.push((slot.clone(), pair));
         }
-        found.sort_by_key(|(slot, _)| (slot.layer, slot.target));
+        found.sort_by_key(|(slot, _)| slot.place());
         let rank = found.first().map_or(0, |(_, pair)| pair.rank);
         let slots = found.iter().map(|(slot, _)| slot.clone()).collect();
         let mut lora = Lora::zeros(model.device(), slots, rank, file.alpha)?;
@@ -252,7 +298,7 @@ impl Lora {
     pub fn save(&self, model: &Model, path: &Path, extra: Vec<(String, Value)>) -> Result<()> {
         let pairs = (0..self.slots.len())
             .map(|i| AdapterPair {
-                weight: self.slots[i].target.weight(self.slots[i].layer),
+                weight: self.slots[i].weight(),
                 rank: self.rank,
                 n_in: self.slots[i].n_in,
                 n_out: self.slots[i].n_out,
@@ -260,11 +306,11 @@ impl Lora {
                 b: self.tensors.values(2 * i + 1).to_vec(),
             })
             .collect();
-        let arch = model.config().arch.name().to_string();
+        let arch = model.config().family.name.to_string();
         AdapterFile { arch, name: None, alpha: self.alpha, pairs, extra }.write(path)
     }
 
-    fn zeros(device: Device, slots: Vec<Slot>, rank: usize, alpha: f32) -> Result<Lora> {
+    fn zeros(device: Device, slots: Vec<Map>, rank: usize, alpha: f32) -> Result<Lora> {
         let tensors = TensorSet::zeros(device, &shapes(&slots, rank))?;
         Ok(Lora { live: None, device, rank, alpha, slots, tensors })
     }
@@ -281,7 +327,7 @@ impl Lora {
         }
         let pairs: Vec<_> = (0..self.slots.len())
             .map(|i| {
-                let name = self.slots[i].target.weight(self.slots[i].layer);
+                let name = self.slots[i].weight();
                 (name, self.tensors.get(2 * i), self.tensors.get(2 * i + 1))
             })
             .collect();
@@ -308,17 +354,20 @@ impl Lora {
 
     /// The targets that any layer adapts.
     pub fn targets(&self) -> Targets {
-        Targets::new(self.slots.iter().map(|s| s.target))
+        let used = |word| self.slots.iter().any(|s| s.target == Some(word));
+        Targets(Some(NAMES.map(|name| name.0).into_iter().filter(|word| used(*word)).collect()))
     }
 
     /// The adapted weights, by layer and in the order of a layer.
-    pub fn slots(&self) -> &[Slot] {
+    pub fn slots(&self) -> &[Map] {
         &self.slots
     }
 
     /// Index of a slot, if that weight is adapted.
-    pub fn find(&self, layer: usize, target: Target) -> Option<usize> {
-        self.slots.iter().position(|s| s.layer == layer && s.target == target)
+    pub fn find(&self, layer: usize, name: &str) -> Option<usize> {
+        let first = self.slots.partition_point(|s| s.layer < layer);
+        let mut own = self.slots[first..].iter().take_while(|s| s.layer == layer);
+        own.position(|s| s.name == name).map(|i| first + i)
     }
 
     /// A `[n_in, rank]` and B `[rank, n_out]` of a slot.
@@ -352,11 +401,11 @@ impl Lora {
     }
 }
 
-fn tensor_name(slot: &Slot, is_b: bool) -> String {
-    format!("{}.lora_{}", slot.target.weight(slot.layer), if is_b { 'b' } else { 'a' })
+fn tensor_name(slot: &Map, is_b: bool) -> String {
+    format!("{}.lora_{}", slot.weight(), if is_b { 'b' } else { 'a' })
 }
 
-fn shapes(slots: &[Slot], rank: usize) -> Vec<(String, Shape)> {
+fn shapes(slots: &[Map], rank: usize) -> Vec<(String, Shape)> {
     slots
         .iter()
         .flat_map(|s| {
@@ -368,13 +417,6 @@ fn shapes(slots: &[Slot], rank: usize) -> Vec<(String, Shape)> {
         .collect()
 }
 
-fn slots(model: &Model, targets: &Targets) -> Vec<Slot> {
-    let mut slots = Vec::new();
-    for (i, layer) in model.weights().layers.iter().enumerate() {
-        for target in targets.iter() {
-            let [n_in, n_out, ..] = layer.linear(target).weight.shape();
-            slots.push(Slot { layer: i + 1, target, n_in, n_out });
-        }
-    }
-    slots
+fn slots(model: &Model, targets: &Targets) -> Result<Vec<Map>> {
+    Ok(targets.of(model.maps())?.into_iter().cloned().collect())
 }

@@ -1,9 +1,8 @@
 //! What a forward and backward will take of memory, reckoned from the very graphs, without computing.
 
-use std::cell::Cell;
-
-use super::layer::{Adapter, LayerBlocks};
-use super::memo::Memo;
+use super::lora::Adapter;
+use super::memo::{Memo, kept_floats};
+use super::tape::{LAYER_NODES, Tape};
 use super::{Batch, Lora, Model, Targets};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Shape, Tensor, TensorSet, Type};
@@ -43,68 +42,100 @@ pub fn activations(
 ) -> Result<Activations> {
     let d = model.config().n_embd;
     let Largest { tokens, trained, scored } = largest;
-    let lora = Lora::of_layer(model, targets, rank, 1)?;
-    let gradients = lora.zeros_like()?;
-    let (measuring, _) = forward_bytes(model, &lora, tokens, false)?;
-    let (keeping, kept) = forward_bytes(model, &lora, trained, keeps)?;
-    let backward = backward_bytes(model, &lora, &gradients, trained, kept)?;
     // Hidden states, normed, with their results and gradients: see `Engine::score`.
     let head = 4 * scored * (3 * d + 3);
-    Ok(Activations {
-        kept: 4 * d * (tokens * (depth + 3) + scored),
-        scratch: [measuring, keeping, backward, head].into_iter().max().unwrap_or(0),
-    })
-}
-
-/// Intermediate results of a layer's forward. What it `keeps` stays until all of it is copied; its shapes come too.
-fn forward_bytes(
-    model: &Model,
-    lora: &Lora,
-    tokens: usize,
-    keeps: bool,
-) -> Result<(usize, Vec<Shape>)> {
-    let (batch, weights) = (batch_of(model, tokens)?, model.weights());
-    let arena = Arena::new(NODES);
-    let mut graph = Graph::new(&arena);
-    let mut given = Given { arena: &arena, bytes: 0 };
-    let positions = given.tensor(&mut graph, Type::I32, [tokens, 1, 1, 1]);
-    let matrix = [model.config().n_embd, tokens, 1, 1];
-    let [x, out] = [(); 2].map(|()| given.tensor(&mut graph, Type::F32, matrix));
-    let adapter = Some(Adapter { lora, gradients: None });
-    let blocks = LayerBlocks::new(model.config(), &weights, adapter, 1, positions, &batch.segments);
-    let memo = if keeps { Memo::record() } else { Memo::Off };
-    let (taps, _) = blocks.forward(&arena, x, &memo);
-    graph.store(taps.layer_out, out);
-    let noted = if let Memo::Record(nodes) = memo { nodes.into_inner() } else { Vec::new() };
-    noted.iter().for_each(|node| graph.output(*node));
-    let shapes = noted.iter().map(|node| node.shape()).collect();
-    Ok((graph.planned_bytes().saturating_sub(given.bytes), shapes))
-}
-
-/// Intermediate results of a layer's backward, of which these activations were kept, or none.
-fn backward_bytes(
-    model: &Model,
-    lora: &Lora,
-    gradients: &TensorSet,
-    tokens: usize,
-    kept: Vec<Shape>,
-) -> Result<usize> {
-    let (batch, weights) = (batch_of(model, tokens)?, model.weights());
-    let arena = Arena::new(NODES);
-    let mut graph = Graph::new(&arena);
-    let mut given = Given { arena: &arena, bytes: 0 };
-    let positions = given.tensor(&mut graph, Type::I32, [tokens, 1, 1, 1]);
-    let matrix = [model.config().n_embd, tokens, 1, 1];
-    let [x, d_out, d_in] = [(); 3].map(|()| given.tensor(&mut graph, Type::F32, matrix));
-    let kept: Vec<_> = kept.into_iter().map(|s| given.tensor(&mut graph, Type::F32, s)).collect();
-    let adapter = Some(Adapter { lora, gradients: Some(gradients) });
-    let blocks = LayerBlocks::new(model.config(), &weights, adapter, 1, positions, &batch.segments);
-    let memo = if kept.is_empty() { Memo::Off } else { Memo::Replay(kept, Cell::new(0)) };
-    let (_, saved) = blocks.forward(&arena, x, &memo);
-    if let Some(node) = blocks.vjp(&arena, &mut graph, &saved, d_out, true) {
-        graph.store(node, d_in);
+    let mut scratch = head;
+    for layer in model.config().kinds(depth) {
+        let lora = Lora::of_layer(model, targets, rank, layer)?;
+        let gradients = lora.zeros_like()?;
+        let measured = Layer { model, lora: &lora, layer };
+        let (measuring, _) = measured.forward_bytes(tokens, false)?;
+        let (keeping, kept) = measured.forward_bytes(trained, keeps)?;
+        let backward = measured.backward_bytes(&gradients, trained, kept)?;
+        scratch = scratch.max(measuring).max(keeping).max(backward);
     }
-    Ok(graph.planned_bytes().saturating_sub(given.bytes))
+    Ok(Activations { kept: 4 * d * (tokens * (depth + 3) + scored), scratch })
+}
+
+/// Bytes that the kept activations of layers 1 to `depth` take, each for a batch of `tokens`.
+///
+/// # Errors
+/// Without memory for the adapter of one layer.
+pub fn kept_bytes(
+    model: &Model,
+    targets: &Targets,
+    rank: usize,
+    depth: usize,
+    tokens: usize,
+) -> Result<Vec<usize>> {
+    let config = model.config();
+    let mut of_kind = Vec::new();
+    for layer in config.kinds(depth) {
+        let lora = Lora::of_layer(model, targets, rank, layer)?;
+        let (_, shapes) = Layer { model, lora: &lora, layer }.forward_bytes(tokens, true)?;
+        of_kind.push((config.layer(layer), 4 * kept_floats(shapes)));
+    }
+    let bytes = |layer| {
+        let kind = of_kind.iter().find(|(kind, _)| *kind == config.layer(layer));
+        kind.expect("each layer is of a kind").1
+    };
+    Ok((1..=depth).map(bytes).collect())
+}
+
+/// A layer whose graphs are reckoned.
+struct Layer<'m> {
+    model: &'m Model,
+    lora: &'m Lora,
+    layer: usize,
+}
+
+impl Layer<'_> {
+    /// Intermediate results of a forward. What it `keeps` stays until all of it is copied; its shapes come too.
+    fn forward_bytes(&self, tokens: usize, keeps: bool) -> Result<(usize, Vec<Shape>)> {
+        let batch = batch_of(self.model, tokens)?;
+        let arena = Arena::new(LAYER_NODES);
+        let mut graph = Graph::new(&arena);
+        let mut given = Given { arena: &arena, bytes: 0 };
+        let matrix = [self.model.config().n_embd, tokens, 1, 1];
+        let [x, out] = [(); 2].map(|()| given.tensor(&mut graph, matrix));
+        let parts = self.model.parts(Some(Adapter { lora: self.lora, gradients: None }), &batch);
+        let memo = if keeps { Memo::record() } else { Memo::Off };
+        let mut tape = Tape::new(&arena, parts, self.layer, memo);
+        let x = tape.leaf(x);
+        let taps = self.model.layer(&mut tape, x);
+        graph.store(tape.node(taps.layer_out), out);
+        let noted = tape.take_memo().into_noted();
+        noted.iter().for_each(|node| graph.output(*node));
+        let shapes = noted.iter().map(|node| node.shape()).collect();
+        Ok((graph.planned_bytes().saturating_sub(given.bytes), shapes))
+    }
+
+    /// Intermediate results of a backward, of which these activations were kept, or none.
+    fn backward_bytes(
+        &self,
+        gradients: &TensorSet,
+        tokens: usize,
+        kept: Vec<Shape>,
+    ) -> Result<usize> {
+        let batch = batch_of(self.model, tokens)?;
+        let arena = Arena::new(LAYER_NODES);
+        let mut graph = Graph::new(&arena);
+        let mut given = Given { arena: &arena, bytes: 0 };
+        let matrix = [self.model.config().n_embd, tokens, 1, 1];
+        let [x, d_out, d_in] = [(); 3].map(|()| given.tensor(&mut graph, matrix));
+        let kept: Vec<_> = kept.into_iter().map(|s| given.tensor(&mut graph, s)).collect();
+        let adapter = Adapter { lora: self.lora, gradients: Some(gradients) };
+        let memo = if kept.is_empty() { Memo::Off } else { Memo::replay(kept) };
+        let parts = self.model.parts(Some(adapter), &batch);
+        let mut tape = Tape::new(&arena, parts, self.layer, memo);
+        let x = tape.leaf(x);
+        let taps = self.model.layer(&mut tape, x);
+        let d = tape.backward(&mut graph, &[(taps.layer_out, d_out)], &[x]);
+        if let Some(d) = d[0] {
+            graph.store(d, d_in);
+        }
+        Ok(graph.planned_bytes().saturating_sub(given.bytes))
+    }
 }
 
 /// One sequence of so many tokens.
@@ -114,9 +145,6 @@ fn batch_of(model: &Model, tokens: usize) -> Result<Batch> {
     Ok(batch)
 }
 
-/// Room for the nodes of a layer's graph.
-const NODES: usize = 512;
-
 /// Tensors that the engine keeps outside of its graphs: counted, and marked so that the reckoning does not give
 /// their room to others.
 struct Given<'a> {
@@ -125,8 +153,8 @@ struct Given<'a> {
 }
 
 impl<'a> Given<'a> {
-    fn tensor(&mut self, graph: &mut Graph<'a>, ty: Type, shape: Shape) -> Tensor<'a> {
-        let tensor = self.arena.input("given", ty, &shape);
+    fn tensor(&mut self, graph: &mut Graph<'a>, shape: Shape) -> Tensor<'a> {
+        let tensor = self.arena.input("given", Type::F32, &shape);
         graph.output(tensor);
         self.bytes += 4 * shape.iter().product::<usize>();
         tensor

@@ -1,40 +1,47 @@
-//! Models: configuration, weights by GGUF name, blocks with their gradients, adapters, taps.
+//! Models: configuration, weights by GGUF name, architectures as forward functions on a tape that walks back by
+//! itself, adapters, taps.
 
+pub(crate) mod arch;
 mod batch;
-mod blocks;
 mod compare;
 mod config;
+mod dry;
 mod engine;
 mod inspect;
-mod layer;
 mod lora;
 mod measure;
 mod memo;
 mod policy;
 mod precheck;
+mod shared;
+mod tape;
 mod taps;
 mod weights;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use arch::Family;
 pub use batch::{Batch, Scored};
-pub use compare::{Comparison, Contestant, compare};
-pub use config::{Arch, Config};
-pub(crate) use engine::kept_floats;
+pub use compare::{ComparedModel, Comparison, compare};
+pub use config::{Config, LayerConfig};
 pub use engine::{Engine, Scores, Work};
 pub use inspect::Description;
-pub use lora::{Lora, Slot, Target, Targets};
-pub use measure::{Activations, Largest, activations};
+pub use lora::{Lora, Map, Targets};
+pub use measure::{Activations, Largest, activations, kept_bytes};
 pub use policy::Policy;
-pub(crate) use precheck::check as check_values;
+pub(crate) use precheck::check_any as check_values;
 pub use taps::{LayerTaps, Question, Walk};
-pub use weights::{Layer, Linear, Weights};
+pub use weights::Weights;
 
-use crate::ggml::Device;
+use lora::Adapter;
+use tape::{LAYER_NODES, Parts, Tape, Taps, Var};
+
+use crate::ggml::{Arena, Device, Tensor, Type};
 use crate::gguf::GgufSet;
 use crate::llama;
 pub use crate::llama::Placement;
+use crate::ops;
 use crate::{Error, Result};
 
 /// The small model inside the program, by this name on the command line.
@@ -45,6 +52,8 @@ static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo.gguf");
 pub struct Model {
     engine: Arc<llama::Model>,
     config: Config,
+    index: weights::Index,
+    maps: Vec<Map>,
     file: ModelFile,
     files: Vec<PathBuf>,
 }
@@ -97,23 +106,75 @@ impl Model {
     /// # Errors
     /// Those of [`Model::open`], and too little memory on the GPU.
     pub fn open_on(path: &Path, placement: Placement) -> Result<Model> {
+        Model::find(path, placement.device, |file| llama::Model::load(file, placement))
+    }
+
+    /// The model without its weights: what it is made of, and whether it opens. It cannot be computed with.
+    ///
+    /// # Errors
+    /// Those of [`Model::open`].
+    pub fn outline(path: &Path) -> Result<Model> {
+        Model::find(path, Device::Cpu, llama::Model::load_outline)
+    }
+
+    fn find(
+        path: &Path,
+        device: Device,
+        load: impl FnOnce(&Path) -> Result<llama::Model>,
+    ) -> Result<Model> {
         let file = ModelFile::find(path)?;
         // Everything that llama.cpp would abort on is checked by our own reader first.
         let files = GgufSet::open(file.path())?;
-        let arch = Arch::parse(files.head().architecture()?)?;
-        precheck::check(files.head(), arch)?;
+        let family = Family::of(&files)?;
+        precheck::check(files.head(), family)?;
         let tensors = files.tensors().map(|(_, t)| (t.name.as_str(), t.ty));
-        precheck::decodable(
-            tensors,
-            |ty| placement.device.decodes(ty),
-            placement.device,
-            file.name(),
-        )?;
-        let engine = Arc::new(llama::Model::load(file.path(), placement)?);
-        let config = Config::new(arch, &engine.hparams()?, engine.vocab().n_tokens())?;
-        let model = Model { engine, config, file, files: files.paths().to_vec() };
-        Weights::collect(&model.engine, &model.config, model.name())?;
+        precheck::decodable(tensors, |ty| device.decodes(ty), device, file.name())?;
+        let engine = Arc::new(load(file.path())?);
+        let config = Config::new(family, &engine)?;
+        let index = Weights::index(&engine);
+        let files = files.paths().to_vec();
+        let mut model = Model { engine, config, index, maps: Vec::new(), file, files };
+        model.maps = model.dry_run()?;
         Ok(model)
+    }
+
+    /// Runs every layer's forward without computing: all tensors that it reads must be there and fit, and none
+    /// may be left over that llama.cpp would compute with. Gives the linear maps, by layer and in the order of one.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming a tensor that is missing or does not fit, [`Error::Unsupported`] one too many.
+    fn dry_run(&self) -> Result<Vec<Map>> {
+        let mut batch = Batch::default();
+        batch.push_group(&[0], &[&[0, 0]], self.config.n_vocab)?;
+        let mut maps = Vec::new();
+        let mut touched = std::collections::BTreeSet::new();
+        for layer in 0..=self.config.n_layer {
+            let arena = Arena::new(LAYER_NODES);
+            let mut tape = Tape::dry(&arena, self.parts(None, &batch), layer);
+            if layer == 0 {
+                // What is before the layers and after them.
+                let (d, v) = (self.config.n_embd, self.config.n_vocab);
+                tape.global("token_embd.weight", &[d, v]);
+                tape.find_global("output.weight", &[d, v]);
+                tape.global("output_norm.weight", &[d]);
+            } else {
+                let x = tape.leaf(arena.tensor(Type::F32, &[self.config.n_embd, batch.len()]));
+                self.layer(&mut tape, x);
+            }
+            let dry = tape.into_dry();
+            dry.check(self.name())?;
+            touched.extend(dry.touched);
+            maps.extend(dry.maps);
+        }
+        if let Some(name) = self.weights().names().filter(|&n| !touched.contains(n)).min() {
+            return Err(Error::Unsupported {
+                what: "tensor",
+                got: name.into(),
+                supported: format!("those of a plain {} model", self.config.family),
+            });
+        }
+        maps.sort_by_key(Map::place);
+        Ok(maps)
     }
 
     /// Sizes and settings.
@@ -143,8 +204,39 @@ impl Model {
 
     /// All weights by name.
     pub fn weights(&self) -> Weights<'_> {
-        Weights::collect(&self.engine, &self.config, self.name())
-            .expect("checked when it was opened")
+        Weights::new(&self.engine, &self.index)
+    }
+
+    /// The linear maps of all layers, those that can carry an adapter, by layer and in the order of one.
+    pub fn maps(&self) -> &[Map] {
+        &self.maps
+    }
+
+    /// What the graphs of its layers are made of.
+    fn parts<'a>(&'a self, adapter: Option<Adapter<'a>>, batch: &'a Batch) -> Parts<'a> {
+        let long_context = self.long_context();
+        let (config, weights) = (&self.config, self.weights());
+        Parts { config, weights, adapter, batch, shared: None, long_context }
+    }
+
+    /// A layer's forward, from H^(l-1): `[D, T]`.
+    fn layer(&self, tape: &mut Tape<'_>, x: Var) -> Taps {
+        (self.config.family.layer)(tape, x)
+    }
+
+    /// H^0 of tokens `[T]`: `[D, T]`.
+    fn embed<'a>(&'a self, arena: &'a Arena, tokens: Tensor<'a>) -> Tensor<'a> {
+        let rows = arena.rows(self.weights().embedding(), tokens);
+        arena.scale(rows, self.config.embedding_scale)
+    }
+
+    /// The norm before the unembedding, of hidden states `[D, T]`.
+    fn final_norm<'a>(&'a self, arena: &'a Arena, hidden: Tensor<'a>) -> Tensor<'a> {
+        ops::rms_norm(arena, hidden, self.weights().output_norm(), self.config.rms_eps)
+    }
+
+    fn long_context(&self) -> bool {
+        false
     }
 }
 

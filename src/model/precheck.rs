@@ -3,11 +3,12 @@
 //!
 //! `GgufFile` has vouched for the file's structure; here it is the values. The list follows llama.cpp's
 //! `llama_model_base::load_hparams`, `llama_vocab::impl::load` and the graphs of the architectures in
-//! [`Arch`]. What it throws on (shapes, missing tensors) it also catches and reports itself.
+//! [`Family`]. What it throws on (shapes, missing tensors) it also catches and reports itself.
 
 use std::collections::HashSet;
 
-use super::Arch;
+use super::Family;
+use super::config::MAX_HEAD;
 use crate::ggml::{Device, Type};
 use crate::gguf::{FromValue, GgufFile, Value};
 use crate::{Error, Result};
@@ -16,12 +17,10 @@ use crate::{Error, Result};
 const MAX_LAYERS: usize = 512;
 /// More than any model has; products of two such sizes fit into 64 bits with room.
 const MAX_WIDTH: usize = 1 << 24;
-/// Head sizes that our attention computes, in steps of 8.
-const MAX_HEAD: usize = 256;
 /// llama.cpp counts positions in 32 bits.
 const MAX_CONTEXT: usize = i32::MAX as usize;
 /// Rope scalings that llama.cpp knows and we compute; others make it abort.
-const ROPE_SCALINGS: [&str; 3] = ["none", "linear", "yarn"];
+const ROPE_SCALINGS: [&str; 4] = ["none", "linear", "yarn", "longrope"];
 /// Tokenizers of the architectures here: SentencePiece and byte-pair encoding.
 const TOKENIZERS: [&str; 2] = ["llama", "gpt2"];
 const ADVICE: &str = "the file is damaged or no model of this kind; fetch it again";
@@ -47,28 +46,38 @@ pub fn decodable<'t>(
     ))
 }
 
-/// Checks the values of a model's (first) file.
+/// Checks the values of a model's (first) file, of an architecture that is computed here.
 ///
 /// # Errors
 /// [`Error::Invalid`] or [`Error::Unsupported`] naming the key.
-pub fn check(file: &GgufFile, arch: Arch) -> Result<()> {
-    let keys = Keys { file, arch: arch.name() };
-    let n_layer = keys.size("block_count", MAX_LAYERS)?;
-    let d = keys.size("embedding_length", MAX_WIDTH)?;
-    keys.size("context_length", MAX_CONTEXT)?;
-    keys.per_layer("feed_forward_length", n_layer, MAX_WIDTH)?;
+pub fn check(file: &GgufFile, family: &Family) -> Result<()> {
+    let keys = Keys { file, arch: family.name };
+    let (n_layer, d) = check_sizes(&keys)?;
     let heads = keys.per_layer("attention.head_count", n_layer, MAX_WIDTH)?;
-    if keys.get("attention.head_count_kv").is_some() {
-        keys.per_layer("attention.head_count_kv", n_layer, heads)?;
+    let kv = "attention.head_count_kv";
+    let heads_kv = if keys.get(kv).is_some() {
+        keys.per_layer(kv, n_layer, MAX_WIDTH)?
+    } else {
+        heads.clone()
+    };
+    let pairs = heads.iter().cycle().zip(heads_kv.iter().cycle()).take(n_layer);
+    if let Some((q, k)) = pairs.into_iter().find(|(q, k)| k > q) {
+        return Err(keys.wrong(kv, format!("1 to {q}"), k.to_string()));
     }
-    let derived = d / heads;
-    for key in ["attention.key_length", "attention.value_length", "rope.dimension_count"] {
+    let derived = d / heads[0];
+    let sizes = ["attention.key_length", "attention.value_length", "rope.dimension_count"];
+    for key in sizes {
         let size = if keys.get(key).is_some() { keys.size(key, MAX_HEAD)? } else { derived };
         if size == 0 || size > MAX_HEAD {
             return Err(keys.wrong(key, format!("1 to {MAX_HEAD}"), size.to_string()));
         }
     }
-    for key in ["expert_count", "expert_used_count", "expert_group_count", "nextn_predict_layers"] {
+    for key in sizes.map(|key| format!("{key}_swa")) {
+        if keys.get(&key).is_some() {
+            keys.size(&key, MAX_HEAD)?;
+        }
+    }
+    for key in ["expert_count", "expert_used_count", "expert_group_count"] {
         if let Some(value) = keys.get(key).filter(|v| v.integer() != Some(0)) {
             return Err(keys.wrong(key, "0 or no such key".into(), value.describe()));
         }
@@ -76,27 +85,9 @@ pub fn check(file: &GgufFile, arch: Arch) -> Result<()> {
     if keys.find::<bool>("attention.causal")? == Some(false) {
         return Err(keys.wrong("attention.causal", "true".into(), "false".into()));
     }
-    check_numbers(&keys)?;
-    check_tokenizer(file)
-}
-
-/// Numbers that a computation divides by or takes the logarithm of.
-fn check_numbers(keys: &Keys<'_>) -> Result<()> {
     let epsilon = "attention.layer_norm_rms_epsilon";
     if keys.get(epsilon).is_none() {
         return Err(keys.wrong(epsilon, "a number".into(), "no such key".into()));
-    }
-    keys.number(epsilon, |x| (0.0..1.0).contains(&x), "0 to below 1")?;
-    keys.number("rope.freq_base", |x| x > 0.0, "above 0")?;
-    keys.number("rope.scaling.factor", |x| x >= 0.0, "at least 0")?;
-    keys.number("rope.scale_linear", |x| x >= 0.0, "at least 0")?;
-    keys.number("rope.scaling.attn_factor", |x| x > 0.0, "above 0")?;
-    keys.number("attention.scale", |x| x >= 0.0, "at least 0")?;
-    for name in ["ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier"] {
-        keys.number(&format!("rope.scaling.yarn_{name}"), |_| true, "a finite number")?;
-    }
-    if keys.get("rope.scaling.original_context_length").is_some() {
-        keys.size("rope.scaling.original_context_length", MAX_CONTEXT)?;
     }
     match keys.find::<&str>("rope.scaling.type")? {
         Some(got) if !ROPE_SCALINGS.contains(&got) => Err(Error::Unsupported {
@@ -105,16 +96,69 @@ fn check_numbers(keys: &Keys<'_>) -> Result<()> {
             supported: format!("{}, and llama3 by rope_freqs", ROPE_SCALINGS.join(", ")),
         }),
         _ => Ok(()),
+    }?;
+    let tokenizer = file.str("tokenizer.ggml.model")?;
+    if !TOKENIZERS.contains(&tokenizer) {
+        let (got, supported) = (tokenizer.into(), TOKENIZERS.join(", "));
+        return Err(Error::Unsupported { what: "tokenizer model", got, supported });
     }
+    check_numbers(&keys)?;
+    check_tokenizer(file)
+}
+
+/// Checks the values of a model's (first) file, of any architecture: what llama.cpp asserts whenever it loads one.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the key.
+pub fn check_any(file: &GgufFile) -> Result<()> {
+    let keys = Keys { file, arch: file.architecture()? };
+    check_sizes(&keys)?;
+    check_numbers(&keys)?;
+    if file.get("tokenizer.ggml.tokens").is_some() { check_tokenizer(file) } else { Ok(()) }
+}
+
+/// Layers and width.
+fn check_sizes(keys: &Keys<'_>) -> Result<(usize, usize)> {
+    let n_layer = keys.size("block_count", MAX_LAYERS)?;
+    let d = keys.size("embedding_length", MAX_WIDTH)?;
+    keys.size("context_length", MAX_CONTEXT)?;
+    if keys.get("feed_forward_length").is_some() {
+        keys.per_layer("feed_forward_length", n_layer, MAX_WIDTH)?;
+    }
+    let window = "attention.sliding_window";
+    if keys.get(window).is_some_and(|value| value.integer() != Some(0)) {
+        keys.size(window, MAX_CONTEXT)?;
+    }
+    Ok((n_layer, d))
+}
+
+/// Numbers that a computation divides by or takes the logarithm of.
+fn check_numbers(keys: &Keys<'_>) -> Result<()> {
+    let epsilon = "attention.layer_norm_rms_epsilon";
+    keys.number(epsilon, |x| (0.0..1.0).contains(&x), "0 to below 1")?;
+    keys.number("rope.freq_base", |x| x > 0.0, "above 0")?;
+    keys.number("rope.freq_base_swa", |x| x > 0.0, "above 0")?;
+    keys.number("rope.scaling.factor", |x| x >= 0.0, "at least 0")?;
+    keys.number("rope.scale_linear", |x| x >= 0.0, "at least 0")?;
+    keys.number("rope.scaling.attn_factor", |x| x > 0.0, "above 0")?;
+    keys.number("attention.scale", |x| x >= 0.0, "at least 0")?;
+    keys.number("attn_logit_softcapping", |x| x > 0.0, "above 0")?;
+    keys.number("final_logit_softcapping", |x| x >= 0.0, "at least 0")?;
+    keys.number("logit_scale", |x| x > 0.0, "above 0")?;
+    for name in ["embedding_scale", "residual_scale", "attention.temperature_scale"] {
+        keys.number(name, |_| true, "a finite number")?;
+    }
+    for name in ["ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier"] {
+        keys.number(&format!("rope.scaling.yarn_{name}"), |_| true, "a finite number")?;
+    }
+    if keys.get("rope.scaling.original_context_length").is_some() {
+        keys.size("rope.scaling.original_context_length", MAX_CONTEXT)?;
+    }
+    Ok(())
 }
 
 /// llama.cpp asserts that no token occurs twice, and indexes scores and types by token.
 fn check_tokenizer(file: &GgufFile) -> Result<()> {
-    let model = file.str("tokenizer.ggml.model")?;
-    if !TOKENIZERS.contains(&model) {
-        let (got, supported) = (model.into(), TOKENIZERS.join(", "));
-        return Err(Error::Unsupported { what: "tokenizer model", got, supported });
-    }
     let place = |key: &str| format!("{}: key 'tokenizer.ggml.{key}'", file.name());
     let refuse = |key: &str, expected: String, got: String| {
         Err(Error::invalid(place(key), expected, got, ADVICE))
@@ -156,7 +200,7 @@ fn check_tokenizer(file: &GgufFile) -> Result<()> {
 /// An architecture's keys.
 struct Keys<'f> {
     file: &'f GgufFile,
-    arch: &'static str,
+    arch: &'f str,
 }
 
 impl<'f> Keys<'f> {
@@ -186,21 +230,17 @@ impl<'f> Keys<'f> {
         Err(self.wrong(key, format!("1 to {most}"), n.to_string()))
     }
 
-    /// A size that may be given as an array of one for each layer, all equal.
-    fn per_layer(&self, key: &str, n_layer: usize, most: usize) -> Result<usize> {
-        let Some(Value::Array(_)) = self.get(key) else { return self.size(key, most) };
+    /// A size that may be given as an array of one for each layer.
+    fn per_layer(&self, key: &str, n_layer: usize, most: usize) -> Result<Vec<usize>> {
+        let Some(Value::Array(_)) = self.get(key) else { return Ok(vec![self.size(key, most)?]) };
         let sizes: Vec<u32> = self.file.require(&self.full(key))?;
-        match sizes.first() {
-            Some(&first) if sizes.len() == n_layer && sizes.iter().all(|&n| n == first) => {
-                let first = first as usize;
-                let fits = (1..=most).contains(&first);
-                fits.then_some(first)
-                    .ok_or_else(|| self.wrong(key, format!("1 to {most}"), first.to_string()))
-            }
-            _ => {
-                let got = format!("{} values, not all equal", sizes.len());
-                Err(self.wrong(key, format!("{n_layer} equal sizes"), got))
-            }
+        if sizes.len() != n_layer {
+            let got = format!("{} values", sizes.len());
+            return Err(self.wrong(key, format!("{n_layer} sizes"), got));
+        }
+        match sizes.iter().find(|&&n| n == 0 || n as usize > most) {
+            Some(n) => Err(self.wrong(key, format!("1 to {most}"), n.to_string())),
+            None => Ok(sizes.into_iter().map(|n| n as usize).collect()),
         }
     }
 

@@ -1,12 +1,14 @@
 //! Hidden states at the taps of every layer, and what they say through the unembedding (PAPER section 1).
 
 use super::engine::Engine;
-use super::layer::{Adapter, LayerBlocks};
+use super::lora::Adapter;
 use super::memo::Memo;
+use super::shared::Shared;
+use super::tape::{LAYER_NODES, Parts, Tape};
 use super::{Batch, Lora, Model};
 use crate::Result;
-use crate::ggml::{Arena, Graph, Input, Type};
-use crate::ops::{self, Answers, Compare, LogitMap};
+use crate::ggml::{Arena, Graph, Input, TensorSet, Type};
+use crate::ops::{self, Answers, Compare};
 
 /// What one layer computes at the picked tokens, `[D, S]` each. Its input is the layer below's output.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -23,14 +25,17 @@ pub struct LayerTaps {
     pub layer_out: Vec<f32>,
 }
 
-/// A forward pass that stops at every layer. It keeps one residual, whatever the depth.
+/// A forward pass that stops at every layer. It keeps the residual that the next layer reads and the one that it
+/// writes, whatever the depth, where the model is computed.
 pub struct Walk<'w> {
     model: &'w Model,
     lora: Option<&'w Lora>,
     batch: &'w Batch,
     picked: &'w [i32],
-    // H^layer of all tokens: [D, T]
-    residual: Vec<f32>,
+    // H^layer of all tokens, of even layers and of odd ones: [D, T] each.
+    residuals: TensorSet,
+    shared: Option<Shared>,
+    hidden: Vec<f32>,
     layer: usize,
 }
 
@@ -43,53 +48,55 @@ impl<'w> Walk<'w> {
         batch: &'w Batch,
         picked: &'w [i32],
     ) -> Result<Walk<'w>> {
-        let arena = Arena::new(8);
+        let shape = [model.config().n_embd, batch.len(), 1, 1];
+        let shapes = ["even", "odd"].map(|name| (name.to_string(), shape));
+        let residuals = TensorSet::zeros(model.device(), &shapes)?;
+        let (config, device) = (model.config(), model.device());
+        let shared = Shared::new(device, config, config.n_layer, batch.len())?;
+        let arena = Arena::new(16);
         let mut graph = Graph::new(&arena);
         let ids = arena.input("tokens", Type::I32, &[batch.len()]);
-        let rows = arena.rows(model.weights().embedding, ids);
-        graph.output(rows);
-        let computed = engine.executor().run(&graph, &[(ids, Input::I32(&batch.tokens))])?;
-        let residual = computed.f32(rows);
-        Ok(Walk { model, lora, batch, picked, residual, layer: 0 })
+        let picks = arena.input("picked", Type::I32, &[picked.len()]);
+        let embedded = model.embed(&arena, ids);
+        graph.store(embedded, residuals.get(0));
+        let hidden = arena.rows(embedded, picks); // [D, S]
+        graph.output(hidden);
+        let inputs = [(ids, Input::I32(&batch.tokens)), (picks, Input::I32(picked))];
+        let hidden = engine.executor().run(&graph, &inputs)?.f32(hidden);
+        Ok(Walk { model, lora, batch, picked, residuals, shared, hidden, layer: 0 })
     }
 
     /// H^l of the picked tokens, `[D, S]`, of the layer reached; `H^0` at the start.
     pub fn hidden(&self) -> Vec<f32> {
-        let d = self.model.config().n_embd;
-        let row = |&t: &i32| &self.residual[t as usize * d..][..d];
-        self.picked.iter().flat_map(row).copied().collect()
+        self.hidden.clone()
     }
 
     /// Computes the next layer; none after the last.
     pub fn next(&mut self, engine: &mut Engine) -> Result<Option<LayerTaps>> {
-        let (config, n) = (self.model.config(), self.batch.len());
-        if self.layer == config.n_layer {
+        if self.layer == self.model.config().n_layer {
             return Ok(None);
         }
         self.layer += 1;
-        let weights = self.model.weights();
-        let arena = Arena::new(256);
+        let arena = Arena::new(LAYER_NODES);
         let mut graph = Graph::new(&arena);
-        let positions = arena.input("positions", Type::I32, &[n]);
         let ids = arena.input("picked", Type::I32, &[self.picked.len()]);
-        let x = arena.input("residual", Type::F32, &[config.n_embd, n]);
         let adapter = self.lora.map(|lora| Adapter { lora, gradients: None });
-        let segments = &self.batch.segments;
-        let blocks = LayerBlocks::new(config, &weights, adapter, self.layer, positions, segments);
-        let (taps, _) = blocks.forward(&arena, x, &Memo::Off);
-        let picked = [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out]
+        let shared = self.shared.as_ref();
+        let parts = Parts { shared, ..self.model.parts(adapter, self.batch) };
+        let mut tape = Tape::new(&arena, parts, self.layer, Memo::Off);
+        let x = tape.leaf(self.residuals.get((self.layer - 1) % 2));
+        let taps = self.model.layer(&mut tape, x);
+        let taps = tape.nodes(taps);
+        let picked = [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out, taps.layer_out]
             .map(|tap| arena.rows(tap, ids)); // [D, S]
         picked.iter().for_each(|&tap| graph.output(tap));
-        graph.output(taps.layer_out);
-        let inputs = [
-            (positions, Input::I32(&self.batch.positions)),
-            (ids, Input::I32(self.picked)),
-            (x, Input::F32(&self.residual)),
-        ];
+        graph.store(taps.layer_out, self.residuals.get(self.layer % 2));
+        tape.store_shared(&mut graph);
+        let mut inputs = tape.inputs();
+        inputs.push((ids, Input::I32(self.picked)));
         let computed = engine.executor().run(&graph, &inputs)?;
-        let [attn_in, attn_out, ffn_in, ffn_out] = picked.map(|tap| computed.f32(tap));
-        self.residual = computed.f32(taps.layer_out);
-        let layer_out = self.hidden();
+        let [attn_in, attn_out, ffn_in, ffn_out, layer_out] = picked.map(|tap| computed.f32(tap));
+        self.hidden.clone_from(&layer_out);
         Ok(Some(LayerTaps { attn_in, attn_out, ffn_in, ffn_out, layer_out }))
     }
 }
@@ -113,7 +120,7 @@ impl Engine {
         hidden: &[f32],
         question: &Question<'_>,
     ) -> Result<Answers> {
-        let (d, weights) = (model.config().n_embd, model.weights());
+        let d = model.config().n_embd;
         let columns = hidden.len() / d;
         let arena = Arena::new(16);
         let mut graph = Graph::new(&arena);
@@ -125,8 +132,8 @@ impl Engine {
             node
         });
         let wanted = Compare { taken, group: question.group, top_k: question.top_k };
-        let node =
-            ops::policies(&arena, h, weights.unembedding, wanted, LogitMap::default()).values;
+        let (e_u, map) = (model.weights().unembedding(), model.config().logits);
+        let node = ops::policies(&arena, h, e_u, wanted, map).values;
         graph.output(node);
         let computed = self.executor().run(&graph, &inputs)?;
         Ok(Answers::new(computed.f32(node), question.top_k))
@@ -134,11 +141,11 @@ impl Engine {
 
     /// Hidden states `[D, C]` after the norm that stands before the unembedding.
     pub fn final_norm(&mut self, model: &Model, hidden: &[f32]) -> Result<Vec<f32>> {
-        let (d, eps) = (model.config().n_embd, model.config().rms_eps);
+        let d = model.config().n_embd;
         let arena = Arena::new(8);
         let mut graph = Graph::new(&arena);
         let x = arena.input("hidden", Type::F32, &[d, hidden.len() / d]);
-        let normed = ops::rms_norm(&arena, x, model.weights().output_norm, eps);
+        let normed = model.final_norm(&arena, x);
         graph.output(normed);
         let computed = self.executor().run(&graph, &[(x, Input::F32(hidden))])?;
         Ok(computed.f32(normed))

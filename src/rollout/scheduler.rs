@@ -120,10 +120,9 @@ impl RolloutOptions {
     ///
     /// # Errors
     /// [`Error::Invalid`] when not even one sequence fits.
-    pub fn sizes(&self, h: &llama::Hparams) -> Result<RolloutSizes> {
-        let width = (h.head_size_k + h.head_size_v) as usize * h.n_head_kv as usize;
+    pub fn sizes(&self, model: &llama::Model) -> Result<RolloutSizes> {
         let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
-        let sequence_bytes = n_ctx_seq * width * h.n_layer as usize * 2; // F16
+        let sequence_bytes = n_ctx_seq * model.kv_token_bytes()?;
         let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
         if n_seq == 0 {
             return Err(Error::invalid(
@@ -181,7 +180,7 @@ impl Rollouts {
         pool: &Arc<ThreadPool>,
         options: RolloutOptions,
     ) -> Result<Rollouts> {
-        let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(&model.hparams()?)?;
+        let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(model)?;
         let n_drawn = (!model.device().is_host()).then_some(n_seq.min(MAX_PARALLEL - 1));
         let n_seq = n_drawn.map_or(n_seq, |n| n + 1);
         let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };

@@ -10,7 +10,7 @@ use super::memory::{available_bytes, resident_besides};
 use super::{Algorithm, Baseline, TrainConfig, new_critic};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
-use crate::model::{Activations, Largest, Lora, Model, activations, kept_floats};
+use crate::model::{Activations, Largest, Lora, Model, activations, kept_bytes};
 use crate::ops::logprob_tiles_bytes;
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
@@ -68,7 +68,7 @@ impl Plan {
 
         let longest = c.max_prompt + c.max_response;
         let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 };
-        let sizes = options.sizes(&model.engine().hparams()?)?;
+        let sizes = options.sizes(model.engine())?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
         // The largest micro batch: of a mini batch; of the rest that is scored before the updates, or of all
@@ -86,8 +86,7 @@ impl Plan {
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
         let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
         let again = acts(false)?;
-        let layer_kept = 4 * kept_floats(m, rank, trained);
-        let adapter = 4 * Lora::count_params(model, &c.targets, rank);
+        let adapter = 4 * Lora::count_params(model, &c.targets, rank)?;
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
         let weights: u64 = files.map(|f| f.len()).sum();
@@ -149,7 +148,11 @@ impl Plan {
         let keeps = !c.recompute && model.device() == Device::Cpu;
         let taken: u64 = parts.iter().map(|p| p.bytes).sum();
         let left = limit_bytes.map_or(0, |limit| (limit - limit / MARGIN).saturating_sub(taken));
-        let layers_kept = if keeps { depth.min(left as usize / layer_kept) } else { 0 };
+        let kept = match keeps {
+            true => fitting(&kept_bytes(model, &c.targets, rank, depth, trained)?, left),
+            false => Vec::new(),
+        };
+        let layers_kept = kept.len();
         if layers_kept == depth {
             // No layer is computed again: its graph holds less.
             let part = parts.iter_mut().find(|p| p.name == ACTIVATIONS).expect("pushed above");
@@ -157,7 +160,7 @@ impl Plan {
         }
         parts.push(part(
             KEPT,
-            layers_kept * layer_kept,
+            kept.iter().sum(),
             format!("activations of {layers_kept} layers that are not computed again"),
             "",
         ));
@@ -216,6 +219,16 @@ impl Plan {
     }
 }
 
+/// The first of these that fit into `left` bytes together.
+pub(super) fn fitting(bytes: &[usize], left: u64) -> Vec<usize> {
+    let mut sum = 0;
+    let fits = |n: &&usize| {
+        sum += **n as u64;
+        sum <= left
+    };
+    bytes.iter().take_while(fits).copied().collect()
+}
+
 fn activation_bytes(a: Activations) -> usize {
     a.kept + a.scratch + (a.scratch / 2).min(HEAP_KEEPS)
 }
@@ -231,8 +244,9 @@ fn decoding_bytes(
 ) -> usize {
     let m = model.config();
     let tokens = n_batch.min(c.prompts_per_step * c.max_prompt).max(running);
-    let graph = 4 * tokens * (3 * m.n_ff + 4 * m.n_embd);
-    let quantised_rows = 2 * tokens * m.n_ff.max(m.n_embd);
+    let n_ff = m.most(|l| l.n_ff);
+    let graph = 4 * tokens * (3 * n_ff + 4 * m.n_embd);
+    let quantised_rows = 2 * tokens * n_ff.max(m.n_embd);
     let mask = 6 * tokens * c.max_prompt.next_multiple_of(256);
     let logits = 4 * m.n_vocab * (2 * running + c.prompts_per_step);
     graph + quantised_rows + mask + logits + threads * 8 * m.n_vocab

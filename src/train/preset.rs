@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use toml::{Table, Value};
 
 use super::TrainConfig;
-use crate::model::{Arch, Config};
+use crate::model::Config;
 use crate::{Error, Result};
 
 /// A published experiment.
@@ -52,7 +52,8 @@ impl Preset {
 
 /// Settings of the paper's reference runs and notes on them.
 fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
-    let qwen3 = model.arch == Arch::Qwen3;
+    let family = model.family.name;
+    let qwen3 = family == "qwen3";
     let max_response: i64 = if qwen3 { 8192 } else { 3072 };
     let mut notes = vec![
         format!("lr: the paper's {FULL_LR:e} is for full fine-tuning; {LORA_LR:e} for the adapter"),
@@ -61,10 +62,10 @@ fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
         "reward: hendrycks is the paper's comparison of strings; --reward math compares by meaning".into(),
         "data: the paper trains on deepmath-5k; give it with --data, and test sets with --eval-data".into(),
     ];
-    let layer = match (model.arch, model.n_layer) {
-        (Arch::Qwen3, 36) => Some(6),
-        (Arch::Llama, 28) => Some(27),
-        (Arch::Llama, 32) => Some(31),
+    let layer = match (family, model.n_layer) {
+        ("qwen3", 36) => Some(6),
+        ("llama", 28) => Some(27),
+        ("llama", 32) => Some(31),
         _ => None,
     };
     if layer.is_none() {
@@ -118,14 +119,15 @@ const SYSTEM: &str = r"Please reason step by step, and put your final answer wit
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Model;
+    use crate::model::{Family, Model};
     use crate::train::LayerChoice;
 
     #[test]
     fn the_papers_values_hold_but_for_what_is_written() {
         let demo = Model::open("demo".as_ref()).unwrap();
         let mut model = demo.config().clone();
-        (model.arch, model.n_layer, model.n_embd) = (Arch::Qwen3, 36, 2560);
+        (model.n_layer, model.n_embd) = (36, 2560);
+        assert_eq!(model.family.name, "qwen3");
         let given: Table = "steps = 5\ngroup = 8".parse().unwrap();
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &given).unwrap();
         config.check().unwrap();
@@ -141,7 +143,7 @@ mod tests {
         );
         assert!(notes.iter().any(|n| n == "steps: 5 as you ask, the preset has 300"), "{notes:?}");
         assert!(!notes.iter().any(|n| n.starts_with("group")));
-        (model.arch, model.n_layer) = (Arch::Llama, 28);
+        (model.family, model.n_layer) = (Family::named("llama").unwrap(), 28);
         let config = Preset::BupoPaper.apply(&model, &Table::new()).unwrap().config;
         config.check().unwrap();
         assert_eq!(

@@ -10,10 +10,11 @@
 
 use serde::Serialize;
 
+use super::plan::fitting;
 use super::{Algorithm, TrainConfig};
 use crate::ggml::{ByteSize, Device, DeviceChoice};
 use crate::gguf::AdapterFile;
-use crate::model::{Largest, Lora, Model, activations, kept_floats};
+use crate::model::{Largest, LayerConfig, Lora, Model, activations, kept_bytes};
 use crate::ops::{ScratchShape, scratch_bytes};
 use crate::rollout::{RolloutOptions, RolloutSizes};
 use crate::{Error, Result};
@@ -187,7 +188,7 @@ impl<'m> Demand<'m> {
     }
 
     /// Weights, adapter, libraries.
-    fn fixed(&self) -> [u64; 3] {
+    fn fixed(&self) -> Result<[u64; 3]> {
         let first = self.model.config().n_layer - self.gpu_layers();
         let has_output = self.config.gpu_layers != Some(0);
         let mut weights = 0;
@@ -204,15 +205,15 @@ impl<'m> Demand<'m> {
         }
         if tied && has_output {
             // Its second copy, for the unembedding.
-            weights += self.model.weights().embedding.n_bytes();
+            weights += self.model.weights().embedding().n_bytes();
         }
-        let params = Lora::count_params(self.model, &self.config.targets, self.rank);
-        [weights as u64, 16 * params as u64, LIBRARIES]
+        let params = Lora::count_params(self.model, &self.config.targets, self.rank)?;
+        Ok([weights as u64, 16 * params as u64, LIBRARIES])
     }
 
     fn sizes(&self, kv_bytes: usize) -> Result<RolloutSizes> {
         let options = RolloutOptions { n_ctx_seq: self.longest(), kv_bytes };
-        options.sizes(&self.model.engine().hparams()?)
+        options.sizes(self.model.engine())
     }
 
     /// Keys and values of `n_seq` sequences, and llama.cpp's graph: the FFN is its widest place, logits of all
@@ -221,7 +222,7 @@ impl<'m> Demand<'m> {
         let m = self.model.config();
         let sizes = self.sizes(usize::MAX)?;
         let n_batch = sizes.n_batch.max(n_seq);
-        let graph = 4 * n_batch * (3 * m.n_ff + 4 * m.n_embd);
+        let graph = 4 * n_batch * (3 * m.most(|l| l.n_ff) + 4 * m.n_embd);
         let mask = 6 * n_batch * sizes.n_ctx_seq;
         // One more sequence for prompts.
         let kv = (n_seq + 1) * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
@@ -241,9 +242,9 @@ impl<'m> Demand<'m> {
         let acts = activations(self.model, &c.targets, self.rank, self.depth(), largest, false)?;
         let scratch = scratch_bytes(&ScratchShape {
             n_embd: m.n_embd,
-            n_ff: m.n_ff,
-            n_q: m.n_head * m.head_size,
-            n_kv: m.n_head_kv * m.head_size,
+            n_ff: m.most(|l| l.n_ff),
+            n_q: m.most(LayerConfig::q_width),
+            n_kv: m.most(LayerConfig::kv_width),
             n_vocab: m.n_vocab,
             tokens,
             scored: tokens,
@@ -261,7 +262,7 @@ impl<'m> Demand<'m> {
             None => 1,
         };
         Ok(Least {
-            fixed: self.fixed(),
+            fixed: self.fixed()?,
             longest,
             rollout: self.rollout(n_seq)?,
             update: self.update(c.micro_batch_tokens.unwrap_or(longest))?,
@@ -293,11 +294,10 @@ impl<'m> Demand<'m> {
         };
         let (rollout_bytes, update_bytes) =
             (self.rollout(n_seq)?, self.update(micro_batch_tokens)?);
-        let layer = 4 * kept_floats(self.model.config(), self.rank, micro_batch_tokens) as u64;
-        let layers = match c.recompute {
-            true => 0,
-            false => (room.saturating_sub(update_bytes) / layer).min(self.depth() as u64),
-        };
+        let left = if c.recompute { 0 } else { room.saturating_sub(update_bytes) };
+        let layers =
+            kept_bytes(self.model, &c.targets, self.rank, self.depth(), micro_batch_tokens)?;
+        let kept: usize = fitting(&layers, left).iter().sum();
         let kv_bytes = n_seq * self.sizes(usize::MAX)?.sequence_bytes;
         Ok(Ok(GpuPlan {
             budget_bytes: budget,
@@ -306,7 +306,7 @@ impl<'m> Demand<'m> {
             library_bytes: least.fixed[2],
             rollout_bytes,
             update_bytes,
-            kept_bytes: layers * layer,
+            kept_bytes: kept as u64,
             n_seq,
             kv_mib: c.kv_mib.unwrap_or(kv_bytes.div_ceil(1 << 20)),
             micro_batch_tokens,
