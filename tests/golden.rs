@@ -6,7 +6,7 @@ mod common;
 use bupo_gguf::analysis::{Figure, Look, Tap, measure};
 use bupo_gguf::model::{Batch, Policy};
 use bupo_gguf::train::{Aggregation, LossConfig, TokenContext, token_loss};
-use common::{Golden, relative_error};
+use common::{ARCHS, Golden, relative_error};
 
 const CASES: [&str; 6] =
     ["qwen3-f32", "qwen3-q8_0", "qwen3-q4_k", "qwen2-f32", "llama-f32", "llama-q4_0"];
@@ -20,6 +20,21 @@ fn tolerance(case: &str) -> f32 {
 #[test]
 fn figures_of_every_layer_agree() {
     for case in CASES {
+        check_figures(case, true);
+    }
+}
+
+/// Entropies and norms at the taps of the other architectures.
+#[test]
+fn entropies_of_further_architectures_agree() {
+    for case in ARCHS {
+        check_figures(case, false);
+    }
+}
+
+/// `more`: also what `make_figures.py` adds.
+fn check_figures(case: &str, has_more: bool) {
+    {
         let golden = Golden::load(case);
         let mut engine = golden.engine();
         let tokens = golden.ints("entropy_tokens");
@@ -31,7 +46,6 @@ fn figures_of_every_layer_agree() {
         batch.push_group(prompt, &[&completion], golden.model.config().n_vocab).unwrap();
         let picked: Vec<usize> = (0..batch.scored.len()).collect();
         let look = Look { top_k: 3, final_norm: false };
-        let more = golden.figures();
         let layers = measure(&mut engine, &golden.model, None, &batch, &picked, look).unwrap();
         assert_eq!(layers.len(), golden.json["n_layer"].as_u64().unwrap() as usize);
         for (i, layer) in layers.iter().enumerate() {
@@ -55,6 +69,10 @@ fn figures_of_every_layer_agree() {
                 check(&format!("norm of {name}"), norm, &norms[name]);
             }
             check("final entropy", Figure::FinalEntropy, &golden.json["final_entropy"]);
+            if !has_more {
+                continue;
+            }
+            let more = golden.figures();
             let figures = &more["layers"][i];
             check("cos(A, residual)", Figure::CosAttn, &figures["cos_attn"]);
             check("cos(F, residual)", Figure::CosFfn, &figures["cos_ffn"]);
@@ -95,6 +113,15 @@ fn logprobs_losses_and_gradients_agree() {
     }
 }
 
+#[test]
+fn further_architectures_agree() {
+    for case in ARCHS {
+        for phase in ["internal", "final"] {
+            check_phase(&Golden::load(case), phase, tolerance(case), Logprobs::Ours);
+        }
+    }
+}
+
 /// The same through the GPU's backend and kernels (see [`common::device`]), products in F32.
 #[test]
 fn precise_kernels_agree() {
@@ -121,7 +148,7 @@ fn rounding_kernels_agree() {
 #[test]
 fn kernels_of_entropy_and_diff_agree() {
     use bupo_gguf::analysis::{Figure, Look, measure};
-    use bupo_gguf::model::{Contestant, compare};
+    use bupo_gguf::model::{ComparedModel, compare};
     let figures = |golden: &Golden| {
         let (mut engine, lora) = (golden.engine(), golden.lora());
         let mut batch = Batch::default();
@@ -136,8 +163,8 @@ fn kernels_of_entropy_and_diff_agree() {
         };
         let mut all: Vec<Vec<f32>> = (0..Figure::N).map(of).collect();
         let mut base = golden.engine();
-        let mut p = Contestant { engine: &mut base, model: &golden.model, lora: None };
-        let mut q = Contestant { engine: &mut engine, model: &golden.model, lora: Some(&lora) };
+        let mut p = ComparedModel { engine: &mut base, model: &golden.model, lora: None };
+        let mut q = ComparedModel { engine: &mut engine, model: &golden.model, lora: Some(&lora) };
         let c = compare(&mut p, &mut q, &batch).unwrap();
         all.extend([c.kl_nats, c.logprob_p, c.logprob_q, c.agree]);
         all

@@ -15,6 +15,32 @@ pub fn golden_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden")
 }
 
+/// Where a golden model lies: beside the first ones, or in `archs`.
+pub fn folder_of(name: &str) -> PathBuf {
+    let first = golden_dir();
+    if first.join(format!("{name}.gguf")).exists() { first } else { first.join("archs") }
+}
+
+/// Golden models of further architectures.
+pub const ARCHS: [&str; 16] = [
+    "gemma2-f32",
+    "gemma2-q4_0",
+    "gemma3-f32",
+    "gemma3-q8_0",
+    "gemma4-f32",
+    "gemma4-q8_0",
+    "granite-f32",
+    "granite-q5_0",
+    "mistral3-f32",
+    "mistral3-q8_0",
+    "olmo2-f32",
+    "olmo2-q8_0",
+    "phi3-f32",
+    "phi3-q8_0",
+    "smollm3-f32",
+    "smollm3-q4_0",
+];
+
 /// Folder of other people's models and data, read where they lie: `BUPO_SHARED`, else `../shared`.
 /// None when it is not there, unless `BUPO_REQUIRE_SHARED` insists.
 pub fn shared() -> Option<PathBuf> {
@@ -79,7 +105,7 @@ impl Golden {
 
     pub fn load_on(name: &str, device: Device) -> Golden {
         let placement = Placement { device, gpu_layers: None };
-        let dir = golden_dir();
+        let dir = folder_of(name);
         let read =
             |file: String| std::fs::read(dir.join(&file)).unwrap_or_else(|e| panic!("{file}: {e}"));
         Golden {
@@ -95,7 +121,7 @@ impl Golden {
     }
 
     pub fn lora_path(&self) -> PathBuf {
-        golden_dir().join(format!("{}.lora.gguf", self.name))
+        folder_of(&self.name).join(format!("{}.lora.gguf", self.name))
     }
 
     pub fn lora(&self) -> Lora {
