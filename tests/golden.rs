@@ -127,6 +127,8 @@ fn further_architectures_agree() {
 fn precise_kernels_agree() {
     for (case, phase) in
         [("qwen3-f32", "final"), ("qwen3-q4_k", "internal"), ("llama-q4_0", "final")]
+            .into_iter()
+            .chain(ARCHS.into_iter().zip(["internal", "final"].into_iter().cycle()))
     {
         let golden = Golden::load_on(case, common::device(true));
         check_phase(&golden, phase, tolerance(case), Logprobs::Ours);

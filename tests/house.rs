@@ -117,3 +117,37 @@ fn files_can_be_read_in_one_sitting() {
         assert!(lines <= 600, "{} has {lines} lines", path.display());
     }
 }
+
+#[test]
+fn every_family_has_a_golden_model() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let golden = root.join("tests/fixtures/golden");
+    let folders = [golden.clone(), golden.join("archs")];
+    let names: Vec<String> = folders
+        .iter()
+        .flat_map(|folder| fs::read_dir(folder).unwrap())
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let mut families = 0;
+    for entry in fs::read_dir(root.join("src/model/arch")).unwrap() {
+        let file = entry.unwrap().file_name().into_string().unwrap();
+        let family = file.strip_suffix(".rs").expect("a source file").to_string();
+        if family == "mod" {
+            continue;
+        }
+        families += 1;
+        let has = |end: &str| {
+            let fits =
+                |name: &&String| name.starts_with(&format!("{family}-")) && name.ends_with(end);
+            names.iter().any(|name| fits(&name))
+        };
+        for end in [".gguf", ".lora.gguf", ".json", ".grads.safetensors"] {
+            assert!(
+                has(end),
+                "{family}: no golden model (a {family}-*{end} in {})",
+                golden.display()
+            );
+        }
+    }
+    assert!(families >= 11, "only {families} families were seen");
+}

@@ -49,15 +49,19 @@ pub fn run(args: InspectArgs) -> Result<()> {
         None => (None, None),
     };
     if args.json {
-        return print_json(&serde_json::json!({
-            "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": memory::available_bytes()}));
+        print_json(&serde_json::json!({
+            "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": memory::available_bytes()}))?;
+    } else {
+        print_line(&description.to_string())?;
+        if let Some(plan) = plan {
+            print_line(&plan.table())?;
+        }
+        if let Some(gpu) = gpu {
+            print_line(&gpu.line())?;
+        }
     }
-    print_line(&description.to_string())?;
-    if let Some(plan) = plan {
-        print_line(&plan.table())?;
+    match description.refused {
+        Some(_) => Model::outline(&args.model).map(drop),
+        None => Ok(()),
     }
-    if let Some(gpu) = gpu {
-        print_line(&gpu.line())?;
-    }
-    Ok(())
 }

@@ -91,6 +91,8 @@ impl Context {
             params.n_threads = threads;
             params.n_threads_batch = threads;
             params.kv_unified = false;
+            // Windowed layers keep all tokens, so that a sequence's tail can be forgotten.
+            params.swa_full = true;
             params.no_perf = true;
 
             params.offload_kqv = !model.device().is_host();
@@ -278,13 +280,22 @@ impl Context {
     }
 
     /// Forgets positions from `from` on of a sequence.
-    pub fn forget(&mut self, sequence: usize, from: usize) {
+    ///
+    /// # Errors
+    /// [`Error::Engine`] where the model's memory cannot forget a part of a sequence.
+    pub fn forget(&mut self, sequence: usize, from: usize) -> Result<()> {
         assert!(sequence < self.options.n_seq, "sequence {sequence}");
         // SAFETY: a live context and a sequence in range.
-        unsafe {
+        let done = unsafe {
             let memory = sys::llama_get_memory(self.raw.as_ptr());
-            sys::llama_memory_seq_rm(memory, sequence as i32, from as i32, -1);
+            sys::llama_memory_seq_rm(memory, sequence as i32, from as i32, -1)
+        };
+        if done {
+            return Ok(());
         }
+        let call = format!("forgetting sequence {sequence} from position {from} on");
+        let reason = "this model's memory holds states, which cannot forget a part of a sequence";
+        Err(Error::engine(call, reason, "report it with the model's name"))
     }
 
     /// Makes sequence `to` a copy of `from`.

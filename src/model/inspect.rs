@@ -78,6 +78,12 @@ pub struct Description {
     pub tied: bool,
     /// Tensor types.
     pub types: BTreeMap<&'static str, TypeUse>,
+    /// Tensors that are left alone: of a vision part, or of blocks that predict further tokens.
+    pub left_alone: Vec<String>,
+    /// Layers that see a window of so many tokens; of the first such layer.
+    pub windowed: Option<[usize; 2]>,
+    /// A window that the file declares and llama.cpp does not apply to this architecture, tokens.
+    pub window_ignored: Option<u64>,
     /// Taps of each layer.
     pub taps: Vec<&'static str>,
     /// What an adapter can be trained on.
@@ -142,12 +148,25 @@ impl Description {
             chat_template: first.get("tokenizer.chat_template").is_some(),
             tied: !tensors().any(|t| t.name == "output.weight"),
             types,
+            left_alone: model.as_ref().map_or(Vec::new(), |model| {
+                let names = tensors().map(|t| t.name.as_str());
+                names.filter(|name| model.leaves_alone(name)).map(str::to_owned).collect()
+            }),
+            windowed: model.as_ref().and_then(windowed),
+            window_ignored: size("attention.sliding_window")
+                .filter(|&n| n > 0 && model.as_ref().is_some_and(|m| windowed(m).is_none())),
             taps: TAPS.to_vec(),
             trainable: model.as_ref().map_or(Vec::new(), |model| trainable(model, &files)),
             refused,
             architecture,
         })
     }
+}
+
+/// How many layers see a window, and its size in the first of them.
+fn windowed(model: &Model) -> Option<[usize; 2]> {
+    let windows: Vec<_> = model.config().layers.iter().filter_map(|layer| layer.window).collect();
+    Some([windows.len(), *windows.first()?])
 }
 
 fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
@@ -201,6 +220,23 @@ impl fmt::Display for Description {
         let tied = if self.tied { "tied" } else { "of its own" };
         writeln!(f, "vocabulary    {} tokens, unembedding {tied}", number(self.vocabulary))?;
         writeln!(f, "context       {} tokens; rope {}", number(self.context), self.rope)?;
+        if let Some([layers, window]) = self.windowed {
+            writeln!(f, "windows       {layers} layers see the last {window} tokens")?;
+        }
+        if let Some(window) = self.window_ignored {
+            writeln!(
+                f,
+                "windows       none: the file declares {window} tokens, which llama.cpp does not apply to {}",
+                self.architecture
+            )?;
+        }
+        if let Some(first) = self.left_alone.first() {
+            let n = self.left_alone.len();
+            writeln!(
+                f,
+                "left alone    {n} tensors that the layers do not read, {first} the first"
+            )?;
+        }
         let template = if self.chat_template { "in the file" } else { "none" };
         writeln!(f, "chat template {template}")?;
         writeln!(f, "types         tensors  parameters        MiB")?;

@@ -20,6 +20,7 @@ mod weights;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use arch::Family;
 pub use batch::{Batch, Scored};
@@ -54,6 +55,8 @@ pub struct Model {
     config: Config,
     index: weights::Index,
     maps: Vec<Map>,
+    // Tokens of the contexts that it decodes in; 0 where none was said.
+    context: AtomicUsize,
     file: ModelFile,
     files: Vec<PathBuf>,
 }
@@ -133,7 +136,8 @@ impl Model {
         let config = Config::new(family, &engine)?;
         let index = Weights::index(&engine);
         let files = files.paths().to_vec();
-        let mut model = Model { engine, config, index, maps: Vec::new(), file, files };
+        let (maps, context) = (Vec::new(), AtomicUsize::new(0));
+        let mut model = Model { engine, config, index, maps, context, file, files };
         model.maps = model.dry_run()?;
         Ok(model)
     }
@@ -166,7 +170,9 @@ impl Model {
             touched.extend(dry.touched);
             maps.extend(dry.maps);
         }
-        if let Some(name) = self.weights().names().filter(|&n| !touched.contains(n)).min() {
+        let left_over =
+            self.weights().names().filter(|&n| !touched.contains(n) && !self.is_beside(n));
+        if let Some(name) = left_over.min() {
             return Err(Error::Unsupported {
                 what: "tensor",
                 got: name.into(),
@@ -175,6 +181,17 @@ impl Model {
         }
         maps.sort_by_key(Map::place);
         Ok(maps)
+    }
+
+    /// Whether a tensor of the file is one that nothing here reads.
+    fn leaves_alone(&self, tensor: &str) -> bool {
+        self.is_beside(tensor) || self.weights().find(tensor).is_none()
+    }
+
+    /// Whether a tensor belongs to a block behind the last layer, which predicts further tokens (MTP).
+    fn is_beside(&self, tensor: &str) -> bool {
+        let number = tensor.strip_prefix("blk.").and_then(|rest| rest.split('.').next());
+        number.and_then(|n| n.parse::<usize>().ok()).is_some_and(|n| n >= self.config.n_layer)
     }
 
     /// Sizes and settings.
@@ -214,7 +231,7 @@ impl Model {
 
     /// What the graphs of its layers are made of.
     fn parts<'a>(&'a self, adapter: Option<Adapter<'a>>, batch: &'a Batch) -> Parts<'a> {
-        let long_context = self.long_context();
+        let long_context = self.context_of(batch) > self.config.n_ctx_orig;
         let (config, weights) = (&self.config, self.weights());
         Parts { config, weights, adapter, batch, shared: None, long_context }
     }
@@ -235,8 +252,17 @@ impl Model {
         ops::rms_norm(arena, hidden, self.weights().output_norm(), self.config.rms_eps)
     }
 
-    fn long_context(&self) -> bool {
-        false
+    /// Says how long the contexts are that the model decodes in, so that training computes as rollouts do: some
+    /// models rotate by other factors in long ones, however short the text. Before, a batch's longest sequence counts.
+    pub fn set_context(&self, tokens: usize) {
+        self.context.store(tokens, Ordering::Relaxed);
+    }
+
+    fn context_of(&self, batch: &Batch) -> usize {
+        match self.context.load(Ordering::Relaxed) {
+            0 => batch.positions.iter().max().map_or(0, |&last| last as usize + 1),
+            said => said,
+        }
     }
 }
 

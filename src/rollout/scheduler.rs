@@ -151,6 +151,8 @@ pub struct Rollouts {
     context: Option<Context>,
     adapter: Option<Arc<LiveAdapter>>,
     n_ctx_seq: usize,
+    // Draws tokens, on as many threads as decode.
+    workers: rayon::ThreadPool,
     /// Sequences whose tokens are drawn on the device, where that is wanted; the one after them is for prompts.
     n_drawn: Option<usize>,
 }
@@ -191,6 +193,10 @@ impl Rollouts {
             context: Some(Context::new(model, pool, sizes)?),
             adapter: None,
             n_ctx_seq: options.n_ctx_seq,
+            workers: rayon::ThreadPoolBuilder::new()
+                .num_threads(pool.n_threads())
+                .build()
+                .map_err(|e| Error::engine("starting threads", e.to_string(), "use fewer"))?,
             n_drawn,
         })
     }
@@ -220,13 +226,13 @@ impl Rollouts {
         self.context = None;
     }
 
-    fn context(&mut self) -> Result<&mut Context> {
+    fn context(&mut self) -> Result<()> {
         if self.context.is_none() {
             let mut context = Context::new(&self.model, &self.pool, self.sizes)?;
             context.set_adapter(self.adapter.clone())?;
             self.context = Some(context);
         }
-        Ok(self.context.as_mut().expect("just made"))
+        Ok(())
     }
 
     /// Completions of all requests, in their order.
@@ -282,7 +288,8 @@ impl Rollouts {
             }
         }
         let (n_seq, n_drawn) = (self.n_seq(), self.n_drawn);
-        let context = self.context()?;
+        self.context()?;
+        let (context, workers) = (self.context.as_mut().expect("just made"), &self.workers);
         context.clear();
         // A truncated or greedy choice is made from the logits.
         let draws = n_drawn.is_some() && sampling.temperature > 0.0 && !sampling.truncates();
@@ -291,6 +298,7 @@ impl Rollouts {
         }
         let mut run = Run {
             context,
+            workers,
             requests,
             sampling,
             seed,
@@ -313,7 +321,7 @@ impl Rollouts {
             if run.progress.tokens > 0 {
                 watcher.progress(run.progress)?;
             }
-            run.compact();
+            run.compact()?;
             run.decode()?;
             run.report(watcher)?;
         }
@@ -329,6 +337,7 @@ const MAX_PARALLEL: usize = 256;
 /// One call of [`Rollouts::generate`].
 struct Run<'r> {
     context: &'r mut Context,
+    workers: &'r rayon::ThreadPool,
     requests: &'r [Request],
     sampling: &'r Sampling,
     seed: u64,
@@ -380,7 +389,7 @@ impl Run<'_> {
         let mut last = Vec::with_capacity(claimed.len());
         for (&(request, _), &slot) in claimed.iter().zip(free) {
             let slot = self.prompt_slot.unwrap_or(slot);
-            self.context.forget(slot, 0);
+            self.context.forget(slot, 0)?;
             let prompt = &self.requests[request].prompt_tokens;
             for (i, &id) in prompt.iter().enumerate() {
                 let logits = i + 1 == prompt.len();
@@ -396,13 +405,13 @@ impl Run<'_> {
             let group = self.groups.len() - 1;
             let from = self.prompt_slot.unwrap_or(slot);
             if from != slot {
-                self.context.forget(slot, 0);
+                self.context.forget(slot, 0)?;
                 self.context.copy(from, slot);
             }
             self.begin(slot, group);
             for _ in 1..n {
                 let &to = followers.next().expect("as many free slots as were claimed");
-                self.context.forget(to, 0);
+                self.context.forget(to, 0)?;
                 self.context.copy(from, to);
                 self.begin(to, group);
             }
@@ -474,16 +483,16 @@ impl Run<'_> {
     }
 
     /// Closes holes between running slots, so that llama.cpp takes them in one go.
-    fn compact(&mut self) {
+    fn compact(&mut self) -> Result<()> {
         loop {
-            let Some(hole) = self.slots.iter().position(Option::is_none) else { return };
-            let Some(last) = self.slots.iter().rposition(Option::is_some) else { return };
+            let Some(hole) = self.slots.iter().position(Option::is_none) else { return Ok(()) };
+            let Some(last) = self.slots.iter().rposition(Option::is_some) else { return Ok(()) };
             if last < hole {
-                return;
+                return Ok(());
             }
-            self.context.forget(hole, 0);
+            self.context.forget(hole, 0)?;
             self.context.copy(last, hole);
-            self.context.forget(last, 0);
+            self.context.forget(last, 0)?;
             self.slots.swap(hole, last);
         }
     }
@@ -525,7 +534,7 @@ impl Run<'_> {
                 let prompt = self.requests[self.groups[group].request].prompt_tokens.len();
                 self.finish(slot);
                 // The prompt is still there: the group's next completion starts from it.
-                self.context.forget(s, prompt);
+                self.context.forget(s, prompt)?;
                 self.begin(s, group);
             } else {
                 self.slots[s] = Some(slot);
@@ -543,18 +552,23 @@ impl Run<'_> {
             let jobs = slots.iter_mut().zip(&logits);
             return jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect();
         }
-        let parts = rayon::current_num_threads();
+        let parts = self.workers.current_num_threads();
         self.samplers.resize_with(parts.max(1), Sampler::default);
         let per_part = slots.len().div_ceil(parts);
-        slots
-            .par_chunks_mut(per_part)
-            .zip(logits.par_chunks(per_part))
-            .zip(&mut self.samplers)
-            .flat_map_iter(|((slots, logits), sampler)| {
-                let jobs = slots.iter_mut().zip(logits);
-                jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect::<Vec<_>>()
-            })
-            .collect()
+        let samplers = &mut self.samplers;
+        self.workers.install(|| {
+            slots
+                .par_chunks_mut(per_part)
+                .zip(logits.par_chunks(per_part))
+                .zip(samplers)
+                .flat_map_iter(|((slots, logits), sampler)| {
+                    let jobs = slots.iter_mut().zip(logits);
+                    let sample =
+                        |(s, l): (&mut Slot, &&[f32])| sampler.sample(l, sampling, s.rng.random());
+                    jobs.map(sample).collect::<Vec<_>>()
+                })
+                .collect()
+        })
     }
 }
 

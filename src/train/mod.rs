@@ -183,6 +183,8 @@ impl<'m> Trainer<'m> {
             ));
         }
         let needs = config.max_prompt + config.max_response;
+        // As llama.cpp sizes the contexts of rollouts.
+        model.set_context(needs.next_multiple_of(256));
         if needs > model.config().n_ctx_train {
             return Err(Error::invalid(
                 "--max-prompt plus --max-response",
