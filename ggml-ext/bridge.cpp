@@ -58,6 +58,7 @@ bupo_status bupo_model_hparams(const llama_model * model, bupo_hparams * out) {
         r.n_ctx_train        = h.n_ctx_train;
         r.n_expert           = h.n_expert;
         r.n_embd_per_layer   = h.n_embd_per_layer;
+        r.windowed           = h.swa_type != LLAMA_SWA_TYPE_NONE;
         r.n_layer_kv         = h.n_layer_kv_from_start < 0 ? r.n_layer : h.n_layer_kv_from_start;
         r.rms_eps            = h.f_norm_rms_eps;
         r.embedding_scale    = h.f_embedding_scale;
@@ -90,9 +91,9 @@ bupo_status bupo_model_layer_hparams(const llama_model * model, uint32_t layer, 
     }
     return guarded([&] {
         const llama_hparams & h = model->hparams;
-        const bool windowed = h.is_swa(layer) && h.swa_type != LLAMA_SWA_TYPE_NONE && h.n_swa > 0;
-        if (windowed && h.swa_type != LLAMA_SWA_TYPE_STANDARD) {
-            return fail(BUPO_ERR_ARGUMENT, "windows of another kind than the last n tokens");
+        const bool windowed = h.is_swa(layer) && h.swa_type != LLAMA_SWA_TYPE_NONE;
+        if (windowed && (h.swa_type != LLAMA_SWA_TYPE_STANDARD || h.n_swa == 0)) {
+            return fail(BUPO_ERR_ARGUMENT, "windows of no token, or of another kind than the last n tokens");
         }
         bupo_layer_hparams r = {};
         r.n_head          = h.n_head(layer);

@@ -204,6 +204,7 @@ struct bupo_hparams {
     uint32_t n_ctx_train;
     uint32_t n_expert;
     uint32_t n_embd_per_layer;  // width of per-layer embeddings; 0 = none
+    uint32_t windowed;          // some layers are said to have a window
     uint32_t n_layer_kv;        // layers from here on read keys and values of earlier ones
     float    rms_eps;
     float    embedding_scale;   // 0 = not set

@@ -49,7 +49,6 @@ fn tokens_drawn_in_the_graph_are_those_drawn_from_the_logits() {
         })
         .collect();
     // Four sequences for fifteen completions: slots are taken again, and holes closed.
-    let config = model.config();
     let sequence = 256 * model.engine().kv_token_bytes().unwrap();
     let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 4 * sequence };
     let stop = AtomicBool::new(false);

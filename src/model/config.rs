@@ -130,8 +130,12 @@ impl Config {
         }
         let n_layer = h.n_layer as usize;
         let layers: Vec<_> = (1..=n_layer)
-            .map(|layer| LayerConfig::new(&h, &engine.layer_hparams(layer)?, layer))
+            .map(|layer| LayerConfig::new(family, &h, &engine.layer_hparams(layer)?, layer))
             .collect::<Result<_>>()?;
+        if h.windowed != 0 && layers.iter().all(|layer| layer.window.is_none()) {
+            // llama.cpp asserts it when it makes a context.
+            return refuse("window", "one declared and no layer has it".into(), "some layers");
+        }
         let set = |x: f32| (x != 0.0).then_some(x);
         let mut config = Config {
             family,
@@ -201,16 +205,22 @@ impl Config {
 }
 
 impl LayerConfig {
-    fn new(h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
+    fn new(family: &Family, h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
         if l.recurrent != 0 {
             return refuse("layer", format!("layer {layer} is recurrent"), "attention");
         }
-        if l.head_size_k != l.head_size_v || l.n_rot > l.head_size_k {
+        let rotates = l.n_rot == l.head_size_k
+            || (family.partial_rope && l.n_rot < l.head_size_k && l.n_rot.is_multiple_of(2));
+        if l.head_size_k != l.head_size_v || !rotates {
             let got = format!(
                 "k {}, v {}, rotated {} in layer {layer}",
                 l.head_size_k, l.head_size_v, l.n_rot
             );
-            return refuse("head layout", got, "k and v of one size, no more rotated than that");
+            let supported = match family.partial_rope {
+                true => "k and v of one size, an even part of it rotated",
+                false => "k, v and rotated size equal",
+            };
+            return refuse("head layout", got, supported);
         }
         let head_size = l.head_size_k as usize;
         if !head_size.is_multiple_of(8) || !(8..=MAX_HEAD).contains(&head_size) {

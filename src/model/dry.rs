@@ -44,6 +44,11 @@ impl Dry {
         true
     }
 
+    /// A tensor is of no use.
+    pub fn refuse(&mut self, name: &str, expected: String, got: String) {
+        self.wrong.push([name.into(), expected, got]);
+    }
+
     /// A tensor that should be there is not.
     pub fn misses(&mut self, name: &str) {
         if !self.touched.contains(name) {

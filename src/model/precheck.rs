@@ -21,8 +21,8 @@ const MAX_WIDTH: usize = 1 << 24;
 const MAX_CONTEXT: usize = i32::MAX as usize;
 /// Rope scalings that llama.cpp knows and we compute; others make it abort.
 const ROPE_SCALINGS: [&str; 4] = ["none", "linear", "yarn", "longrope"];
-/// Tokenizers of the architectures here: SentencePiece and byte-pair encoding.
-const TOKENIZERS: [&str; 2] = ["llama", "gpt2"];
+/// Tokenizers of the architectures here: SentencePiece and kinds of byte-pair encoding.
+const TOKENIZERS: [&str; 3] = ["llama", "gpt2", "gemma4"];
 const ADVICE: &str = "the file is damaged or no model of this kind; fetch it again";
 
 /// Refuses weights that the device cannot decode: llama.cpp would leave them to the CPU without a word.
@@ -84,6 +84,13 @@ pub fn check(file: &GgufFile, family: &Family) -> Result<()> {
     }
     if keys.find::<bool>("attention.causal")? == Some(false) {
         return Err(keys.wrong("attention.causal", "true".into(), "false".into()));
+    }
+    let shared = "attention.shared_kv_layers";
+    if let Some(value) = keys.get(shared) {
+        let most = n_layer.saturating_sub(2);
+        if !value.integer().is_some_and(|n| (0..=most as i128).contains(&n)) {
+            return Err(keys.wrong(shared, format!("0 to {most}"), value.describe()));
+        }
     }
     let epsilon = "attention.layer_norm_rms_epsilon";
     if keys.get(epsilon).is_none() {

@@ -5,8 +5,14 @@ use super::{Family, QkNorm, attention, ffn, gemma, sandwich};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Gelu;
 
-pub static FAMILY: Family =
-    Family { name: "gemma3", models: "Gemma 3", adjust: gemma, layer, permuted: false };
+pub static FAMILY: Family = Family {
+    name: "gemma3",
+    models: "Gemma 3",
+    adjust: gemma,
+    layer,
+    permuted: false,
+    partial_rope: true,
+};
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
     sandwich(t, x, |t, h| attention(t, h, QkNorm::Heads), |t, h| ffn(t, h, Gelu))

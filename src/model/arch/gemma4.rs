@@ -6,6 +6,7 @@
 //! `g_l = (norm(W_l H^0 / sqrt(D)) + sqrt(e) T_l) / sqrt(2)` with T_l the token's row for this layer.
 
 use super::{Family, attention_scale, ffn, gemma, sandwich};
+use crate::ggml::Type;
 use crate::llama::Hparams;
 use crate::model::config::Config;
 use crate::model::tape::{Tape, Taps, Var};
@@ -17,6 +18,7 @@ pub static FAMILY: Family = Family {
     adjust,
     layer,
     permuted: false,
+    partial_rope: true,
 };
 
 fn adjust(config: &mut Config, h: &Hparams) {
@@ -81,6 +83,14 @@ fn layer_embedding(t: &mut Tape<'_>) -> Var {
     let table = t.global("per_layer_token_embd.weight", &[all, config.n_vocab]);
     let map = t.global("per_layer_model_proj.weight", &[d, all]);
     let norm = t.global("per_layer_proj_norm.weight", &[e]);
+    if !e.is_multiple_of(table.ty().block_size()) {
+        t.refuse(
+            table.name(),
+            format!("blocks within the {e} values of a layer"),
+            table.ty().name(),
+        );
+        return t.leaf(arena.tensor(Type::F32, &[e, t.tokens()]));
+    }
     let own = t.token_rows(arena.column_range(table, first * e, e)); // T_l: [e, T]
     let h0 = t.embedded(); // [D, T]
     let map = arena.row_range(map, first * e, e);

@@ -12,6 +12,7 @@ pub static FAMILY: Family = Family {
     adjust,
     layer,
     permuted: true,
+    partial_rope: false,
 };
 
 fn adjust(config: &mut Config, h: &Hparams) {

@@ -10,6 +10,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: true,
+    partial_rope: false,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {

@@ -33,6 +33,9 @@ pub struct Family {
     /// Whether the rows of `attn_q` and `attn_k` are reordered within each head, against Hugging Face's: pairs that
     /// rotate together are neighbours.
     pub permuted: bool,
+    /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
+    /// expect that.
+    pub partial_rope: bool,
 }
 
 impl PartialEq for Family {

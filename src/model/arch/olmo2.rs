@@ -7,8 +7,14 @@ use crate::model::config::Config;
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 
-pub static FAMILY: Family =
-    Family { name: "olmo2", models: "OLMo 2, OLMo 3", adjust, layer, permuted: false };
+pub static FAMILY: Family = Family {
+    name: "olmo2",
+    models: "OLMo 2, OLMo 3",
+    adjust,
+    layer,
+    permuted: false,
+    partial_rope: false,
+};
 
 fn adjust(config: &mut Config, _: &Hparams) {
     for layer in config.layers.iter_mut().filter(|layer| layer.window.is_some()) {

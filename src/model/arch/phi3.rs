@@ -11,6 +11,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
+    partial_rope: true,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {

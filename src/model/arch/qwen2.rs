@@ -10,6 +10,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
+    partial_rope: false,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {

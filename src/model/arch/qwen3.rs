@@ -4,8 +4,14 @@ use super::{Family, QkNorm, attention, ffn, plain, pre_norm};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 
-pub static FAMILY: Family =
-    Family { name: "qwen3", models: "Qwen3 (dense)", adjust: plain, layer, permuted: false };
+pub static FAMILY: Family = Family {
+    name: "qwen3",
+    models: "Qwen3 (dense)",
+    adjust: plain,
+    layer,
+    permuted: false,
+    partial_rope: false,
+};
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
     pre_norm(t, x, |t, h| attention(t, h, QkNorm::Heads), |t, h| ffn(t, h, Silu))

@@ -6,8 +6,14 @@ use crate::model::config::Config;
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 
-pub static FAMILY: Family =
-    Family { name: "smollm3", models: "SmolLM3", adjust, layer, permuted: true };
+pub static FAMILY: Family = Family {
+    name: "smollm3",
+    models: "SmolLM3",
+    adjust,
+    layer,
+    permuted: true,
+    partial_rope: false,
+};
 
 /// Of so many layers the last one does not rotate; not in the file.
 const STEP: usize = 4;

@@ -220,6 +220,18 @@ impl<'a> Tape<'a> {
         }
     }
 
+    /// Something that a dry run finds wrong with a tensor.
+    pub fn refuse(&mut self, name: &str, expected: String, got: &str) {
+        if let Some(dry) = &mut self.dry {
+            dry.refuse(name, expected, got.into());
+        }
+    }
+
+    /// Tokens of the batch, T.
+    pub fn tokens(&self) -> usize {
+        self.parts.batch.len()
+    }
+
     fn input(&mut self, name: &'static str, make: impl FnOnce(&Batch) -> Values) -> Tensor<'a> {
         if let Some((_, tensor, _)) = self.inputs.iter().find(|(known, ..)| *known == name) {
             return *tensor;
