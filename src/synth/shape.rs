@@ -174,7 +174,7 @@ impl Shape {
 
     /// Whether layer `i` (from 0) looks back only so far.
     pub fn is_windowed(&self, i: usize) -> bool {
-        self.window.is_some_and(|w| (i + 1) % w.period != 0)
+        self.window.is_some_and(|w| !(i + 1).is_multiple_of(w.period))
     }
 
     /// Size of a head of layer `i`.
