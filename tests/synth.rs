@@ -2,18 +2,28 @@
 //! computes and learns.
 
 mod common;
+#[path = "common/stock.rs"]
+mod stock;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bupo_gguf::Model;
 use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::gguf::{GgufFile, Value};
 use bupo_gguf::model::{Batch, Engine, Lora, Policy, Targets};
-use bupo_gguf::synth::{self, Mixture, Shape};
+use bupo_gguf::synth::{self, Mixture, Rope, Shape};
+use llama_cpp_2::llama_backend::LlamaBackend;
 
-fn write(shape: Shape, mixture: &str) -> (tempfile::TempDir, Model) {
+fn write(shape: &Shape, mixture: &str) -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.gguf");
-    synth::write(&shape, &Mixture::parse(mixture).unwrap(), 1, &path).unwrap();
+    synth::write(shape, &Mixture::parse(mixture).unwrap(), 1, &path).unwrap();
+    (dir, path)
+}
+
+fn open(shape: &Shape, mixture: &str) -> (tempfile::TempDir, Model) {
+    let (dir, path) = write(shape, mixture);
     let model = Model::open(&path).unwrap_or_else(|e| panic!("{} {mixture}: {e}", shape.name));
     (dir, model)
 }
@@ -21,7 +31,7 @@ fn write(shape: Shape, mixture: &str) -> (tempfile::TempDir, Model) {
 #[test]
 fn every_type_loads_and_gives_finite_gradients() {
     for name in Mixture::names() {
-        let (_dir, model) = write(Shape::find("tiny").unwrap(), &name);
+        let (_dir, model) = open(&Shape::find("tiny").unwrap(), &name);
         let config = model.config();
         let lora = Lora::new(&model, &Targets::default(), 4, 8.0, 1).unwrap();
         let mut engine = Engine::new(Arc::new(ThreadPool::new(1).unwrap())).unwrap();
@@ -56,16 +66,18 @@ fn shapes_keep_their_settings_and_spell_text() {
         // As the file says it, but for the size.
         let small = shape.with_layers(1).unwrap().with_vocab(1024).unwrap();
         let small = Shape { n_ff: 256, ..small };
-        let (_dir, model) = write(small, "q4_k_m");
+        let (_dir, model) = open(&small, "q4_k_m");
         let (c, name) = (model.config(), shape.name);
         assert_eq!((c.family.name, c.n_ctx_train), (shape.arch, shape.n_ctx), "{name}");
         let layer = c.layer(1);
         assert_eq!((layer.n_head, layer.n_head_kv), (shape.n_head, shape.n_head_kv), "{name}");
         assert_eq!((layer.head_size, c.rms_eps), (shape.head_size, shape.rms_eps), "{name}");
-        assert_eq!(layer.rope.unwrap().freq_base, shape.rope_base, "{name}");
-        let factors = model.weights().find("rope_freqs.weight");
-        assert_eq!(factors.is_some(), shape.arch == "llama", "{name}");
+        if layer.window.is_none() {
+            assert_eq!(layer.rope.unwrap().freq_base, shape.rope_base, "{name}");
+        }
+        let divisors = matches!(shape.rope, Rope::Llama3(_));
         let weights = model.weights();
+        assert_eq!(weights.find("rope_freqs.weight").is_some(), divisors, "{name}");
         let tied = weights.unembedding().address() == weights.embedding().address();
         assert_eq!(tied, shape.tied, "{name}");
         let vocab = model.engine().vocab();
@@ -75,4 +87,114 @@ fn shapes_keep_their_settings_and_spell_text() {
         assert!(tokens.len() < text.len(), "{name}: merges shorten text");
         assert!(vocab.is_eog(vocab.eos().unwrap()) && !vocab.adds_bos(), "{name}");
     }
+}
+
+/// Two periods of every pattern of layers, few heads, a narrow FFN.
+fn small(shape: Shape) -> Shape {
+    let n_head = shape.n_head / shape.n_head_kv;
+    // llama.cpp wants the heads of these to be as wide as the residual together.
+    let n_embd = match shape.arch {
+        "qwen2" | "phi3" | "olmo2" => n_head * shape.head_size,
+        _ => 512,
+    };
+    let small = shape.with_layers(12).unwrap().with_vocab(1024).unwrap();
+    Shape { n_head, n_head_kv: 1, n_embd, n_ff: 256, ..small }
+}
+
+/// One test, for the backend can be started once in a process.
+#[test]
+fn stock_llama_cpp_runs_every_shape() {
+    let backend = LlamaBackend::init().unwrap();
+    let tokens: Vec<i32> = (0..40).map(|i| (i * 37 + 11) % 1000).collect();
+    for shape in Shape::ALL.map(small) {
+        let (_dir, path) = write(&shape, "q4_k_m");
+        let logits = stock::logits(&backend, &path, None, &tokens);
+        let mut entropy = 0.0;
+        for logits in &logits {
+            assert!(logits.iter().all(|l| l.is_finite()), "{}", shape.name);
+            let logprobs = |v: &[f32]| -> Vec<f64> {
+                let most = v.iter().copied().fold(f32::MIN, f32::max) as f64;
+                let sum: f64 = v.iter().map(|&l| (l as f64 - most).exp()).sum();
+                v.iter().map(|&l| l as f64 - most - sum.ln()).collect()
+            };
+            let here: f64 = logprobs(logits).iter().map(|&l| -l * l.exp()).sum();
+            entropy += here / tokens.len() as f64;
+        }
+        println!("{}: {entropy}", shape.name);
+        // Neither uniform (ln 1024 = 6.93 nats) nor certain.
+        assert!((3.0..6.6).contains(&entropy), "{}: entropy {entropy}", shape.name);
+    }
+}
+
+/// The keys by which llama.cpp knows what an architecture has beside sizes.
+#[test]
+fn files_hold_what_differs_by_family() {
+    let number = |file: &GgufFile, key: &str| match file.get(key) {
+        Some(Value::F32(x)) => *x as f64,
+        Some(Value::U32(n)) => *n as f64,
+        other => panic!("{key}: {other:?}"),
+    };
+    for (name, wanted) in [
+        (
+            "gemma-2-2b",
+            &[
+                ("attention.sliding_window", 4096.0),
+                ("attn_logit_softcapping", 50.0),
+                ("final_logit_softcapping", 30.0),
+            ][..],
+        ),
+        ("gemma-3-270m", &[("attention.sliding_window", 512.0), ("rope.freq_base", 1e6)]),
+        ("gemma-3-4b", &[("attention.sliding_window", 1024.0), ("rope.scaling.factor", 8.0)]),
+        (
+            "gemma-4-e2b",
+            &[
+                ("attention.shared_kv_layers", 7.0),
+                ("attention.key_length", 512.0),
+                ("attention.key_length_swa", 256.0),
+                ("embedding_length_per_layer_input", 256.0),
+            ],
+        ),
+        (
+            "phi-4-mini",
+            &[
+                ("rope.dimension_count", 96.0),
+                ("rope.scaling.original_context_length", 4096.0),
+                // sqrt(1 + ln 32 / ln 4096)
+                ("rope.scaling.attn_factor", 1.190238071),
+            ],
+        ),
+        (
+            "granite-3.3-2b",
+            &[
+                ("embedding_scale", 12.0),
+                ("residual_scale", 0.22),
+                ("attention.scale", 0.015625),
+                ("logit_scale", 8.0),
+            ],
+        ),
+        (
+            "ministral-3-3b",
+            &[
+                ("rope.scaling.factor", 16.0),
+                ("rope.scaling.original_context_length", 16384.0),
+                ("attention.temperature_scale", 0.1),
+            ],
+        ),
+    ] {
+        let shape = small(Shape::find(name).unwrap());
+        let (_dir, path) = write(&shape, "q4_k_m");
+        let file = GgufFile::open(&path).unwrap();
+        for (key, value) in wanted {
+            let got = number(&file, &format!("{}.{key}", shape.arch));
+            assert!((got - value).abs() < 1e-6 * value, "{name}: {key} is {got}");
+        }
+    }
+    // Of gemma4's layers, the last have no keys and values of their own and a wider FFN.
+    let shape = small(Shape::find("gemma-4-e2b").unwrap());
+    let (_dir, path) = write(&shape, "q4_k_m");
+    let file = GgufFile::open(&path).unwrap();
+    let width = |i: usize| file.tensor(&format!("blk.{i}.ffn_up.weight")).unwrap().shape[1];
+    let keys = |i: usize| file.tensor(&format!("blk.{i}.attn_k.weight")).map(|t| t.shape[1]);
+    assert_eq!((width(4), width(5)), (256, 512));
+    assert_eq!((keys(3), keys(4), keys(5)), (Some(256), Some(512), None));
 }

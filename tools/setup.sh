@@ -19,6 +19,10 @@ if [ -n "${BUPO_REQUIRE_BROWSER:-}" ]; then
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
         missing+=(chromium)
 fi
+# The tests' trained models come by pip; only CI insists on them.
+if [ -n "${BUPO_REQUIRE_MODELS:-}" ]; then
+    python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
+fi
 # Not needed, but it makes a second build of llama.cpp a matter of seconds.
 command -v ccache >/dev/null || missing+=(ccache)
 

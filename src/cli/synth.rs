@@ -11,13 +11,13 @@ use crate::synth::{self, Mixture, Shape};
 
 /// Write a model of a published shape with random weights, for benchmarks and memory plans.
 ///
-/// SHAPE is one of tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, qwen3-14b, qwen2.5-0.5b, qwen2.5-7b,
-/// llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, octothinker-3b, octothinker-8b. The file has the shape's own
-/// hyperparameters, a byte-level vocabulary of its size that spells every text, and a ChatML template; any
-/// GGUF program loads it, and what the model says is noise. Files of the same seed are the same.
+/// The file has the shape's own hyperparameters, a byte-level vocabulary of its size that spells every text,
+/// and a ChatML template; llama.cpp loads it, and what the model says is noise. Files of the same seed are
+/// the same. Of multimodal models it is the text part.
 #[derive(Args)]
+#[command(after_help = format!("Shapes: {}", Shape::names()))]
 pub struct SynthArgs {
-    /// Published shape
+    /// Published shape, of the list below
     #[arg(value_name = "SHAPE")]
     shape: String,
     /// Type of the weights: any of ggml's (f16, q8_0, iq4_xs, ..) or a mixture (q4_k_m, q5_k_s, ..), with

@@ -127,9 +127,19 @@ impl Mixture {
         }
     }
 
+    /// What is never quantised: as it was, 16 bits where the rest has fewer.
+    pub(super) fn float(&self) -> Type {
+        match self.base {
+            Type::F32 | Type::BF16 => self.base,
+            _ => Type::F16,
+        }
+    }
+
     /// A linear map of layer `i` (from 0) with rows of `n_in`.
     pub(super) fn layer(&self, what: &str, i: usize, shape: &Shape, n_in: usize) -> Type {
-        let n = shape.n_layer;
+        // q, k and v in one map are treated as v is; tensors are counted, not layers.
+        let what = if what == "attn_qkv" { "attn_v" } else { what };
+        let n = if what == "attn_v" { shape.n_layer_kv() } else { shape.n_layer };
         let wide_groups = shape.n_head / shape.n_head_kv >= 4;
         // The first and last eighth of the layers, and every third between.
         let more = i < n / 8 || i >= 7 * n / 8 || (i - n / 8) % 3 == 2;
@@ -166,7 +176,61 @@ impl Mixture {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Weights;
+    use super::super::shape::{Gemma4, Rope};
     use super::*;
+    use crate::llama::{FileType, Model, TensorEntry};
+
+    /// As deep as the shape, with the same groups of heads, and narrow.
+    fn narrow(shape: Shape) -> Shape {
+        // The rotated part of a head must fit.
+        let head_size = if matches!(shape.rope, Rope::Long { .. }) { 128 } else { 32 };
+        let gemma4 = shape.gemma4.map(|g| Gemma4 { full_head_size: 64, per_layer_embd: 32, ..g });
+        let n_head = shape.n_head / shape.n_head_kv;
+        let n_embd = n_head * head_size;
+        let narrow = Shape { n_head, n_head_kv: 1, head_size, n_embd, n_ff: 256, gemma4, ..shape };
+        narrow.with_vocab(512).unwrap()
+    }
+
+    #[test]
+    fn types_are_those_of_llama_quantize() {
+        const LAYER: &str = "blk.";
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f16.gguf");
+        for shape in Shape::ALL.map(narrow) {
+            let f16 = Mixture::parse("f16").unwrap();
+            super::super::write(&shape, &f16, 1, &path).unwrap();
+            let outline = Model::load_outline(&path).unwrap();
+            let layer = |name: &str| -> i64 {
+                let number = name.strip_prefix(LAYER).and_then(|rest| rest.split_once('.'));
+                number.map_or(-1, |(number, _)| number.parse().unwrap())
+            };
+            let mut before = Weights::new(&shape, &f16).0;
+            before.sort_by_key(|w| (layer(&w.name), w.name.clone()));
+            let entries: Vec<TensorEntry> = before
+                .iter()
+                .map(|w| {
+                    let mut extents = [1; 4];
+                    extents[..w.shape.len()].copy_from_slice(&w.shape);
+                    TensorEntry { name: &w.name, ty: w.ty, shape: extents }
+                })
+                .collect();
+            for name in [
+                "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1",
+                "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+            ] {
+                let ty: FileType = name.parse().unwrap();
+                let theirs = outline.quantised_types(ty, &entries).unwrap();
+                let mixture = Mixture::parse(name).unwrap();
+                assert_eq!(mixture.file_type(), Some(ty.raw()), "{name}");
+                let mut ours = Weights::new(&shape, &mixture).0;
+                ours.sort_by_key(|w| (layer(&w.name), w.name.clone()));
+                for (w, ty) in ours.iter().zip(theirs) {
+                    assert_eq!(w.ty, ty, "{} {name}: {} {:?}", shape.name, w.name, w.shape);
+                }
+            }
+        }
+    }
 
     fn count(mixture: &str, shape: &str, what: &str, ty: &str) -> usize {
         let (mixture, shape) = (Mixture::parse(mixture).unwrap(), Shape::find(shape).unwrap());

@@ -3,13 +3,16 @@
 //!
 //! A file is what `llama-quantize` would leave of a freshly initialised model: the shape's own
 //! hyperparameters, a working vocabulary of its size, a chat template, and tensors in the types of the
-//! wanted mixture. Weights have mean zero and the spread that keeps activations of size 1 (see
-//! [`Weights::new`]), and gradients flow; what the model says is noise.
+//! wanted mixture. Weights have mean zero and the spread that keeps activations sane (`weights.rs` says how),
+//! and gradients flow; what the model says is noise.
 
 mod blocks;
+mod hparams;
 mod mixture;
+mod published;
 mod shape;
 mod vocab;
+mod weights;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,11 +21,12 @@ use rayon::prelude::*;
 
 use blocks::Blocks;
 pub use mixture::Mixture;
-pub use shape::Shape;
+pub use shape::{Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
+use weights::{Fill, Weights};
 
+use crate::Result;
 use crate::ggml::Type;
 use crate::gguf::{GgufWriter, TensorSink, Value};
-use crate::{Error, Result};
 
 /// Bytes of random blocks made at a time, by one thread.
 const CHUNK: usize = 1 << 20;
@@ -120,118 +124,15 @@ fn stream(
     Ok(())
 }
 
-/// How a tensor gets its values.
-enum Fill {
-    /// F32.
-    Values(Vec<f32>),
-    /// Mean 0 and this standard deviation.
-    Random { spread: f32 },
-}
-
-struct Weight {
-    name: String,
-    shape: Vec<u64>,
-    ty: Type,
-    fill: Fill,
-}
-
-/// The tensors of a model, in a file's order.
-struct Weights(Vec<Weight>);
-
-impl Weights {
-    /// Linear maps of K inputs spread by `1/sqrt(K)`, those that write to the residual by another
-    /// `1/sqrt(2 L)` (as GPT-2 was initialised); embeddings by `2/sqrt(D)`, so that logits spread by 2
-    /// nats and the final policy is neither uniform nor certain.
-    fn new(shape: &Shape, mixture: &Mixture) -> Weights {
-        let mut all = Weights(Vec::new());
-        let (d, v, f) = (shape.n_embd, shape.n_vocab, shape.n_ff);
-        let (q, kv) = (shape.head_size * shape.n_head, shape.head_size * shape.n_head_kv);
-        let embedding = 2.0 / (d as f32).sqrt();
-        let residual = 1.0 / (2.0 * shape.n_layer as f32).sqrt();
-        let of = |n: usize| 1.0 / (n as f32).sqrt();
-        all.random("token_embd", mixture.embedding(d, shape.tied), [d, v], embedding);
-        if !shape.tied {
-            all.random("output", mixture.output(d), [d, v], embedding);
-        }
-        all.ones("output_norm", d);
-        if let Some(factor) = shape.rope_factor {
-            all.values("rope_freqs.weight", shape::rope_freqs(shape, factor));
-        }
-        for i in 0..shape.n_layer {
-            let name = |what: &str| format!("blk.{i}.{what}");
-            all.ones(&name("attn_norm"), d);
-            all.ones(&name("ffn_norm"), d);
-            if shape.arch == "qwen3" {
-                all.ones(&name("attn_q_norm"), shape.head_size);
-                all.ones(&name("attn_k_norm"), shape.head_size);
-            }
-            for (what, n_in, n_out, spread) in [
-                ("attn_q", d, q, of(d)),
-                ("attn_k", d, kv, of(d)),
-                ("attn_v", d, kv, of(d)),
-                ("attn_output", q, d, residual * of(q)),
-                ("ffn_gate", d, f, of(d)),
-                ("ffn_up", d, f, of(d)),
-                ("ffn_down", f, d, residual * of(f)),
-            ] {
-                let ty = mixture.layer(what, i, shape, n_in);
-                all.random(&name(what), ty, [n_in, n_out], spread);
-                if shape.arch == "qwen2" && matches!(what, "attn_q" | "attn_k" | "attn_v") {
-                    let bias = Fill::Random { spread: 0.1 };
-                    all.push(format!("blk.{i}.{what}.bias"), vec![n_out], Type::F32, bias);
-                }
-            }
-        }
-        all
-    }
-
-    fn push(&mut self, name: String, shape: Vec<usize>, ty: Type, fill: Fill) {
-        let shape = shape.into_iter().map(|n| n as u64).collect();
-        self.0.push(Weight { name, shape, ty, fill });
-    }
-
-    fn random(&mut self, name: &str, ty: Type, shape: [usize; 2], spread: f32) {
-        self.push(format!("{name}.weight"), shape.to_vec(), ty, Fill::Random { spread });
-    }
-
-    fn ones(&mut self, name: &str, n: usize) {
-        self.values(&format!("{name}.weight"), vec![1.0; n]);
-    }
-
-    fn values(&mut self, name: &str, values: Vec<f32>) {
-        self.push(name.into(), vec![values.len()], Type::F32, Fill::Values(values));
-    }
-}
-
 fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape, mixture: &Mixture) -> Result<()> {
-    let arch = shape.arch;
-    writer.metadata("general.architecture", arch)?;
+    writer.metadata("general.architecture", shape.arch)?;
     writer.metadata("general.type", "model")?;
     writer.metadata("general.name", format!("{} with random weights", shape.name))?;
     if let Some(file_type) = mixture.file_type() {
         writer.metadata("general.file_type", file_type)?;
     }
     writer.metadata("general.quantization_version", 2u32)?;
-    let rope_dimensions = shape.head_size;
-    for (key, n) in [
-        ("vocab_size", shape.n_vocab),
-        ("context_length", shape.n_ctx),
-        ("embedding_length", shape.n_embd),
-        ("block_count", shape.n_layer),
-        ("feed_forward_length", shape.n_ff),
-        ("rope.dimension_count", rope_dimensions),
-        ("attention.head_count", shape.n_head),
-        ("attention.head_count_kv", shape.n_head_kv),
-        ("attention.key_length", shape.head_size),
-        ("attention.value_length", shape.head_size),
-    ] {
-        let n = u32::try_from(n).map_err(|_| {
-            Error::invalid(format!("{arch}.{key}"), "below 2^32", n.to_string(), "lower it")
-        })?;
-        writer.metadata(&format!("{arch}.{key}"), n)?;
-    }
-    writer.metadata(&format!("{arch}.rope.freq_base"), shape.rope_base)?;
-    writer.metadata(&format!("{arch}.attention.layer_norm_rms_epsilon"), shape.rms_eps)?;
+    hparams::metadata(writer, shape)?;
     vocab::metadata(writer, shape)?;
     writer.metadata("tokenizer.chat_template", Value::String(TEMPLATE.into()))
 }

@@ -1,5 +1,6 @@
-//! Published models' shapes, from their `config.json`.
+//! What a published model's shape is made of.
 
+use super::published::ALL;
 use crate::{Error, Result};
 
 /// Sizes and settings of a model.
@@ -31,134 +32,95 @@ pub struct Shape {
     pub n_ctx: usize,
     /// Base of the rotation's frequencies.
     pub rope_base: f32,
-    /// Factor of llama3's frequency scaling.
-    pub rope_factor: Option<f32>,
+    /// What scales them.
+    pub rope: Rope,
     /// Epsilon of the RMS norms.
     pub rms_eps: f32,
+    /// Layers that look back only so far.
+    pub window: Option<Window>,
+    /// Bounds of logits.
+    pub softcaps: Softcaps,
+    /// granite's multipliers.
+    pub multipliers: Option<Multipliers>,
+    /// gemma4's layers.
+    pub gemma4: Option<Gemma4>,
 }
 
-/// Qwen3: heads of 128, one vocabulary, rope base 1e6.
-const QWEN3: Shape = Shape {
-    name: "qwen3",
-    arch: "qwen3",
-    n_layer: 28,
-    n_embd: 1024,
-    n_ff: 3072,
-    n_head: 16,
-    n_head_kv: 8,
-    head_size: 128,
-    n_vocab: 151_936,
-    n_text: 151_643,
-    tied: true,
-    n_ctx: 40_960,
-    rope_base: 1e6,
-    rope_factor: None,
-    rms_eps: 1e-6,
-};
+/// How the rotation's frequencies differ from powers of the base.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rope {
+    /// They do not.
+    Plain,
+    /// llama3's factor: see [`rope_freqs`].
+    Llama3(f32),
+    /// All are divided by this factor.
+    Linear(f32),
+    /// YaRN over a context of `original` tokens; beyond it, the queries' temperature rises.
+    Yarn {
+        /// Factor of the context length.
+        factor: f32,
+        /// Context length before it.
+        original: usize,
+        /// Scale of the attention temperature.
+        temperature: f32,
+    },
+    /// Divisors by frequency for texts beyond `original` tokens, ones below; the first `rotated`
+    /// dimensions of a head turn.
+    Long {
+        /// Dimensions that turn.
+        rotated: usize,
+        /// Context length up to which the divisors are ones.
+        original: usize,
+        /// Divisors, `[rotated / 2]`.
+        divisors: &'static [f32],
+    },
+}
 
-const QWEN2: Shape = Shape { name: "qwen2", arch: "qwen2", n_ctx: 32_768, ..QWEN3 };
+/// Layers that look back only so far, and which do not.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Window {
+    /// Tokens that a windowed layer sees.
+    pub size: usize,
+    /// The last of every so many layers sees all.
+    pub period: usize,
+}
 
-/// Llama 3.1 and 3.2: rope base 5e5, scaled frequencies.
-const LLAMA3: Shape = Shape {
-    name: "llama3",
-    arch: "llama",
-    n_layer: 28,
-    n_embd: 3072,
-    n_ff: 8192,
-    n_head: 24,
-    n_head_kv: 8,
-    head_size: 128,
-    n_vocab: 128_256,
-    n_text: 128_000,
-    tied: true,
-    n_ctx: 131_072,
-    rope_base: 5e5,
-    rope_factor: Some(32.0),
-    rms_eps: 1e-5,
-};
+/// `c tanh(x / c)` on attention scores and on the final logits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Softcaps {
+    /// On the scores.
+    pub attention: Option<f32>,
+    /// On the logits.
+    pub logits: Option<f32>,
+}
 
-const LLAMA3_8B: Shape = Shape {
-    n_layer: 32,
-    n_embd: 4096,
-    n_ff: 14_336,
-    n_head: 32,
-    tied: false,
-    rope_factor: Some(8.0),
-    ..LLAMA3
-};
+/// Factors that other models do not have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Multipliers {
+    /// Of the embedding.
+    pub embedding: f32,
+    /// Of what a module adds to the residual.
+    pub residual: f32,
+    /// Of attention scores, in place of `1/sqrt(head size)`.
+    pub attention: f32,
+    /// What logits are divided by.
+    pub logits: f32,
+}
+
+/// What differs by layer in gemma4.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gemma4 {
+    /// Head size of the layers without a window; `head_size` is that of the others.
+    pub full_head_size: usize,
+    /// Last layers, which take keys and values from earlier ones and have an FFN twice as wide.
+    pub n_shared: usize,
+    /// Width of the embedding that each layer has of its own.
+    pub per_layer_embd: usize,
+}
 
 impl Shape {
     /// All of them.
-    pub const ALL: [Shape; 13] = [
-        Shape {
-            name: "tiny",
-            n_layer: 4,
-            n_embd: 256,
-            n_ff: 768,
-            n_head: 4,
-            n_head_kv: 2,
-            head_size: 64,
-            n_vocab: 2048,
-            n_text: 2040,
-            n_ctx: 4096,
-            ..QWEN3
-        },
-        Shape { name: "qwen3-0.6b", ..QWEN3 },
-        Shape { name: "qwen3-1.7b", n_embd: 2048, n_ff: 6144, ..QWEN3 },
-        Shape { name: "qwen3-4b", n_layer: 36, n_embd: 2560, n_ff: 9728, n_head: 32, ..QWEN3 },
-        Shape {
-            name: "qwen3-8b",
-            n_layer: 36,
-            n_embd: 4096,
-            n_ff: 12_288,
-            n_head: 32,
-            tied: false,
-            ..QWEN3
-        },
-        Shape {
-            name: "qwen3-14b",
-            n_layer: 40,
-            n_embd: 5120,
-            n_ff: 17_408,
-            n_head: 40,
-            tied: false,
-            ..QWEN3
-        },
-        Shape {
-            name: "qwen2.5-0.5b",
-            n_layer: 24,
-            n_embd: 896,
-            n_ff: 4864,
-            n_head: 14,
-            n_head_kv: 2,
-            head_size: 64,
-            ..QWEN2
-        },
-        Shape {
-            name: "qwen2.5-7b",
-            n_layer: 28,
-            n_embd: 3584,
-            n_ff: 18_944,
-            n_head: 28,
-            n_head_kv: 4,
-            n_vocab: 152_064,
-            tied: false,
-            ..QWEN2
-        },
-        Shape {
-            name: "llama-3.2-1b",
-            n_layer: 16,
-            n_embd: 2048,
-            n_head: 32,
-            head_size: 64,
-            ..LLAMA3
-        },
-        Shape { name: "llama-3.2-3b", ..LLAMA3 },
-        Shape { name: "llama-3.1-8b", ..LLAMA3_8B },
-        // OctoThinker continues the training of Llama 3.2 3B and 3.1 8B.
-        Shape { name: "octothinker-3b", ..LLAMA3 },
-        Shape { name: "octothinker-8b", ..LLAMA3_8B },
-    ];
+    pub const ALL: [Shape; ALL.len()] = ALL;
 
     /// The shape of this name.
     ///
@@ -168,11 +130,18 @@ impl Shape {
         Shape::ALL.into_iter().find(|s| s.name == name).ok_or_else(|| Error::Unsupported {
             what: "shape",
             got: name.into(),
-            supported: Shape::ALL.map(|s| s.name).join(", "),
+            supported: Shape::names(),
         })
     }
 
-    /// The same with another number of layers.
+    /// All names, for errors and help.
+    pub fn names() -> String {
+        Shape::ALL.map(|s| s.name).join(", ")
+    }
+
+    /// The same with another number of layers. Of gemma4's layers the same share as before, and as many
+    /// as keep a windowed layer and a full one last among the others, take keys and values from earlier
+    /// ones.
     ///
     /// # Errors
     /// [`Error::Invalid`] for none.
@@ -180,7 +149,13 @@ impl Shape {
         if n_layer == 0 {
             return Err(Error::invalid("--layers", "at least 1", "0", "leave it out"));
         }
-        Ok(Shape { n_layer, ..self })
+        let gemma4 = self.gemma4.map(|g| {
+            let period = self.window.map_or(1, |w| w.period);
+            let own = n_layer * (self.n_layer - g.n_shared) / self.n_layer;
+            let own = (own / period * period).max(period).min(n_layer);
+            Gemma4 { n_shared: n_layer - own, ..g }
+        });
+        Ok(Shape { n_layer, gemma4, ..self })
     }
 
     /// The same with another vocabulary.
@@ -195,6 +170,52 @@ impl Shape {
             return Err(Error::invalid("--vocab", expected, n_vocab.to_string(), "leave it out"));
         }
         Ok(Shape { n_vocab, n_text: n_vocab - 8, ..self })
+    }
+
+    /// Whether layer `i` (from 0) looks back only so far.
+    pub fn is_windowed(&self, i: usize) -> bool {
+        self.window.is_some_and(|w| !(i + 1).is_multiple_of(w.period))
+    }
+
+    /// Size of a head of layer `i`.
+    pub fn head_size_of(&self, i: usize) -> usize {
+        match self.gemma4 {
+            Some(g) if !self.is_windowed(i) => g.full_head_size,
+            _ => self.head_size,
+        }
+    }
+
+    /// Whether layer `i` has keys and values of its own.
+    pub fn has_kv(&self, i: usize) -> bool {
+        i < self.n_layer_kv()
+    }
+
+    /// Layers with keys and values of their own: the first ones.
+    pub fn n_layer_kv(&self) -> usize {
+        self.n_layer - self.gemma4.map_or(0, |g| g.n_shared)
+    }
+
+    /// Width of the FFN of layer `i`.
+    pub fn n_ff_of(&self, i: usize) -> usize {
+        if self.has_kv(i) { self.n_ff } else { 2 * self.n_ff }
+    }
+
+    /// What the embedding is multiplied with when it enters the first layer.
+    pub(super) fn embedding_scale(&self) -> f32 {
+        match (self.arch, self.multipliers) {
+            ("gemma2" | "gemma3" | "gemma4", _) => (self.n_embd as f32).sqrt(),
+            (_, Some(m)) => m.embedding,
+            _ => 1.0,
+        }
+    }
+
+    /// Scale of the attention scores of layer `i`.
+    pub(super) fn attention_scale(&self, i: usize) -> f32 {
+        match (self.gemma4, self.multipliers) {
+            (Some(_), _) => 1.0,
+            (_, Some(m)) => m.attention,
+            _ => 1.0 / (self.head_size_of(i) as f32).sqrt(),
+        }
     }
 }
 
@@ -233,6 +254,17 @@ mod tests {
             ("llama-3.2-1b", 1236),
             ("llama-3.2-3b", 3213),
             ("llama-3.1-8b", 8030),
+            ("smollm2-135m", 135),
+            ("mistral-small-24b", 23_572),
+            ("gemma-2-2b", 2614),
+            ("gemma-3-270m", 268),
+            ("gemma-3-1b", 1000),
+            ("gemma-3-4b", 3880),
+            ("gemma-3-12b", 11_766),
+            ("phi-4-mini", 3836),
+            ("granite-3.3-2b", 2534),
+            ("smollm3-3b", 3075),
+            ("olmo-2-1b", 1485),
         ] {
             let shape = Shape::find(name).unwrap();
             let mixture = super::super::Mixture::parse("f16").unwrap();

@@ -1,0 +1,226 @@
+//! The tensors of a model of each architecture, and how large random weights keep activations sane.
+
+use super::Mixture;
+use super::shape::{Rope, Shape, rope_freqs};
+use crate::ggml::Type;
+
+/// How a tensor gets its values.
+pub(super) enum Fill {
+    /// F32.
+    Values(Vec<f32>),
+    /// Mean 0 and this standard deviation.
+    Random { spread: f32 },
+}
+
+/// A tensor to write.
+pub(super) struct Weight {
+    pub(super) name: String,
+    pub(super) shape: Vec<u64>,
+    pub(super) ty: Type,
+    pub(super) fill: Fill,
+}
+
+/// The tensors of a model, in a file's order.
+pub(super) struct Weights(pub(super) Vec<Weight>);
+
+/// What a block has beside its seven maps.
+struct Block {
+    /// Norms before attention and FFN.
+    pre_norms: bool,
+    /// Norms after them.
+    post_norms: bool,
+    /// Norms on q and k: none, of each head, of all heads together.
+    qk_norms: Option<Heads>,
+    /// q, k and v in one map, gate and up in another.
+    fused: bool,
+    /// Biases on q, k and v.
+    biases: bool,
+}
+
+#[derive(PartialEq)]
+enum Heads {
+    Each,
+    All,
+}
+
+impl Block {
+    fn new(arch: &str) -> Block {
+        let gemma = arch.starts_with("gemma");
+        Block {
+            pre_norms: arch != "olmo2",
+            post_norms: gemma || arch == "olmo2",
+            qk_norms: match arch {
+                "qwen3" | "gemma3" | "gemma4" => Some(Heads::Each),
+                "olmo2" => Some(Heads::All),
+                _ => None,
+            },
+            fused: arch == "phi3",
+            biases: arch == "qwen2",
+        }
+    }
+}
+
+/// How large weights are.
+///
+/// With an embedding multiplier c and a divisor of logits t, both 1 in most models: the residual grows to
+/// elements of size R = sqrt(c t), by equal steps, and embeddings spread by `2 sqrt(t / (c D))`. Then logits
+/// spread by 2 nats and the token that was read stands out by 4, so that the final policy is neither
+/// uniform nor certain, whatever the multipliers. For c = t = 1 that is GPT-2's initialisation.
+struct Sizes {
+    /// Of the embedding's elements.
+    embedding: f32,
+    /// Of the residual's elements behind the last layer, R.
+    residual: f32,
+    /// Of what a module adds to it.
+    step: f32,
+}
+
+impl Sizes {
+    fn new(shape: &Shape) -> Sizes {
+        let c = shape.embedding_scale();
+        let t = shape.multipliers.map_or(1.0, |m| m.logits);
+        // gemma4's per-layer embeddings are added, too.
+        let steps = shape.n_layer * if shape.gemma4.is_some() { 3 } else { 2 };
+        let residual = (c * t).sqrt();
+        Sizes {
+            embedding: 2.0 * (t / (c * shape.n_embd as f32)).sqrt(),
+            residual,
+            step: residual / (steps as f32).sqrt(),
+        }
+    }
+}
+
+/// Keeps the size of activations through a map of `n` inputs.
+fn of(n: usize) -> f32 {
+    1.0 / (n as f32).sqrt()
+}
+
+impl Weights {
+    pub(super) fn new(shape: &Shape, mixture: &Mixture) -> Weights {
+        let mut all = Weights(Vec::new());
+        let (d, v) = (shape.n_embd, shape.n_vocab);
+        let sizes = Sizes::new(shape);
+        all.random("token_embd", mixture.embedding(d, shape.tied), [d, v], sizes.embedding);
+        if !shape.tied {
+            all.random("output", mixture.output(d), [d, v], sizes.embedding);
+        }
+        all.same("output_norm", d, sizes.residual);
+        match shape.rope {
+            Rope::Llama3(factor) => all.values("rope_freqs.weight", rope_freqs(shape, factor)),
+            Rope::Long { divisors, .. } => {
+                all.values("rope_factors_long.weight", divisors.to_vec());
+                all.values("rope_factors_short.weight", vec![1.0; divisors.len()]);
+            }
+            Rope::Plain | Rope::Linear(_) | Rope::Yarn { .. } => {}
+        }
+        all.gemma4_head(shape, mixture);
+        for i in 0..shape.n_layer {
+            all.layer(shape, mixture, &sizes, i);
+            all.gemma4_layer(shape, mixture, &sizes, i);
+        }
+        all
+    }
+
+    fn layer(&mut self, shape: &Shape, mixture: &Mixture, sizes: &Sizes, i: usize) {
+        let block = Block::new(shape.arch);
+        let (d, f, head) = (shape.n_embd, shape.n_ff_of(i), shape.head_size_of(i));
+        let (q, kv) = (head * shape.n_head, head * shape.n_head_kv);
+        let name = |what: &str| format!("blk.{i}.{what}");
+        if block.pre_norms {
+            self.same(&name("attn_norm"), d, 1.0);
+            self.same(&name("ffn_norm"), d, 1.0);
+        }
+        if block.post_norms {
+            self.same(&name("post_attention_norm"), d, sizes.step);
+            self.same(&name("post_ffw_norm"), d, sizes.step);
+        }
+        // Scores of size 1 where their scale is not 1/sqrt(head size): half of it by q, half by k.
+        let sharp = of(head).sqrt() / shape.attention_scale(i).sqrt();
+        if let Some(heads) = &block.qk_norms {
+            let [q, k] = if *heads == Heads::All { [q, kv] } else { [head, head] };
+            self.same(&name("attn_q_norm"), q, sharp);
+            if shape.has_kv(i) {
+                self.same(&name("attn_k_norm"), k, sharp);
+            }
+        }
+        let of_qk = if block.qk_norms.is_some() { of(d) } else { sharp * of(d) };
+        // A norm behind makes the step; else the map does, before the multiplier.
+        let step = match (block.post_norms, shape.multipliers) {
+            (true, _) => 1.0,
+            (false, Some(m)) => sizes.step / m.residual,
+            (false, None) => sizes.step,
+        };
+        for (what, n_in, n_out, spread) in [
+            ("attn_qkv", d, q + 2 * kv, of(d)),
+            ("attn_q", d, q, of_qk),
+            ("attn_k", d, kv, of_qk),
+            ("attn_v", d, kv, of(d)),
+            ("attn_output", q, d, step * of(q)),
+            ("ffn_gate", d, f, of(d)),
+            ("ffn_up", d, if block.fused { 2 * f } else { f }, of(d)),
+            ("ffn_down", f, d, step * of(f)),
+        ] {
+            let there = match what {
+                "attn_qkv" => block.fused,
+                "attn_k" | "attn_v" => !block.fused && shape.has_kv(i),
+                "attn_q" | "ffn_gate" => !block.fused,
+                _ => true,
+            };
+            if !there {
+                continue;
+            }
+            self.random(&name(what), mixture.layer(what, i, shape, n_in), [n_in, n_out], spread);
+            if block.biases && matches!(what, "attn_q" | "attn_k" | "attn_v") {
+                let bias = Fill::Random { spread: 0.1 };
+                self.push(format!("blk.{i}.{what}.bias"), vec![n_out], Type::F32, bias);
+            }
+        }
+    }
+
+    /// gemma4's tensors outside of the layers.
+    fn gemma4_head(&mut self, shape: &Shape, mixture: &Mixture) {
+        let Some(gemma4) = shape.gemma4 else { return };
+        if let Some(full) = (0..shape.n_layer).find(|&i| !shape.is_windowed(i)) {
+            // A quarter of the pairs turn.
+            let pairs = shape.head_size_of(full) / 2;
+            let divisors = (0..pairs).map(|i| if i < pairs / 4 { 1.0 } else { 1e30 });
+            self.values("rope_freqs.weight", divisors.collect());
+        }
+        let (d, e) = (shape.n_embd, gemma4.per_layer_embd);
+        let all = e * shape.n_layer;
+        // Multiplied by sqrt(e) when read: as large as what the projection's norm lets through.
+        let ty = mixture.embedding(all, shape.tied);
+        self.random("per_layer_token_embd", ty, [all, shape.n_vocab], of(e));
+        self.random("per_layer_model_proj", mixture.float(), [d, all], of(d));
+        self.same("per_layer_proj_norm", e, 1.0);
+    }
+
+    /// gemma4's tensors of layer `i` that no other architecture has.
+    fn gemma4_layer(&mut self, shape: &Shape, mixture: &Mixture, sizes: &Sizes, i: usize) {
+        let Some(gemma4) = shape.gemma4 else { return };
+        let (d, e) = (shape.n_embd, gemma4.per_layer_embd);
+        for (what, n_in, n_out) in [("inp_gate", d, e), ("proj", e, d)] {
+            let ty = mixture.layer(what, i, shape, n_in);
+            self.random(&format!("blk.{i}.{what}"), ty, [n_in, n_out], of(n_in));
+        }
+        self.same(&format!("blk.{i}.post_norm"), d, sizes.step);
+        self.same(&format!("blk.{i}.layer_output_scale"), 1, 1.0);
+    }
+
+    fn push(&mut self, name: String, shape: Vec<usize>, ty: Type, fill: Fill) {
+        let shape = shape.into_iter().map(|n| n as u64).collect();
+        self.0.push(Weight { name, shape, ty, fill });
+    }
+
+    fn random(&mut self, name: &str, ty: Type, shape: [usize; 2], spread: f32) {
+        self.push(format!("{name}.weight"), shape.to_vec(), ty, Fill::Random { spread });
+    }
+
+    fn same(&mut self, name: &str, n: usize, value: f32) {
+        self.values(&format!("{name}.weight"), vec![value; n]);
+    }
+
+    fn values(&mut self, name: &str, values: Vec<f32>) {
+        self.push(name.into(), vec![values.len()], Type::F32, Fill::Values(values));
+    }
+}
