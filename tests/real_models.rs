@@ -18,7 +18,7 @@ use bupo_gguf::gguf::GgufFile;
 use bupo_gguf::model::{Batch, Engine, Lora, Policy};
 use bupo_gguf::synth::{self, Mixture, Shape};
 use llama_cpp_2::llama_backend::LlamaBackend;
-use program::{fail, json, json_lines, succeed, text};
+use program::{json, json_lines, succeed, text};
 
 /// A model of the table below.
 struct Real {
