@@ -5,6 +5,7 @@
 
 pub mod chat;
 mod columns;
+mod compressed;
 mod csv;
 pub mod hf_tokenizer;
 pub mod jsonl;

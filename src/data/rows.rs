@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Columns, CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow, columns,
-    jsonl::{Row, kind},
+    jsonl::{Row, kind, number_text},
     table,
 };
 use crate::{Error, Result};
@@ -155,15 +155,25 @@ fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
 fn scalar(row: &Row, name: &str, value: &Value) -> Result<String> {
     const EXACT: f64 = (1u64 << 53) as f64;
     match value {
+        // The same number as pandas writes it to CSV.
+        Value::String(text) if row.untyped && is_whole_double(text) => {
+            Ok(text[..text.len() - 2].to_owned())
+        }
         Value::String(text) => Ok(text.clone()),
         Value::Number(n) if !n.is_f64() || n.as_f64().is_some_and(|x| x.abs() < EXACT) => {
-            Ok(n.to_string())
+            Ok(number_text(n))
         }
         other => {
             let advice = "write it as text, in quotes";
             Err(row.invalid(name, "text or a number below 2^53", kind(other), advice))
         }
     }
+}
+
+/// `18.0`, `-3.0`: a double without a fraction, as Python writes it.
+fn is_whole_double(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text).strip_suffix(".0");
+    digits.is_some_and(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn list<'a>(row: &Row, name: &str, value: &'a Value) -> Result<&'a [Value]> {

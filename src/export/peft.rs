@@ -18,17 +18,22 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
-use crate::gguf::{AdapterFile, AdapterPair, GgufFile, Value, write_atomically};
+use crate::ggml::MappedFile;
+use crate::gguf::{AdapterFile, AdapterPair, GgufFile, GgufSet, Value, write_atomically};
 use crate::model::{Arch, Target};
 use crate::{Error, Result};
 
 /// Tensors of a PEFT folder.
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// Tensors of a folder that an older PEFT wrote; not read, for a pickle is a program.
+const PICKLE: &str = "adapter_model.bin";
 /// Settings of a PEFT folder.
 const CONFIG: &str = "adapter_config.json";
 /// What this program knows besides, beside them; PEFT does not look at it.
 const OWN: &str = "bupo.json";
 const PREFIX: &str = "base_model.model.";
+/// The unembedding, PEFT's `lm_head`.
+const OUTPUT: &str = "output.weight";
 
 /// What of the base a conversion depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,7 +74,7 @@ impl PeftBase {
 
 /// `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`.
 fn module(weight: &str) -> Option<String> {
-    if weight == "output.weight" {
+    if weight == OUTPUT {
         return Some("lm_head".into());
     }
     let (layer, name) = weight.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
@@ -80,7 +85,7 @@ fn module(weight: &str) -> Option<String> {
 /// `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`.
 fn weight(module: &str) -> Option<String> {
     if module == "lm_head" {
-        return Some("output.weight".into());
+        return Some(OUTPUT.into());
     }
     let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
     let target = Target::ALL.into_iter().find(|t| module_of(*t) == name)?;
@@ -192,14 +197,18 @@ pub fn write_peft(
 pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
     let config = read_config(&folder.join(CONFIG))?;
     let path = folder.join(WEIGHTS);
-    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    if !path.exists() && folder.join(PICKLE).exists() {
+        let advice = "save it again with save_pretrained(.., safe_serialization=True)";
+        return Err(Error::invalid(folder.display().to_string(), WEIGHTS, PICKLE, advice));
+    }
+    let bytes = MappedFile::open(&path)?;
     let place = path.display().to_string();
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
-        let advice = "write the adapter again with save_pretrained";
-        Error::invalid(&place, "a safetensors file", e.to_string(), advice)
-    })?;
+    let file = tensors(&bytes, &place)?;
     let mut halves: BTreeMap<String, [Option<TensorView>; 2]> = BTreeMap::new();
     for (name, view) in file.tensors() {
+        if is_head_copy(&name) {
+            continue;
+        }
         let (module, half) = split_name(&name).ok_or_else(|| Error::Unsupported {
             what: "PEFT tensor",
             got: format!("{name} in {place}"),
@@ -214,6 +223,13 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
             let place = format!("{place}: {module}");
             return Err(Error::invalid(place, "lora_A and lora_B", got, "write it again"));
         };
+        if !config.adapts(module) {
+            let expected =
+                "modules that target_modules, exclude_modules and layers_to_transform leave";
+            let place = format!("{place}: {module}");
+            let got = "one that PEFT would pass over";
+            return Err(Error::invalid(place, expected, got, "mend adapter_config.json"));
+        }
         pairs.push(read_pair(&place, module, a, b, &config)?);
     }
     if pairs.is_empty() {
@@ -221,9 +237,11 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
     }
     // The order of a model: by layer, then as in a layer.
     pairs.sort_by_key(|(pair, _)| order(&pair.weight));
-    // One alpha for all, as GGUF has it; a pair that PEFT scales otherwise has the rest in its B.
-    let (first, scale) = &pairs[0];
-    let alpha = scale * first.rank as f64;
+    // One alpha for all, as GGUF has it; a pair that PEFT scales otherwise has the rest in its B. An alpha
+    // of 0 would mean a scale of 1 there: where PEFT has it, B is 0.
+    let alphas = pairs.iter().map(|(pair, scale)| scale * pair.rank as f64);
+    let alpha = alphas.into_iter().find(|alpha| (*alpha as f32).is_normal());
+    let alpha = alpha.unwrap_or(pairs[0].0.rank as f64);
     let mut adapter = AdapterFile {
         arch: base.arch.name().into(),
         name: None,
@@ -240,6 +258,66 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
         adapter.pairs.push(pair);
     }
     Ok(adapter)
+}
+
+fn tensors<'b>(bytes: &'b [u8], place: &str) -> Result<SafeTensors<'b>> {
+    SafeTensors::deserialize(bytes).map_err(|e| {
+        let advice = "write the adapter again with save_pretrained";
+        Error::invalid(place, "a safetensors file", e.to_string(), advice)
+    })
+}
+
+/// Whether a tensor is the copy of the base's unembedding that PEFT saves beside an adapter of it.
+fn is_head_copy(name: &str) -> bool {
+    name.strip_prefix(PREFIX).unwrap_or(name) == "lm_head.base_layer.weight"
+}
+
+/// Refuses a folder whose copy of the unembedding is not the base's: PEFT computes with the copy.
+///
+/// # Errors
+/// Another shape; numbers that are further from the base's than rounding to any type takes them.
+pub(super) fn check_head_copy(folder: &Path, base: &GgufSet) -> Result<()> {
+    let path = folder.join(WEIGHTS);
+    let bytes = MappedFile::open(&path)?;
+    let place = path.display().to_string();
+    let file = tensors(&bytes, &place)?;
+    let copy = file.iter().find(|(name, _)| is_head_copy(name));
+    let (Some((name, copy)), Some((part, head))) = (copy, base.tensor(OUTPUT)) else {
+        return Ok(());
+    };
+    let place = format!("{place}: {name}");
+    let refuse = |expected: String, got: String| {
+        Err(Error::invalid(place.clone(), expected, got, "use the model that it was trained on"))
+    };
+    let shape: Vec<u64> = copy.shape().iter().rev().map(|n| *n as u64).collect();
+    if shape != head.shape {
+        return refuse(format!("the base's {OUTPUT}, {:?}", head.shape), format!("{shape:?}"));
+    }
+    // Row by row, for the matrix is large: |copy - base|^2 beside |base|^2. Rounding to 2 bits leaves a
+    // tenth or two; matrices that have nothing to do with each other are 2 apart.
+    const FAR: f64 = 0.5;
+    let n_in = head.shape[0] as usize;
+    let (from, to) = (part.bytes(head), copy.data());
+    let [base_row, copy_row] = [from.len(), to.len()].map(|n| n / head.shape[1].max(1) as usize);
+    let mut row = vec![0.0; n_in];
+    let (mut apart, mut size) = (0.0, 0.0);
+    for (from, to) in from.chunks_exact(base_row.max(1)).zip(to.chunks_exact(copy_row.max(1))) {
+        head.ty.dequantize(from, &mut row);
+        let copy = TensorView::new(copy.dtype(), vec![n_in], to);
+        let copy =
+            floats(&copy.map_err(|e| Error::engine(&place, e.to_string(), "report it"))?, &place)?;
+        for (base, copy) in row.iter().zip(copy) {
+            apart += f64::from(base - copy).powi(2);
+            size += f64::from(*base).powi(2);
+        }
+    }
+    if apart <= FAR * size {
+        return Ok(());
+    }
+    refuse(
+        format!("the base's {OUTPUT}"),
+        format!("other numbers, {:.2} of its size away", (apart / size).sqrt()),
+    )
 }
 
 /// `base_model.model.<module>.lora_A.weight` -> (module, 0); `.lora_A.<name>.weight` too.
