@@ -8,6 +8,7 @@ mod columns;
 mod compressed;
 mod csv;
 pub mod hf_tokenizer;
+mod jinja;
 pub mod jsonl;
 mod parquet;
 mod rows;
