@@ -102,6 +102,9 @@ fn work_stays_bounded() {
     for source in [
         "{% set ns = namespace(x=[]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
         "{% set ns = namespace(x=[]) %}{% for i in range(64) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(100000) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% for i in range(99999) %}{% set ns.x = {'a': ns.x} %}{% endfor %}{% endfor %}",
         "{{ 'x'.center(1000000000) }}",
         "{{ 'x'.zfill(1000000000000) }}",
         "{{ '\\t'.expandtabs(1000000000) }}",

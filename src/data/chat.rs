@@ -20,6 +20,9 @@ const FUEL: u64 = 2_000_000;
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Longest rendered prompt, in bytes.
 const MAX_OUTPUT_BYTES: usize = 32 << 20;
+/// Stack of a rendering: lists within lists, as deep as the fuel lets a template make them, are dropped by
+/// recursion (32 MiB were enough for the deepest).
+const STACK_BYTES: usize = 64 << 20;
 const NAME: &str = "template";
 
 /// A compiled chat template.
@@ -79,7 +82,8 @@ impl ChatTemplate {
         ];
         variables.extend(self.enable_thinking.map(|on| ("enable_thinking", on.into())));
         let template = self.environment.get_template(NAME).map_err(|e| failed(&e))?;
-        let text = template.render(Value::from_pairs(variables)).map_err(|e| failed(&e))?;
+        let variables = Value::from_pairs(variables);
+        let text = with_room(|| template.render(variables))?.map_err(|e| failed(&e))?;
         if text.len() > MAX_OUTPUT_BYTES {
             let expected = format!("at most {MAX_OUTPUT_BYTES} bytes of prompt");
             let got = text.len().to_string();
@@ -87,6 +91,18 @@ impl ChatTemplate {
         }
         Ok(text)
     }
+}
+
+/// Runs `render` on a stack of its own.
+fn with_room<T: Send>(render: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+        let thread = thread.spawn_scoped(scope, render).map_err(|e| {
+            let advice = "free some memory, or allow more threads";
+            Error::engine("starting a thread for the chat template", e.to_string(), advice)
+        })?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// One line, whatever the template raised.
