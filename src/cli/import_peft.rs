@@ -13,7 +13,7 @@ use crate::model::ModelFile;
 ///
 /// DIR holds adapter_config.json and adapter_model.safetensors (F32, F16 or BF16). The rows of llama's q and
 /// k are put into GGUF's order; ranks, alphas and rsLoRA are kept. DoRA, biases, embeddings and whole
-/// modules have no GGUF form and are refused.
+/// modules have no GGUF form and are refused, as is every setting that is not known (docs/EXPORT.md).
 ///
 /// Example:
 ///

@@ -1,24 +1,18 @@
-//! The chat template of a model: Jinja, as Hugging Face's `apply_chat_template` renders it.
+//! The chat template of a model: Jinja, as Hugging Face's `apply_chat_template` renders it (see
+//! [`super::jinja`] for the environment and its departures).
 //!
-//! The environment is that of `transformers/utils/chat_template_utils.py`: `trim_blocks` and `lstrip_blocks`
-//! on, loop controls, Python's string and dictionary methods, `raise_exception`, `strftime_now`, and a
-//! `tojson` that leaves `<`, `>`, `&` and `'` as they are. Templates see `messages`, `bos_token`, `eos_token`,
-//! `add_generation_prompt`, `tools` and `documents` (none), and `enable_thinking` where it was set.
-//!
-//! Departures: dates are UTC; the `{% generation %}` tag is not known.
+//! Templates see `messages`, `bos_token`, `eos_token`, `add_generation_prompt`, `tools` and `documents`
+//! (none), and `enable_thinking` where it was set.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use minijinja::{
-    Environment, Error as JinjaError, ErrorKind, Value,
-    syntax::SyntaxConfig,
-    value::{Kwargs, ValueKind},
-};
+use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
 
-use super::{Message, jsonl::shorten};
+use super::{Message, jinja, jsonl::shorten};
 use crate::{Error, Result};
+
+pub use super::jinja::unix_now_s;
 
 /// Work one rendering may do: instructions, and one more for each 64 bytes that it makes.
 const FUEL: u64 = 2_000_000;
@@ -26,6 +20,9 @@ const FUEL: u64 = 2_000_000;
 const MAX_SOURCE_BYTES: usize = 1 << 20;
 /// Longest rendered prompt, in bytes.
 const MAX_OUTPUT_BYTES: usize = 32 << 20;
+/// Stack of a rendering: lists within lists, as deep as the fuel lets a template make them, are dropped by
+/// recursion (32 MiB were enough for the deepest).
+const STACK_BYTES: usize = 64 << 20;
 const NAME: &str = "template";
 
 /// A compiled chat template.
@@ -47,22 +44,9 @@ impl ChatTemplate {
             let got = source.len().to_string();
             return Err(Error::invalid("chat template", expected, got, "give a shorter template"));
         }
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        let syntax = syntax.map_err(|e| failed(&e))?;
-        environment.set_syntax(syntax);
-        environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", raise_exception);
         let now = Arc::new(AtomicI64::new(-1));
-        let fixed = now.clone();
-        environment.add_function("strftime_now", move |format: &str| {
-            let now = fixed.load(Ordering::Relaxed);
-            strftime(format, if now < 0 { unix_now_s() } else { now })
-        });
-        environment.add_filter("tojson", tojson);
-        environment.add_template_owned(NAME, source.to_owned()).map_err(|e| failed(&e))?;
+        let environment = jinja::environment(NAME, source, FUEL, now.clone());
+        let environment = environment.map_err(|e| failed(&e))?;
         Ok(ChatTemplate {
             environment,
             bos_token: bos_token.into(),
@@ -98,7 +82,8 @@ impl ChatTemplate {
         ];
         variables.extend(self.enable_thinking.map(|on| ("enable_thinking", on.into())));
         let template = self.environment.get_template(NAME).map_err(|e| failed(&e))?;
-        let text = template.render(Value::from_pairs(variables)).map_err(|e| failed(&e))?;
+        let variables = Value::from_pairs(variables);
+        let text = with_room(|| template.render(variables))?.map_err(|e| failed(&e))?;
         if text.len() > MAX_OUTPUT_BYTES {
             let expected = format!("at most {MAX_OUTPUT_BYTES} bytes of prompt");
             let got = text.len().to_string();
@@ -106,6 +91,18 @@ impl ChatTemplate {
         }
         Ok(text)
     }
+}
+
+/// Runs `render` on a stack of its own.
+fn with_room<T: Send>(render: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES);
+        let thread = thread.spawn_scoped(scope, render).map_err(|e| {
+            let advice = "free some memory, or allow more threads";
+            Error::engine("starting a thread for the chat template", e.to_string(), advice)
+        })?;
+        Ok(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 /// One line, whatever the template raised.
@@ -122,108 +119,6 @@ fn failed(error: &JinjaError) -> Error {
     let reason = shorten(&reason.split_whitespace().collect::<Vec<_>>().join(" "), 300);
     let advice = "check the roles and their order, or give another template";
     Error::invalid(place, "a template that renders these messages", reason, advice)
-}
-
-fn raise_exception(message: &str) -> std::result::Result<Value, JinjaError> {
-    Err(JinjaError::new(ErrorKind::InvalidOperation, message.to_owned()))
-}
-
-/// minijinja's `tojson` escapes for HTML; Hugging Face's is plain `json.dumps(ensure_ascii=False)`.
-fn tojson(
-    value: &Value,
-    indent: Option<Value>,
-    arguments: Kwargs,
-) -> std::result::Result<Value, JinjaError> {
-    if value.kind() == ValueKind::Undefined {
-        return Err(JinjaError::new(ErrorKind::UndefinedError, "tojson of an undefined value"));
-    }
-    let escaped = minijinja::filters::tojson(value, indent, arguments)?.to_string();
-    let mut plain = String::with_capacity(escaped.len());
-    let mut rest = escaped.as_str();
-    while let Some(start) = rest.find('\\') {
-        plain.push_str(&rest[..start]);
-        rest = &rest[start..];
-        let (text, used) = match rest.as_bytes() {
-            [b'\\', b'u', b'0', b'0', b'3', b'c', ..] => ("<", 6),
-            [b'\\', b'u', b'0', b'0', b'3', b'e', ..] => (">", 6),
-            [b'\\', b'u', b'0', b'0', b'2', b'6', ..] => ("&", 6),
-            [b'\\', b'u', b'0', b'0', b'2', b'7', ..] => ("'", 6),
-            _ => (&rest[..rest.len().min(2)], rest.len().min(2)),
-        };
-        plain.push_str(text);
-        rest = &rest[used..];
-    }
-    plain.push_str(rest);
-    Ok(plain.into())
-}
-
-/// Seconds of Unix time; 0 with a clock before 1970.
-pub fn unix_now_s() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs() as i64)
-}
-
-/// C's `strftime` in UTC, for the fields that templates use; others stay as written.
-fn strftime(format: &str, unix_s: i64) -> String {
-    const DAYS: [&str; 7] =
-        ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    let (days, seconds) = (unix_s.div_euclid(86_400), unix_s.rem_euclid(86_400));
-    let (year, month, day) = civil(days);
-    let weekday = DAYS[(days + 3).rem_euclid(7) as usize];
-    let month_name = MONTHS[month as usize - 1];
-    let mut text = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            text.push(character);
-            continue;
-        }
-        match characters.next() {
-            Some('Y') => text += &year.to_string(),
-            Some('y') => text += &format!("{:02}", year.rem_euclid(100)),
-            Some('m') => text += &format!("{month:02}"),
-            Some('d') => text += &format!("{day:02}"),
-            Some('B') => text += month_name,
-            Some('b') => text += &month_name[..3],
-            Some('A') => text += weekday,
-            Some('a') => text += &weekday[..3],
-            Some('H') => text += &format!("{:02}", seconds / 3600),
-            Some('M') => text += &format!("{:02}", seconds / 60 % 60),
-            Some('S') => text += &format!("{:02}", seconds % 60),
-            Some('%') | None => text.push('%'),
-            Some(other) => text.extend(['%', other]),
-        }
-    }
-    text
-}
-
-/// Year, month and day of a day counted from 1970-01-01, in the Gregorian calendar.
-///
-/// Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", `civil_from_days`.
-fn civil(days: i64) -> (i64, i64, i64) {
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153; // 0 is March
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    (year, month, day_of_year - (153 * shifted + 2) / 5 + 1)
 }
 
 #[cfg(test)]
@@ -406,19 +301,6 @@ mod tests {
         }
         let year: i32 = render("{{ strftime_now('%Y') }}", &[], false).unwrap().parse().unwrap();
         assert!(year > 2000);
-    }
-
-    #[test]
-    fn dates() {
-        for (unix_s, expected) in [
-            (0, "Thu 01 Jan 1970 00:00:00 70 % %q"),
-            (951_782_400, "Tue 29 Feb 2000 00:00:00 00 % %q"),
-            (1_721_995_199, "Fri 26 Jul 2024 11:59:59 24 % %q"),
-            (-1, "Wed 31 Dec 1969 23:59:59 69 % %q"),
-        ] {
-            assert_eq!(strftime("%a %d %b %Y %H:%M:%S %y %% %q", unix_s), expected);
-        }
-        assert_eq!(strftime("%A, %B %m%", 1_721_995_199), "Friday, July 07%");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Which columns of a data file hold the prompt, the right answer and the difficulty.
 
-use super::jsonl::Row;
+use super::jsonl::{Row, number_text};
 use crate::{Error, Result};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -48,6 +48,8 @@ const ANSWERS: [&str; 4] = ["reward_model.ground_truth", "final_answer", "answer
 /// Where difficulties stand by default.
 const DIFFICULTIES: [&str; 4] =
     ["difficulty", "level", "extra_info.difficulty", "extra_info.level"];
+/// What to do about a row whose value is missing.
+const FILL: &str = "fill it in or drop the row";
 
 impl Columns {
     /// Name and value of the row's right answer.
@@ -57,6 +59,9 @@ impl Columns {
             None => "name the column with --answer-column, and give every row its right answer",
         };
         named(row, self.answer.as_deref(), &ANSWERS).ok_or_else(|| {
+            if let Some(name) = null(row, self.answer.as_deref(), &ANSWERS) {
+                return row.invalid(name, "an answer", "null", FILL);
+            }
             let name = self.answer.as_deref().unwrap_or("answer");
             let expected = match &self.answer {
                 Some(name) => format!("`{name}`"),
@@ -73,7 +78,7 @@ impl Columns {
     pub(super) fn difficulty(&self, row: &Row) -> Result<Option<String>> {
         match named(row, self.difficulty.as_deref(), &DIFFICULTIES) {
             Some((_, Value::String(text))) => Ok(Some(text.trim().to_owned())),
-            Some((_, Value::Number(n))) => Ok(Some(n.to_string())),
+            Some((_, Value::Number(n))) => Ok(Some(number_text(n))),
             found => match &self.difficulty {
                 None => Ok(None),
                 Some(name) => {
@@ -89,12 +94,18 @@ impl Columns {
     pub(super) fn prompt<'r>(&'r self, row: &'r Row) -> Result<(&'r str, &'r Value)> {
         if let Some(name) = self.prompt.as_deref() {
             return row.at(name).map(|value| (name, value)).ok_or_else(|| {
+                if row.is_null(name) {
+                    return row.invalid(name, "text or messages", "null", FILL);
+                }
                 row.invalid(name, format!("`{name}`"), row.keys(), "check --prompt-column")
             });
         }
         let found = |name| row.at(name).map(|value| (name, value));
         let mut found = PROMPTS.into_iter().filter_map(found);
         let Some((name, value)) = found.next() else {
+            if let Some(name) = null(row, None, &PROMPTS) {
+                return Err(row.invalid(name, "text or messages", "null", FILL));
+            }
             let expected = "`prompt` (or `question`, `problem`, `prompt_tokens`)";
             let advice = "name the column with --prompt-column";
             return Err(row.invalid("prompt", expected, row.keys(), advice));
@@ -117,6 +128,14 @@ fn named<'r>(
     match name {
         Some(name) => row.at(name).map(|value| (name, value)),
         None => usual.iter().find_map(|&name| row.at(name).map(|value| (name, value))),
+    }
+}
+
+/// The column that [`named`] would take if it were not null.
+fn null<'r>(row: &Row, name: Option<&'r str>, usual: &[&'static str]) -> Option<&'r str> {
+    match name {
+        Some(name) => Some(name).filter(|name| row.is_null(name)),
+        None => usual.iter().copied().find(|name| row.is_null(name)),
     }
 }
 

@@ -1,7 +1,6 @@
-//! CSV with a header: a row becomes an object of texts, empty values left out.
+//! CSV with a header: a row becomes an object of texts, empty values null.
 
 use std::{
-    fs::File,
     io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,10 +10,11 @@ use std::{
 use ::csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
 
+use super::compressed::{self, Plain};
 use super::jsonl::{MAX_LINE_BYTES, Row, shorten};
 use crate::{Error, Result};
 
-/// Rows of a CSV file. Values are texts; an empty one counts as absent. Quotes as in RFC 4180.
+/// Rows of a CSV file. Values are texts; an empty one is null. Quotes as in RFC 4180.
 #[derive(Debug)]
 pub struct CsvRows<R> {
     path: PathBuf,
@@ -25,10 +25,10 @@ pub struct CsvRows<R> {
     done: bool,
 }
 
-impl CsvRows<File> {
-    /// Opens `path` and reads its header.
+impl CsvRows<Plain> {
+    /// Opens `path`, compressed or not, and reads its header.
     pub fn open(path: &Path, delimiter: u8) -> Result<Self> {
-        CsvRows::new(File::open(path).map_err(Error::io("read", path))?, path, delimiter)
+        CsvRows::new(compressed::open(path)?, path, delimiter)
     }
 }
 
@@ -63,10 +63,13 @@ impl<R: Read> CsvRows<R> {
         if !read.map_err(|e| refused(&self.path, self.row, e))? {
             return Ok(None);
         }
-        let values = self.names.iter().zip(record.iter()).filter(|(_, value)| !value.is_empty());
-        let object: Map<String, Value> =
-            values.map(|(name, value)| (name.clone(), Value::from(value))).collect();
-        Ok(Some(Row { place: place(&self.path, self.row), line: self.row, object }))
+        let values = self.names.iter().zip(record.iter());
+        let object: Map<String, Value> = values
+            .map(|(name, text)| {
+                (name.clone(), if text.is_empty() { Value::Null } else { text.into() })
+            })
+            .collect();
+        Ok(Some(Row { place: place(&self.path, self.row), line: self.row, object, untyped: true }))
     }
 }
 

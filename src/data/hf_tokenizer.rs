@@ -98,18 +98,30 @@ impl HfTokenizer {
 }
 
 impl Tokenize for HfTokenizer {
-    fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
+    fn encode(&self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<i32>> {
         let tokenizer = if parse_special { &self.tokenizer } else { self.plain() };
         let refuse = |reason: &str| {
             let place = format!("tokenizer.json on {:?}", shorten(text, 40));
             let advice = "take characters its vocabulary has, or leave --tokenizer out";
             Error::invalid(place, "text that it can tokenise", one_line(reason), advice)
         };
-        let encoding = caught(|| tokenizer.encode_fast(text, add_special))
-            .ok_or_else(|| refuse("one that its tokenizer stumbles over"))?
-            .map_err(|e| refuse(&e.to_string()))?;
-        // Ids are below 2^31: `from_bytes` bounds them.
-        Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
+        let encode = |add_special: bool| -> Result<Vec<i32>> {
+            let encoding = caught(|| tokenizer.encode_fast(text, add_special))
+                .ok_or_else(|| refuse("one that its tokenizer stumbles over"))?
+                .map_err(|e| refuse(&e.to_string()))?;
+            // Ids are below 2^31: `from_bytes` bounds them.
+            Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
+        };
+        let bare = encode(false)?;
+        if !add_bos {
+            return Ok(bare);
+        }
+        // The post-processor adds on both sides at once: what is behind the text goes.
+        let mut full = encode(true)?;
+        let before = (0..=full.len()).find(|&n| full[n..].starts_with(&bare));
+        let before = before.ok_or_else(|| refuse("one that its post-processor changes"))?;
+        full.truncate(before + bare.len());
+        Ok(full)
     }
 
     fn piece(&self, token: i32) -> Vec<u8> {
@@ -267,6 +279,21 @@ mod tests {
         assert_eq!(encode("<|im_end|>", false, false), b"<|im_end|>".map(i32::from));
         assert_eq!(encode("a<think>", false, false), [97, 259]);
         assert!(encode("", false, true).is_empty());
+    }
+
+    #[test]
+    fn what_a_post_processor_adds_behind_a_text_is_left_out() {
+        let mut json = byte_level();
+        let end = json!({"SpecialToken": {"id": "<|im_end|>", "type_id": 0}});
+        let processor = &mut json["post_processor"];
+        processor["single"].as_array_mut().unwrap().push(end);
+        processor["special_tokens"]["<|im_end|>"] =
+            json!({"id": "<|im_end|>", "ids": [258], "tokens": ["<|im_end|>"]});
+        let hf = read(&json).unwrap();
+        assert_eq!(hf.encode("a", true, true).unwrap(), [257, 97]);
+        assert_eq!(hf.encode("a<|im_end|>", true, true).unwrap(), [257, 97, 258]);
+        assert_eq!(hf.encode("<|im_start|>a", true, true).unwrap(), [257, 257, 97]);
+        assert_eq!(hf.encode("a", false, true).unwrap(), [97]);
     }
 
     #[test]

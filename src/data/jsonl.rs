@@ -1,13 +1,13 @@
 //! JSON lines, read one bounded line at a time. Every error names the file and the line.
 
 use std::{
-    fs::File,
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
 };
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
+use super::compressed::{self, Plain};
 use crate::{Error, Result};
 
 /// Longest line that is read, in bytes. A row of 16 MiB is some two million tokens.
@@ -22,6 +22,8 @@ pub struct Row {
     pub line: usize,
     /// The object.
     pub object: Map<String, Value>,
+    /// Whether the format has texts alone, as CSV does, so that a number is one too.
+    pub untyped: bool,
 }
 
 impl Row {
@@ -54,6 +56,18 @@ impl Row {
         Some(value).filter(|value| !value.is_null())
     }
 
+    /// Whether the field that `path` leads to is there and null.
+    pub fn is_null(&self, path: &str) -> bool {
+        let mut value = self.object.get(path);
+        if value.is_none()
+            && let Some((first, rest)) = path.split_once('.')
+        {
+            let first = self.object.get(first);
+            value = rest.split('.').fold(first, |value, name| value?.get(name));
+        }
+        value.is_some_and(Value::is_null)
+    }
+
     /// The names of the fields, those of structs with a dot, for messages.
     pub fn keys(&self) -> String {
         let names = self.object.iter().flat_map(|(name, value)| match value {
@@ -76,11 +90,10 @@ pub struct JsonLines<R> {
     done: bool,
 }
 
-impl JsonLines<BufReader<File>> {
-    /// Opens `path`.
+impl JsonLines<BufReader<Plain>> {
+    /// Opens `path`, compressed or not.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        Ok(JsonLines::new(BufReader::new(file), path))
+        Ok(JsonLines::new(BufReader::new(compressed::open(path)?), path))
     }
 }
 
@@ -116,11 +129,18 @@ impl<R: BufRead> JsonLines<R> {
                 continue;
             }
             return match serde_json::from_str(text) {
-                Ok(Value::Object(object)) => Ok(Some(Row { place, line: self.line, object })),
+                Ok(Value::Object(object)) => {
+                    Ok(Some(Row { place, line: self.line, object, untyped: false }))
+                }
                 Ok(other) => {
                     Err(Error::invalid(place, "a JSON object", kind(&other), "write {..} per line"))
                 }
                 Err(e) => {
+                    if let Some(word) = python_word(text, e.column()) {
+                        let got = format!("{word} at column {}", e.column());
+                        let advice = "JSON has no such value: write null, or drop the row";
+                        return Err(Error::invalid(place, "a JSON object", got, advice));
+                    }
                     let got = format!("{e}").replace(" at line 1 column ", " at column ");
                     let advice = "write one complete object per line";
                     Err(Error::invalid(place, "a JSON object", got, advice))
@@ -141,8 +161,27 @@ impl<R: BufRead> Iterator for JsonLines<R> {
     }
 }
 
+/// Python's json module writes these, which are no JSON: the one that stands around `column` (from 1).
+fn python_word(text: &str, column: usize) -> Option<&'static str> {
+    let near = column.saturating_sub(1).min(text.len());
+    ["NaN", "-Infinity", "Infinity", "None"].into_iter().find(|word| {
+        (near.saturating_sub(word.len())..=near)
+            .any(|at| text.as_bytes()[at..].starts_with(word.as_bytes()))
+    })
+}
+
 fn strip_bom(bytes: &[u8]) -> &[u8] {
     bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
+
+/// A number as text. One without a fraction is written as the whole number that it is: pandas makes 18 a
+/// double, 18.0, in a column where a value is missing.
+pub fn number_text(number: &Number) -> String {
+    match number.as_f64().filter(|x| number.is_f64() && x.fract() == 0.0) {
+        // Beside 2^53 a double is not one number any more.
+        Some(x) if x.abs() < (1u64 << 53) as f64 => (x as i64).to_string(),
+        _ => number.to_string(),
+    }
 }
 
 /// A value in the words of a message: `the text "abc"`, `a list of 3`.

@@ -5,8 +5,10 @@
 
 pub mod chat;
 mod columns;
+mod compressed;
 mod csv;
 pub mod hf_tokenizer;
+mod jinja;
 pub mod jsonl;
 mod parquet;
 mod rows;

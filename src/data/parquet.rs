@@ -69,7 +69,9 @@ impl ParquetRows {
             None => Ok(None),
         });
         match object {
-            Ok(object) => Ok(object.map(|object| Row { place, line: self.row, object })),
+            Ok(object) => {
+                Ok(object.map(|object| Row { place, line: self.row, object, untyped: false }))
+            }
             Err(reason) if reason.contains("as String") => {
                 let got = "a text with other bytes";
                 Err(Error::invalid(place, "UTF-8", got, "write the column as UTF-8 texts"))

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Columns, CompletionContent, Message, Problem, Prompt, RolloutCompletion, RolloutRow, columns,
-    jsonl::{Row, kind},
+    jsonl::{Row, kind, number_text},
     table,
 };
 use crate::{Error, Result};
@@ -155,15 +155,25 @@ fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
 fn scalar(row: &Row, name: &str, value: &Value) -> Result<String> {
     const EXACT: f64 = (1u64 << 53) as f64;
     match value {
+        // The same number as pandas writes it to CSV.
+        Value::String(text) if row.untyped && is_whole_double(text) => {
+            Ok(text[..text.len() - 2].to_owned())
+        }
         Value::String(text) => Ok(text.clone()),
         Value::Number(n) if !n.is_f64() || n.as_f64().is_some_and(|x| x.abs() < EXACT) => {
-            Ok(n.to_string())
+            Ok(number_text(n))
         }
         other => {
             let advice = "write it as text, in quotes";
             Err(row.invalid(name, "text or a number below 2^53", kind(other), advice))
         }
     }
+}
+
+/// `18.0`, `-3.0`: a double without a fraction, as Python writes it.
+fn is_whole_double(text: &str) -> bool {
+    let digits = text.strip_prefix('-').unwrap_or(text).strip_suffix(".0");
+    digits.is_some_and(|d| !d.is_empty() && d.bytes().all(|b| b.is_ascii_digit()))
 }
 
 fn list<'a>(row: &Row, name: &str, value: &'a Value) -> Result<&'a [Value]> {
@@ -247,6 +257,70 @@ mod tests {
     }
 
     #[test]
+    fn a_whole_number_that_became_a_double_is_whole() {
+        for (json, text) in [
+            ("18.0", "18"),
+            ("-3.0", "-3"),
+            ("-0.0", "0"),
+            ("12.50", "12.5"),
+            ("9007199254740991.0", "9007199254740991"),
+            ("1e3", "1000"),
+            ("\"18.0\"", "18.0"),
+        ] {
+            let got = problems(&format!(r#"{{"prompt": "a", "answer": {json}, "level": 3.0}}"#));
+            let got = got.unwrap().remove(0);
+            assert_eq!((&*got.answer, got.difficulty.as_deref()), (text, Some("3")), "{json}");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pandas.csv");
+        std::fs::write(&path, "question,answer\na,18.0\nb,1.5\nc,v2.0\nd,.0\n").unwrap();
+        let got = read_problems(&path, &Columns::default()).unwrap();
+        let answers: Vec<_> = got.iter().map(|p| &*p.answer).collect();
+        assert_eq!(answers, ["18", "1.5", "v2.0", ".0"]);
+        std::fs::write(&path, "question,answer\na,1\n,2\n").unwrap();
+        let error = read_problems(&path, &Columns::default()).unwrap_err().to_string();
+        assert!(
+            error.contains("row 2: `question`: expected text or messages, got null"),
+            "{error}"
+        );
+        // A completion is what was said.
+        std::fs::write(&path, "prompt,completion\na,18.0\n").unwrap();
+        let got = read_rollouts(&path).unwrap();
+        assert_eq!(got[0].completions[0].content, CompletionContent::Text("18.0".into()));
+    }
+
+    #[test]
+    fn compressed_rows_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let gzip = |text: &str| {
+            let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            out.write_all(text.as_bytes()).unwrap();
+            out.finish().unwrap()
+        };
+        let jsonl = "{\"prompt\": \"a\", \"answer\": 2}\n";
+        let csv = "prompt,answer\na,2\n";
+        let zstd = |text: &str| zstd::encode_all(text.as_bytes(), 0).unwrap();
+        for (name, bytes) in [
+            ("a.jsonl.gz", gzip(jsonl)),
+            ("a.gz", gzip(jsonl)),
+            ("a.jsonl", gzip(jsonl)),
+            ("a.jsonl.zst", zstd(jsonl)),
+            ("a.csv.gz", gzip(csv)),
+            ("A.CSV.ZST", zstd(csv)),
+            ("a.tsv.gz", gzip(&csv.replace(',', "\t"))),
+        ] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            let got = read_problems(&path, &Columns::default()).unwrap();
+            assert_eq!((got.len(), &*got[0].answer), (1, "2"), "{name}");
+        }
+        let path = dir.path().join("cut.jsonl.gz");
+        std::fs::write(&path, &gzip(&jsonl.repeat(1000))[..40]).unwrap();
+        let error = read_problems(&path, &Columns::default()).unwrap_err().to_string();
+        assert!(error.contains("cut.jsonl.gz") && !error.contains('\n'), "{error}");
+    }
+
+    #[test]
     fn bad_problems_are_named() {
         for (text, expected) in [
             ("", "expected at least one row, got none"),
@@ -263,6 +337,18 @@ mod tests {
             (r#"{"prompt": [], "answer": 1}"#, "expected text or messages, got a list of 0"),
             (r#"{"prompt": [{"role": "user"}], "answer": 1}"#, "`prompt[0]`: expected an object"),
             (r#"{"prompt": [3], "answer": 1}"#, "`prompt[0]`: expected an object with the texts"),
+            (r#"{"prompt": null, "answer": 1}"#, "`prompt`: expected text or messages, got null;"),
+            (
+                r#"{"problem": null, "answer": 1}"#,
+                "`problem`: expected text or messages, got null;",
+            ),
+            (r#"{"prompt": "a", "answer": null}"#, "`answer`: expected an answer, got null; fill"),
+            (
+                r#"{"prompt": "a", "reward_model": {"ground_truth": null}}"#,
+                "`reward_model.ground_truth`: expected an answer, got null",
+            ),
+            (r#"{"prompt": "a", "answer": NaN}"#, "got NaN at column 27; JSON has no such value"),
+            (r#"{"prompt": "a", "answer": [-Infinity]}"#, "got -Infinity at column"),
         ] {
             let error = problems(text).unwrap_err().to_string();
             assert!(error.contains(expected) && !error.contains('\n'), "{text}: {error}");

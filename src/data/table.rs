@@ -40,8 +40,12 @@ pub fn format(path: &Path) -> Result<Format> {
     if start == PARQUET_MAGIC {
         return Ok(Format::Parquet);
     }
-    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    match extension.as_deref() {
+    // `train.csv.gz` is CSV: what is compressed is told by the name within.
+    let name =
+        path.file_name().map(|n| n.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    let name =
+        [".gz", ".zst", ".zstd"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
+    match name.rsplit_once('.').map(|(_, extension)| extension) {
         Some("parquet") => {
             let place = path.display().to_string();
             let got = format!("{:?}", String::from_utf8_lossy(&start));

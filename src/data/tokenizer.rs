@@ -5,9 +5,10 @@ use crate::{Error, Result};
 
 /// Text to token ids and back.
 pub trait Tokenize: Send + Sync {
-    /// The tokens of `text`. `add_special` adds what the tokenizer puts around a text (bos, eos);
-    /// `parse_special` reads special tokens such as `<|im_end|>` in the text as tokens, not as characters.
-    fn encode(&self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>>;
+    /// The tokens of `text`, which something is to follow. `add_bos` adds what the tokenizer puts before a
+    /// text (what it would put behind one never is); `parse_special` reads special tokens such as
+    /// `<|im_end|>` in the text as tokens, not as characters.
+    fn encode(&self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<i32>>;
 
     /// The bytes of one token, special ones in full; empty for an id without a token. A token may end
     /// within a UTF-8 character.

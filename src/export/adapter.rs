@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::adapters::{AdapterSpec, Adapters};
 use super::merge::refuse_inputs;
-use super::peft::{PeftBase, read_peft, write_peft};
+use super::peft::{PeftBase, check_head_copy, read_peft, write_peft};
 use crate::ggml::Type;
 use crate::gguf::{AdapterFile, GgufSet};
 use crate::model::{Lora, Model, ModelFile};
@@ -127,6 +127,7 @@ pub fn import_peft(
     let spec = AdapterSpec { path: folder.into(), factor: 1.0 };
     let adapters = Adapters::of(vec![(spec, file)])?;
     adapters.check(&set, base.name())?;
+    check_head_copy(folder, &set)?;
     let file = adapters.combined()?;
     let in_f16 = file.write_as(out, ty)?;
     Ok(AdapterReport::new(&file, out, ty, in_f16))

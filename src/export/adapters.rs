@@ -131,6 +131,14 @@ impl Adapters {
             for pair in &file.pairs {
                 let place = format!("{place}: {}", pair.weight);
                 let Some((_, tensor)) = base.tensor(&pair.weight) else {
+                    // A model without one multiplies by its token embedding.
+                    if pair.weight == "output.weight" {
+                        let expected = format!("an unembedding of its own in {name}");
+                        let got = "one that is tied to the token embedding";
+                        let advice =
+                            "an adapter of lm_head would change both: train it without lm_head";
+                        return Err(Error::invalid(place, expected, got, advice));
+                    }
                     let expected = format!("a tensor of {name}");
                     return Err(Error::invalid(place, expected, "one it lacks", advice));
                 };

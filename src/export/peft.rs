@@ -18,17 +18,22 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
-use crate::gguf::{AdapterFile, AdapterPair, GgufFile, Value, write_atomically};
+use crate::ggml::MappedFile;
+use crate::gguf::{AdapterFile, AdapterPair, GgufFile, GgufSet, Value, write_atomically};
 use crate::model::Family;
 use crate::{Error, Result};
 
 /// Tensors of a PEFT folder.
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// Tensors of a folder that an older PEFT wrote; not read, for a pickle is a program.
+const PICKLE: &str = "adapter_model.bin";
 /// Settings of a PEFT folder.
 const CONFIG: &str = "adapter_config.json";
 /// What this program knows besides, beside them; PEFT does not look at it.
 const OWN: &str = "bupo.json";
 const PREFIX: &str = "base_model.model.";
+/// The unembedding, PEFT's `lm_head`.
+const OUTPUT: &str = "output.weight";
 
 /// What of the base a conversion depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,9 +42,9 @@ pub struct PeftBase {
     pub arch: &'static Family,
     /// Layers.
     pub n_layer: usize,
-    /// Query heads.
+    /// Query heads, where rows are permuted within them.
     pub n_head: usize,
-    /// Key/value heads.
+    /// Key/value heads, likewise.
     pub n_head_kv: usize,
 }
 
@@ -51,8 +56,12 @@ impl PeftBase {
     pub fn from_gguf(file: &GgufFile) -> Result<PeftBase> {
         let arch = Family::of_name(file.architecture()?)?;
         let key = |name: &str| format!("{arch}.attention.{name}");
-        let n_head = file.require(&key("head_count"))?;
-        let n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
+        // Asked for where it is needed: it may differ from layer to layer elsewhere.
+        let (mut n_head, mut n_head_kv) = (0, 0);
+        if arch.permuted {
+            n_head = file.require(&key("head_count"))?;
+            n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
+        }
         let n_layer = file.require(&format!("{arch}.block_count"))?;
         Ok(PeftBase { arch, n_layer, n_head, n_head_kv })
     }
@@ -69,22 +78,27 @@ impl PeftBase {
 }
 
 /// `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj`.
-fn module(weight: &str) -> Option<String> {
-    if weight == "output.weight" {
+fn module(family: &Family, weight: &str) -> Option<String> {
+    if weight == OUTPUT {
         return Some("lm_head".into());
     }
     let (layer, name) = weight.strip_prefix("blk.")?.strip_suffix(".weight")?.split_once('.')?;
-    let (_, module) = MODULES.into_iter().find(|(gguf, _)| *gguf == name)?;
+    let (_, module) = modules(family).find(|(gguf, _)| *gguf == name)?;
     Some(format!("model.layers.{}.{module}", layer.parse::<u32>().ok()?))
 }
 
+/// Where Hugging Face's classes have the layers: text models; text parts of others, new and old.
+const LAYERS: [&str; 3] =
+    ["model.layers.", "model.language_model.layers.", "language_model.model.layers."];
+
 /// `model.layers.3.self_attn.q_proj` -> `blk.3.attn_q.weight`.
-fn weight(module: &str) -> Option<String> {
+fn weight(family: &Family, module: &str) -> Option<String> {
     if module == "lm_head" {
-        return Some("output.weight".into());
+        return Some(OUTPUT.into());
     }
-    let (layer, name) = module.strip_prefix("model.layers.")?.split_once('.')?;
-    let (gguf, _) = MODULES.into_iter().find(|(_, module)| *module == name)?;
+    let rest = LAYERS.iter().find_map(|prefix| module.strip_prefix(prefix))?;
+    let (layer, name) = rest.split_once('.')?;
+    let (gguf, _) = modules(family).find(|(_, module)| *module == name)?;
     Some(format!("blk.{}.{gguf}.weight", layer.parse::<u32>().ok()?))
 }
 
@@ -98,6 +112,11 @@ const MODULES: [(&str, &str); 7] = [
     ("ffn_up", "mlp.up_proj"),
     ("ffn_down", "mlp.down_proj"),
 ];
+
+/// The family's own names first.
+fn modules(family: &Family) -> impl Iterator<Item = (&'static str, &'static str)> {
+    family.modules.iter().copied().chain(MODULES)
+}
 
 /// Rows of `b: [rank, n_out]` in the other order: to GGUF's, or back.
 fn permute(b: &[f32], rank: usize, heads: usize, to_gguf: bool) -> Option<Vec<f32>> {
@@ -145,7 +164,7 @@ pub fn write_peft(
     let mut modules = Vec::new();
     let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     for pair in &adapter.pairs {
-        let module = module(&pair.weight).ok_or_else(|| Error::Unsupported {
+        let module = module(base.arch, &pair.weight).ok_or_else(|| Error::Unsupported {
             what: "PEFT module for weight",
             got: pair.weight.clone(),
             supported: "linear weights of layers, and output.weight".into(),
@@ -192,15 +211,19 @@ pub fn write_peft(
 pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
     let config = read_config(&folder.join(CONFIG))?;
     let path = folder.join(WEIGHTS);
-    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    if !path.exists() && folder.join(PICKLE).exists() {
+        let advice = "save it again with save_pretrained(.., safe_serialization=True)";
+        return Err(Error::invalid(folder.display().to_string(), WEIGHTS, PICKLE, advice));
+    }
+    let bytes = MappedFile::open(&path)?;
     let place = path.display().to_string();
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| {
-        let advice = "write the adapter again with save_pretrained";
-        Error::invalid(&place, "a safetensors file", e.to_string(), advice)
-    })?;
+    let file = tensors(&bytes, &place)?;
     let mut halves: BTreeMap<String, [Option<TensorView>; 2]> = BTreeMap::new();
     for (name, view) in file.tensors() {
-        let (module, half) = split_name(&name).ok_or_else(|| Error::Unsupported {
+        if is_head_copy(&name) {
+            continue;
+        }
+        let (module, half) = split_name(base.arch, &name).ok_or_else(|| Error::Unsupported {
             what: "PEFT tensor",
             got: format!("{name} in {place}"),
             supported: "lora_A and lora_B of linear layers".into(),
@@ -214,16 +237,26 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
             let place = format!("{place}: {module}");
             return Err(Error::invalid(place, "lora_A and lora_B", got, "write it again"));
         };
-        pairs.push(read_pair(&place, module, a, b, &config)?);
+        if !config.adapts(module) {
+            let expected =
+                "modules that target_modules, exclude_modules and layers_to_transform leave";
+            let place = format!("{place}: {module}");
+            let got = "one that PEFT would pass over";
+            return Err(Error::invalid(place, expected, got, "mend adapter_config.json"));
+        }
+        let weight = weight(base.arch, module).expect("names were checked");
+        pairs.push(read_pair(&place, module, weight, [a, b], &config)?);
     }
     if pairs.is_empty() {
         return Err(Error::invalid(place, "lora_A and lora_B tensors", "none", "write it again"));
     }
     // The order of a model: by layer, then as in a layer.
     pairs.sort_by_key(|(pair, _)| order(&pair.weight));
-    // One alpha for all, as GGUF has it; a pair that PEFT scales otherwise has the rest in its B.
-    let (first, scale) = &pairs[0];
-    let alpha = scale * first.rank as f64;
+    // One alpha for all, as GGUF has it; a pair that PEFT scales otherwise has the rest in its B. An alpha
+    // of 0 would mean a scale of 1 there: where PEFT has it, B is 0.
+    let alphas = pairs.iter().map(|(pair, scale)| scale * pair.rank as f64);
+    let alpha = alphas.into_iter().find(|alpha| (*alpha as f32).is_normal());
+    let alpha = alpha.unwrap_or(pairs[0].0.rank as f64);
     let mut adapter = AdapterFile {
         arch: base.arch.name.into(),
         name: None,
@@ -242,22 +275,82 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
     Ok(adapter)
 }
 
+fn tensors<'b>(bytes: &'b [u8], place: &str) -> Result<SafeTensors<'b>> {
+    SafeTensors::deserialize(bytes).map_err(|e| {
+        let advice = "write the adapter again with save_pretrained";
+        Error::invalid(place, "a safetensors file", e.to_string(), advice)
+    })
+}
+
+/// Whether a tensor is the copy of the base's unembedding that PEFT saves beside an adapter of it.
+fn is_head_copy(name: &str) -> bool {
+    name.strip_prefix(PREFIX).unwrap_or(name) == "lm_head.base_layer.weight"
+}
+
+/// Refuses a folder whose copy of the unembedding is not the base's: PEFT computes with the copy.
+///
+/// # Errors
+/// Another shape; numbers that are further from the base's than rounding to any type takes them.
+pub(super) fn check_head_copy(folder: &Path, base: &GgufSet) -> Result<()> {
+    let path = folder.join(WEIGHTS);
+    let bytes = MappedFile::open(&path)?;
+    let place = path.display().to_string();
+    let file = tensors(&bytes, &place)?;
+    let copy = file.iter().find(|(name, _)| is_head_copy(name));
+    let (Some((name, copy)), Some((part, head))) = (copy, base.tensor(OUTPUT)) else {
+        return Ok(());
+    };
+    let place = format!("{place}: {name}");
+    let refuse = |expected: String, got: String| {
+        Err(Error::invalid(place.clone(), expected, got, "use the model that it was trained on"))
+    };
+    let shape: Vec<u64> = copy.shape().iter().rev().map(|n| *n as u64).collect();
+    if shape != head.shape {
+        return refuse(format!("the base's {OUTPUT}, {:?}", head.shape), format!("{shape:?}"));
+    }
+    // Row by row, for the matrix is large: |copy - base|^2 beside |base|^2. Rounding to 2 bits leaves a
+    // tenth or two; matrices that have nothing to do with each other are 2 apart.
+    const FAR: f64 = 0.5;
+    let n_in = head.shape[0] as usize;
+    let (from, to) = (part.bytes(head), copy.data());
+    let [base_row, copy_row] = [from.len(), to.len()].map(|n| n / head.shape[1].max(1) as usize);
+    let mut row = vec![0.0; n_in];
+    let (mut apart, mut size) = (0.0, 0.0);
+    for (from, to) in from.chunks_exact(base_row.max(1)).zip(to.chunks_exact(copy_row.max(1))) {
+        head.ty.dequantize(from, &mut row);
+        let copy = TensorView::new(copy.dtype(), vec![n_in], to);
+        let copy =
+            floats(&copy.map_err(|e| Error::engine(&place, e.to_string(), "report it"))?, &place)?;
+        for (base, copy) in row.iter().zip(copy) {
+            apart += f64::from(base - copy).powi(2);
+            size += f64::from(*base).powi(2);
+        }
+    }
+    if apart <= FAR * size {
+        return Ok(());
+    }
+    refuse(
+        format!("the base's {OUTPUT}"),
+        format!("other numbers, {:.2} of its size away", (apart / size).sqrt()),
+    )
+}
+
 /// `base_model.model.<module>.lora_A.weight` -> (module, 0); `.lora_A.<name>.weight` too.
-fn split_name(name: &str) -> Option<(&str, usize)> {
+fn split_name<'n>(family: &Family, name: &'n str) -> Option<(&'n str, usize)> {
     let name = name.strip_prefix(PREFIX).unwrap_or(name).strip_suffix(".weight")?;
     let (module, half) = [("lora_A", 0), ("lora_B", 1)].into_iter().find_map(|(word, half)| {
         let (module, rest) = name.split_once(&format!(".{word}"))?;
         (rest.is_empty() || rest.starts_with('.')).then_some((module, half))
     })?;
-    weight(module).map(|_| (module, half))
+    weight(family, module).map(|_| (module, half))
 }
 
 /// A pair with B's rows as PEFT has them, and the scale that PEFT applies.
 fn read_pair(
     place: &str,
     module: &str,
-    a: &TensorView,
-    b: &TensorView,
+    weight: String,
+    [a, b]: [&TensorView; 2],
     config: &Config,
 ) -> Result<(AdapterPair, f64)> {
     let place = format!("{place}: {module}");
@@ -271,7 +364,6 @@ fn read_pair(
         let expected = format!("A [r, n_in] and B [n_out, r] with r = {said}, as the config says");
         return Err(Error::invalid(place, expected, got, "write the adapter again"));
     }
-    let weight = weight(module).expect("names were checked");
     let (a, b) = (floats(a, &place)?, floats(b, &place)?);
     Ok((AdapterPair { weight, rank, n_in, n_out, a, b }, config.scale(module)))
 }
@@ -300,6 +392,8 @@ fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {
 fn order(weight: &str) -> (usize, usize) {
     let parts = weight.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let Some((layer, name)) = parts else { return (usize::MAX, 0) };
+    // A fused map stands where the first of its parts would.
+    let name = if name.starts_with("attn_qkv") { "attn_q" } else { name };
     let target = MODULES.iter().position(|(gguf, _)| name.starts_with(gguf));
     (layer.parse().unwrap_or(usize::MAX), target.unwrap_or(usize::MAX))
 }
@@ -351,15 +445,27 @@ mod tests {
 
     #[test]
     fn names_go_both_ways() {
-        for (gguf, _) in MODULES {
-            let name = format!("blk.11.{gguf}.weight");
-            assert_eq!(weight(&module(&name).unwrap()).unwrap(), name);
+        for family in crate::model::FAMILIES {
+            for (gguf, _) in modules(family) {
+                let name = format!("blk.11.{gguf}.weight");
+                assert_eq!(weight(family, &module(family, &name).unwrap()).unwrap(), name);
+            }
         }
-        assert_eq!(module("blk.3.attn_q.weight").unwrap(), "model.layers.3.self_attn.q_proj");
-        assert_eq!(module("token_embd.weight"), None);
-        assert_eq!(weight("model.layers.0.self_attn.rotary"), None);
+        let named = |name| Family::named(name).unwrap();
+        let llama = named("llama");
+        let q = module(llama, "blk.3.attn_q.weight").unwrap();
+        assert_eq!(q, "model.layers.3.self_attn.q_proj");
+        assert_eq!(module(llama, "token_embd.weight"), None);
+        assert_eq!(weight(llama, "model.layers.0.self_attn.rotary"), None);
+        // What Hugging Face fuses is one module, elsewhere unknown.
+        let fused = "model.layers.2.mlp.gate_up_proj";
+        assert_eq!(weight(named("phi3"), fused).unwrap(), "blk.2.ffn_up.weight");
+        assert_eq!(weight(llama, fused), None);
+        let text_part = "model.language_model.layers.2.mlp.up_proj";
+        assert_eq!(weight(named("gemma3"), text_part).unwrap(), "blk.2.ffn_up.weight");
         let name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight";
-        assert_eq!(split_name(name), Some(("model.layers.1.mlp.up_proj", 1)));
-        assert_eq!(split_name("base_model.model.model.embed_tokens.lora_embedding_A"), None);
+        assert_eq!(split_name(llama, name), Some(("model.layers.1.mlp.up_proj", 1)));
+        let embedding = "base_model.model.model.embed_tokens.lora_embedding_A";
+        assert_eq!(split_name(llama, embedding), None);
     }
 }

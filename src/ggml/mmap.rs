@@ -12,6 +12,10 @@ impl MappedFile {
     /// Maps `path`. An empty file is an error of the reader above, not of the map.
     pub fn open(path: &Path) -> Result<MappedFile> {
         let file = File::open(path).map_err(Error::io("open", path))?;
+        if file.metadata().map_err(Error::io("open", path))?.is_dir() {
+            let place = path.display().to_string();
+            return Err(Error::invalid(place, "a file", "a folder", "name a file in it"));
+        }
         // SAFETY: the map is read-only. Another process could still shorten the file under us, which
         // every program that maps files (llama.cpp too) accepts; we never write to a model file.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("map", path))?;

@@ -67,6 +67,12 @@ impl AdapterFile {
     /// When the file is no sound GGUF file or no LoRA adapter, a pair is incomplete or its shapes disagree,
     /// or a number is not finite.
     pub fn read(path: &Path) -> Result<AdapterFile> {
+        if path.join("adapter_config.json").is_file() {
+            let place = path.display().to_string();
+            let advice = "make it one with import-peft DIR --base MODEL --out FILE";
+            let expected = "a LoRA adapter in GGUF form";
+            return Err(Error::invalid(place, expected, "a folder of PEFT's", advice));
+        }
         AdapterFile::from_gguf(&GgufFile::open(path)?)
     }
 

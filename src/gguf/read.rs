@@ -116,6 +116,24 @@ impl GgufFile {
         &self.name
     }
 
+    /// Refuses a GGUF file that says it is something else than a model: an adapter, an importance matrix, ..
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that says what it is and how it is used.
+    pub fn require_model(&self) -> Result<()> {
+        let kind = self.find::<&str>("general.type")?.unwrap_or("model");
+        let advice = match kind {
+            "model" => return Ok(()),
+            "adapter" => "give the base model as MODEL, and this file with --adapter",
+            "imatrix" => "give the base model as MODEL, and this file with --imatrix",
+            _ => "give the language model's file",
+        };
+        let expected = "a model";
+        let article = if kind.starts_with(['a', 'e', 'i', 'o', 'u']) { "an" } else { "a" };
+        let got = format!("{article} {} (general.type)", shown(kind));
+        Err(Error::invalid(self.name.as_str(), expected, got, advice))
+    }
+
     /// Keys and values in file order.
     pub fn metadata(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> {
         self.metadata.iter().map(|(key, value)| (key.as_str(), value))
@@ -188,6 +206,19 @@ impl GgufFile {
     }
 }
 
+/// What a file that is no GGUF begins with, where it is told by that.
+fn known_start(magic: [u8; 4]) -> &'static str {
+    match &magic {
+        b"vers" => " (a Git LFS pointer: fetch the file itself, with git lfs pull)",
+        b"<!DO" | b"<htm" | b"<HTM" => " (a web page that was saved in its place)",
+        b"PK\x03\x04" => " (a zip archive or PyTorch checkpoint)",
+        b"tjgg" | b"fmgg" | b"lmgg" => " (a file of llama.cpp's older formats)",
+        // safetensors: the length of its JSON header in 8 bytes.
+        [_, _, _, 0] => " (as safetensors files do)",
+        _ => "",
+    }
+}
+
 /// Magic, version and counts -> (tensors, metadata entries).
 fn header(from: &mut Cursor) -> Result<(u64, u64)> {
     let magic: [u8; 4] = from.fixed()?;
@@ -195,7 +226,7 @@ fn header(from: &mut Cursor) -> Result<(u64, u64)> {
         return Err(Error::invalid(
             from.file(),
             "a GGUF file, which begins with 'GGUF'",
-            format!("'{}'", magic.escape_ascii()),
+            format!("'{}'{}", magic.escape_ascii(), known_start(magic)),
             "give a .gguf model file",
         ));
     }

@@ -26,13 +26,14 @@ impl GgufSet {
     /// Opens `first`, and the other parts when it is the first of several (see [`split_paths`]).
     ///
     /// # Errors
-    /// A part is missing, unsound, or of another set; a tensor is there twice.
+    /// A part is missing, unsound, no model, or of another set; a tensor is there twice.
     pub fn open(first: &Path) -> Result<GgufSet> {
         let paths = split_paths(first)?;
         let parts = paths.iter().map(|path| GgufFile::open(path)).collect::<Result<Vec<_>>>()?;
         let mut names = HashMap::new();
         for (i, part) in parts.iter().enumerate() {
             check_part(part, i, parts.len())?;
+            part.require_model()?;
             for (j, tensor) in part.tensors().iter().enumerate() {
                 if names.insert(tensor.name.clone(), (i, j)).is_some() {
                     return Err(Error::invalid(

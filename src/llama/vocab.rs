@@ -33,16 +33,17 @@ impl<'m> Vocab<'m> {
         unsafe { sys::llama_vocab_n_tokens(self.raw) as usize }
     }
 
-    /// Encodes text. `add_special` puts BOS/EOS where the model wants them; `parse_special` reads
-    /// `<|im_start|>` and its like as the control tokens they name.
+    /// Encodes text that something is to follow. `add_bos` puts BOS before it where the model wants one; what
+    /// a model may want behind a text (`add_eos_token`, `add_sep_token`) would end it, and is never added.
+    /// `parse_special` reads `<|im_start|>` and its like as the control tokens they name.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming the character that the vocabulary cannot spell.
-    pub fn tokenize(self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
-        self.try_tokenize(text, add_special, parse_special).map_err(|error| {
+    pub fn tokenize(self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<i32>> {
+        let tokens = self.try_tokenize(text, parse_special).map_err(|error| {
             let lacks = text
                 .chars()
-                .find(|c| self.try_tokenize(c.encode_utf8(&mut [0; 4]), false, false).is_err());
+                .find(|c| self.try_tokenize(c.encode_utf8(&mut [0; 4]), false).is_err());
             match lacks {
                 Some(c) => Error::invalid(
                     "text",
@@ -52,10 +53,12 @@ impl<'m> Vocab<'m> {
                 ),
                 None => error,
             }
-        })
+        })?;
+        let bos = self.bos().filter(|_| add_bos && self.adds_bos());
+        Ok(bos.into_iter().chain(tokens).collect())
     }
 
-    fn try_tokenize(self, text: &str, add_special: bool, parse_special: bool) -> Result<Vec<i32>> {
+    fn try_tokenize(self, text: &str, parse_special: bool) -> Result<Vec<i32>> {
         let mut tokens = vec![0i32; text.len() + 8];
         loop {
             let mut n = 0;
@@ -65,7 +68,7 @@ impl<'m> Vocab<'m> {
                     self.raw,
                     text.as_ptr().cast(),
                     text.len(),
-                    add_special,
+                    false,
                     parse_special,
                     tokens.as_mut_ptr(),
                     tokens.len(),

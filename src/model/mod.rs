@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub use arch::Family;
+pub use arch::{FAMILIES, Family};
 pub use batch::{Batch, Scored};
 pub use compare::{ComparedModel, Comparison, compare};
 pub use config::{Config, LayerConfig};

@@ -178,10 +178,12 @@ impl<'m> Encoder<'m> {
         self.tokenize(&text, !has_bos)
     }
 
-    fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {
+    /// Tokens of a text that the assistant goes on with: with BOS in front where the model wants it, and
+    /// nothing behind, whatever the vocabulary would add there.
+    fn tokenize(&self, text: &str, add_bos: bool) -> Result<Vec<i32>> {
         match &self.tokenizer {
-            Some(tokenizer) => tokenizer.encode(text, add_special, true),
-            None => self.model.engine().vocab().tokenize(text, add_special, true),
+            Some(tokenizer) => tokenizer.encode(text, add_bos, true),
+            None => self.model.engine().vocab().tokenize(text, add_bos, true),
         }
     }
 

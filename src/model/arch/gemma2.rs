@@ -11,6 +11,7 @@ pub static FAMILY: Family = Family {
     adjust: gemma,
     layer,
     permuted: false,
+    modules: &[],
     partial_rope: true,
 };
 

@@ -12,6 +12,7 @@ pub static FAMILY: Family = Family {
     adjust,
     layer,
     permuted: true,
+    modules: &[],
     partial_rope: false,
 };
 

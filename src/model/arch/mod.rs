@@ -33,6 +33,8 @@ pub struct Family {
     /// Whether the rows of `attn_q` and `attn_k` are reordered within each head, against Hugging Face's: pairs that
     /// rotate together are neighbours.
     pub permuted: bool,
+    /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones.
+    pub modules: &'static [(&'static str, &'static str)],
     /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
     /// expect that.
     pub partial_rope: bool,

@@ -13,6 +13,7 @@ pub static FAMILY: Family = Family {
     adjust,
     layer,
     permuted: false,
+    modules: &[],
     partial_rope: false,
 };
 

@@ -10,6 +10,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
+    modules: &[],
     partial_rope: false,
 };
 
