@@ -135,18 +135,19 @@ impl Back<'_> {
                     p[hidden.clone()].fill(0.0);
                     ds[hidden].fill(0.0);
                 }
-                let (lse, d) = (lse[c], d[c]);
                 let live = p[seen.clone()].iter_mut().zip(&mut ds[seen]);
-                match job.softcap {
-                    None => live.for_each(|(p, ds)| {
+                let (lse, d) = (lse[c], d[c]);
+                let Some(cap) = job.softcap else {
+                    for (p, ds) in live {
                         *p = exp(*p - lse);
                         *ds = *p * (*ds - d);
-                    }),
-                    Some(cap) => live.for_each(|(p, ds)| {
-                        let (score, slope) = softcap(*p, cap);
-                        *p = exp(score - lse);
-                        *ds = *p * (*ds - d) * slope;
-                    }),
+                    }
+                    continue;
+                };
+                for (p, ds) in live {
+                    let (score, slope) = softcap(*p, cap);
+                    *p = exp(score - lse);
+                    *ds = *p * (*ds - d) * slope;
                 }
             }
             // SAFETY: the views lie within the packed slices.
