@@ -25,7 +25,7 @@ struct Silu {
 struct Gelu {
     __device__ Gate operator()(float g) const {
         constexpr float A = 0.044715f;
-        constexpr float K = 1.5957691f; // 2 sqrt(2/pi)
+        constexpr float K = 1.5957692f; // 2 sqrt(2/pi)
         const float x      = fminf(fmaxf(g, -10.0f), 10.0f);
         const float square = x * x;
         const float e      = expf(-K * x * (1.0f + A * square));

@@ -92,7 +92,7 @@ fn silu(g: f32) -> (f32, f32) {
 #[inline(always)]
 fn gelu(g: f32) -> (f32, f32) {
     const A: f32 = 0.044_715;
-    const K: f32 = 1.595_769_1; // 2 sqrt(2/pi)
+    const K: f32 = 1.595_769_2; // 2 sqrt(2/pi)
     // Beyond, s is 0 or 1 to 1e-37, and a square might overflow.
     let x = g.clamp(-10.0, 10.0);
     let square = x * x;

@@ -171,7 +171,7 @@ fn a_window_beyond_all_tokens_changes_no_bit() {
 #[test]
 fn attention_with_a_softcap() {
     let trees: &[Tree] = &[(140, &[1, 70]), (9, &[5, 1, 8])];
-    for threads in [1, 2, 5] {
+    for threads in [1, 5] {
         // Scores from far below the cap to far beyond.
         for (softcap, gain) in [(50.0, 1.0), (2.0, 1.0), (1.0, 3.0), (0.1, 1.0), (30.0, 20.0)] {
             let spec = AttentionSpec { softcap: Some(softcap), ..spec(4, 2, 16) };

@@ -135,18 +135,10 @@ impl Back<'_> {
                     p[hidden.clone()].fill(0.0);
                     ds[hidden].fill(0.0);
                 }
-                let (lse, d) = (lse[c], d[c]);
-                let live = p[seen.clone()].iter_mut().zip(&mut ds[seen]);
+                let (p, ds) = (&mut p[seen.clone()], &mut ds[seen]);
                 match job.softcap {
-                    None => live.for_each(|(p, ds)| {
-                        *p = exp(*p - lse);
-                        *ds = *p * (*ds - d);
-                    }),
-                    Some(cap) => live.for_each(|(p, ds)| {
-                        let (score, slope) = softcap(*p, cap);
-                        *p = exp(score - lse);
-                        *ds = *p * (*ds - d) * slope;
-                    }),
+                    None => plain(p, ds, lse[c], d[c]),
+                    Some(cap) => capped(p, ds, lse[c], d[c], cap),
                 }
             }
             // SAFETY: the views lie within the packed slices.
@@ -167,5 +159,24 @@ impl Back<'_> {
             // SAFETY: by contract.
             unsafe { self.dq.row_mut(token, head).copy_from_slice(&dq[c * stride..][..size]) };
         }
+    }
+}
+
+/// Scores `p` of a query become probabilities, the cotangents `ds` of these those of the scores.
+#[inline(never)]
+fn plain(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        *p = exp(*p - lse);
+        *ds = *p * (*ds - d);
+    }
+}
+
+/// The same where a softcap stands between.
+#[inline(never)]
+fn capped(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32, cap: f32) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        let (score, slope) = softcap(*p, cap);
+        *p = exp(score - lse);
+        *ds = *p * (*ds - d) * slope;
     }
 }
