@@ -11,7 +11,7 @@ use bupo_gguf::export::{AdapterSpec, Adapters, PeftBase, lora_of, read_peft, wri
 use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, GgufFile};
 use bupo_gguf::model::{Batch, ComparedModel, Lora, Model, Policy, compare};
-use common::{Golden, golden_dir, relative_error};
+use common::{ARCHS, Golden, folder_of, golden_dir, relative_error};
 use program::text;
 use serde_json::Value;
 
@@ -42,9 +42,9 @@ fn logprobs(model: &Model, lora: Option<&Lora>, tokens: &[i32]) -> Vec<f32> {
 #[test]
 fn peft_and_back_is_exact() {
     let dir = tempfile::tempdir().unwrap();
-    for case in ["llama-f32", "qwen2-f32", "qwen3-f32", "llama-q4_0"] {
-        let base = golden(&format!("{case}.gguf"));
-        let adapter = golden(&format!("{case}.lora.gguf"));
+    for case in ["llama-f32", "qwen2-f32", "qwen3-f32", "llama-q4_0"].into_iter().chain(ARCHS) {
+        let base = folder_of(case).join(format!("{case}.gguf"));
+        let adapter = folder_of(case).join(format!("{case}.lora.gguf"));
         let (folder, back) = (dir.path().join(case), dir.path().join("back.gguf"));
         run(&["export", text(&base), "--adapter", text(&adapter), "--peft", text(&folder)])
             .unwrap();

@@ -10,12 +10,12 @@ use std::path::Path;
 use bupo_gguf::export::{AdapterSpec, MergeOptions, Merger, TypeChoice};
 use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::AdapterFile;
-use common::{golden_dir, relative_error};
+use common::{ARCHS, folder_of, relative_error};
 use llama_cpp_2::llama_backend::LlamaBackend;
 
 fn merge(case: &str, ty: &str, out: &Path) {
-    let spec = AdapterSpec { path: golden_dir().join(format!("{case}.lora.gguf")), factor: 1.0 };
-    let base = golden_dir().join(format!("{case}.gguf"));
+    let spec = AdapterSpec { path: folder_of(case).join(format!("{case}.lora.gguf")), factor: 1.0 };
+    let base = folder_of(case).join(format!("{case}.gguf"));
     let merger = Merger::new(&base, case, &[spec], None).unwrap();
     let ty: TypeChoice = ty.parse().unwrap();
     let options = MergeOptions {
@@ -35,9 +35,11 @@ fn stock_llama_cpp_runs_what_we_export() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.gguf");
     let tokens: Vec<i32> = (0..24).map(|i| (i * 37 + 11) % 250).collect();
-    for case in ["qwen3-f32", "llama-f32", "qwen2-f32"] {
-        let base = golden_dir().join(format!("{case}.gguf"));
-        let adapter = golden_dir().join(format!("{case}.lora.gguf"));
+    let first = ["qwen3-f32", "llama-f32", "qwen2-f32"];
+    let further = ARCHS.into_iter().filter(|case| case.ends_with("f32"));
+    for case in first.into_iter().chain(further) {
+        let base = folder_of(case).join(format!("{case}.gguf"));
+        let adapter = folder_of(case).join(format!("{case}.lora.gguf"));
         let plain = stock::logits(&backend, &base, None, &tokens).concat();
         let with = stock::logits(&backend, &base, Some(&adapter), &tokens).concat();
         // The change that all the rest must not lose.
@@ -49,7 +51,13 @@ fn stock_llama_cpp_runs_what_we_export() {
         let merged = stock::logits(&backend, &out, None, &tokens).concat();
         let scale = with.iter().fold(0f32, |m, x| m.max(x.abs()));
         let worst = merged.iter().zip(&with).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
-        assert!(worst < 1e-4 * scale.max(1.0), "{case}: {worst} of {scale}");
+        // llama.cpp takes GELU from a table of half floats on the CPU, which is a staircase.
+        let most = if case.starts_with("gemma") { 5e-3 } else { 1e-4 };
+        println!("{case}: {worst:.1e} of {scale:.1}");
+        assert!(worst < most * scale.max(1.0), "{case}: {worst} of {scale}");
+        if !first.contains(&case) {
+            continue;
+        }
 
         // Adapters of every type load and do the same, as well as their type can.
         let file = AdapterFile::read(&adapter).unwrap();
@@ -80,8 +88,8 @@ fn stock_llama_cpp_runs_what_we_export() {
         ("qwen3-q8_0", "keep", 1e-1),
     ] {
         merge(case, ty, &out);
-        let base = golden_dir().join(format!("{case}.gguf"));
-        let adapter = golden_dir().join(format!("{case}.lora.gguf"));
+        let base = folder_of(case).join(format!("{case}.gguf"));
+        let adapter = folder_of(case).join(format!("{case}.lora.gguf"));
         let with = stock::logits(&backend, &base, Some(&adapter), &tokens).concat();
         let plain = stock::logits(&backend, &base, None, &tokens).concat();
         let merged = stock::logits(&backend, &out, None, &tokens).concat();

@@ -41,6 +41,25 @@ pub struct Trainable {
     pub types: Vec<&'static str>,
 }
 
+/// Layers of one kind: equal in every size.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LayerKind {
+    /// Which, from 1.
+    pub layers: Vec<usize>,
+    /// Query and key/value heads.
+    pub heads: [usize; 2],
+    /// Size of a head.
+    pub head_size: usize,
+    /// Width of the FFN.
+    pub ffn_width: usize,
+    /// Tokens that a query sees; none is all before it.
+    pub window: Option<usize>,
+    /// Base of the rotation; none where nothing rotates.
+    pub rope_base: Option<f32>,
+    /// Whether it has keys and values of its own.
+    pub own_keys: bool,
+}
+
 /// A model file described.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Description {
@@ -66,6 +85,8 @@ pub struct Description {
     pub heads: [Option<u64>; 2],
     /// Size of a head.
     pub head_size: Option<u64>,
+    /// Layers by kind, of a model that opens.
+    pub layer_kinds: Vec<LayerKind>,
     /// Tokens.
     pub vocabulary: Option<u64>,
     /// Context the model was trained on, tokens.
@@ -80,8 +101,6 @@ pub struct Description {
     pub types: BTreeMap<&'static str, TypeUse>,
     /// Tensors that are left alone: of a vision part, or of blocks that predict further tokens.
     pub left_alone: Vec<String>,
-    /// Layers that see a window of so many tokens; of the first such layer.
-    pub windowed: Option<[usize; 2]>,
     /// A window that the file declares and llama.cpp does not apply to this architecture, tokens.
     pub window_ignored: Option<u64>,
     /// Taps of each layer.
@@ -122,7 +141,8 @@ impl Description {
         }
         let scaling = get("rope.scaling.type").map(|v| v.to_string());
         let llama3 = tensors().any(|t| t.name == "rope_freqs.weight");
-        let scaling = scaling.unwrap_or_else(|| if llama3 { "llama3" } else { "none" }.into());
+        let factors = if architecture == "llama" { "llama3" } else { "by factors" };
+        let scaling = scaling.unwrap_or_else(|| if llama3 { factors } else { "none" }.into());
         let base = get("rope.freq_base").map_or("10000".into(), ToString::to_string);
         let width = size("embedding_length");
         let heads = [size("attention.head_count"), size("attention.head_count_kv")];
@@ -142,6 +162,7 @@ impl Description {
             ffn_width: size("feed_forward_length"),
             heads: [heads[0], heads[1].or(heads[0])],
             head_size: size("attention.key_length").or(derived),
+            layer_kinds: model.as_ref().map_or(Vec::new(), layer_kinds),
             vocabulary,
             context: size("context_length"),
             rope: format!("base {base}, scaling {scaling}"),
@@ -152,9 +173,12 @@ impl Description {
                 let names = tensors().map(|t| t.name.as_str());
                 names.filter(|name| model.leaves_alone(name)).map(str::to_owned).collect()
             }),
-            windowed: model.as_ref().and_then(windowed),
-            window_ignored: size("attention.sliding_window")
-                .filter(|&n| n > 0 && model.as_ref().is_some_and(|m| windowed(m).is_none())),
+            window_ignored: size("attention.sliding_window").filter(|&n| {
+                n > 0
+                    && model
+                        .as_ref()
+                        .is_some_and(|m| m.config().layers.iter().all(|l| l.window.is_none()))
+            }),
             taps: TAPS.to_vec(),
             trainable: model.as_ref().map_or(Vec::new(), |model| trainable(model, &files)),
             refused,
@@ -163,10 +187,24 @@ impl Description {
     }
 }
 
-/// How many layers see a window, and its size in the first of them.
-fn windowed(model: &Model) -> Option<[usize; 2]> {
-    let windows: Vec<_> = model.config().layers.iter().filter_map(|layer| layer.window).collect();
-    Some([windows.len(), *windows.first()?])
+fn layer_kinds(model: &Model) -> Vec<LayerKind> {
+    let mut kinds: Vec<LayerKind> = Vec::new();
+    for (i, l) in model.config().layers.iter().enumerate() {
+        let kind = LayerKind {
+            layers: Vec::new(),
+            heads: [l.n_head, l.n_head_kv],
+            head_size: l.head_size,
+            ffn_width: l.n_ff,
+            window: l.window,
+            rope_base: l.rope.map(|rope| rope.freq_base),
+            own_keys: l.has_kv,
+        };
+        match kinds.iter_mut().find(|k| LayerKind { layers: Vec::new(), ..(*k).clone() } == kind) {
+            Some(known) => known.layers.push(i + 1),
+            None => kinds.push(LayerKind { layers: vec![i + 1], ..kind }),
+        }
+    }
+    kinds
 }
 
 fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
@@ -194,6 +232,36 @@ fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
     found
 }
 
+impl fmt::Display for LayerKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let [n_head, n_head_kv] = self.heads;
+        let window = self.window.map_or(String::new(), |n| format!(", window {n}"));
+        let rope = self.rope_base.map_or(", no positions".into(), |b| format!(", rope base {b}"));
+        let keys = if self.own_keys { "" } else { ", keys and values of an earlier layer" };
+        write!(
+            f,
+            "{:<12}FFN {}, {n_head} heads ({n_head_kv} key/value) of {}{window}{rope}{keys}",
+            runs(&self.layers),
+            self.ffn_width,
+            self.head_size
+        )
+    }
+}
+
+/// `1-5,7-11,13`
+fn runs(layers: &[usize]) -> String {
+    let mut text = String::new();
+    for run in layers.chunk_by(|a, b| a + 1 == *b) {
+        let (first, last) = (run[0], run[run.len() - 1]);
+        let comma = if text.is_empty() { "" } else { "," };
+        text += &match run.len() {
+            1 => format!("{comma}{first}"),
+            _ => format!("{comma}{first}-{last}"),
+        };
+    }
+    text
+}
+
 impl fmt::Display for Description {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let number = |n: Option<u64>| n.map_or("?".into(), |n| n.to_string());
@@ -207,22 +275,24 @@ impl fmt::Display for Description {
             "size          {million:.1} M parameters, {size:.1} MiB in {} file{plural}",
             self.files
         )?;
-        writeln!(
-            f,
-            "layers        {} of width {}, FFN {}, {} heads ({} key/value) of {}",
-            number(self.layers),
-            number(self.width),
-            number(self.ffn_width),
-            number(self.heads[0]),
-            number(self.heads[1]),
-            number(self.head_size)
-        )?;
+        if self.layer_kinds.len() > 1 {
+            writeln!(f, "layers        {} of width {}", number(self.layers), number(self.width))?;
+            self.layer_kinds.iter().try_for_each(|kind| writeln!(f, "  {kind}"))?;
+        } else {
+            writeln!(
+                f,
+                "layers        {} of width {}, FFN {}, {} heads ({} key/value) of {}",
+                number(self.layers),
+                number(self.width),
+                number(self.ffn_width),
+                number(self.heads[0]),
+                number(self.heads[1]),
+                number(self.head_size)
+            )?;
+        }
         let tied = if self.tied { "tied" } else { "of its own" };
         writeln!(f, "vocabulary    {} tokens, unembedding {tied}", number(self.vocabulary))?;
         writeln!(f, "context       {} tokens; rope {}", number(self.context), self.rope)?;
-        if let Some([layers, window]) = self.windowed {
-            writeln!(f, "windows       {layers} layers see the last {window} tokens")?;
-        }
         if let Some(window) = self.window_ignored {
             writeln!(
                 f,
