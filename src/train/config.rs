@@ -202,13 +202,9 @@ pub struct TrainConfig {
     /// The low-rank term is scaled by alpha / rank [default: twice the rank]
     #[arg(long, value_name = "X", help_heading = "Adapter")]
     pub alpha: Option<f32>,
-    /// Adapted weights, any of q,k,v,o,gate,up,down
-    #[arg(
-        long,
-        default_value = "q,k,v,o,gate,up,down",
-        value_name = "LIST",
-        help_heading = "Adapter"
-    )]
+    /// Adapted weights: all linear maps of attention and FFN, or some by the names that `inspect` lists, such as
+    /// q,k,v,o,gate,up,down (qkv and gate_up where the model has them in one)
+    #[arg(long, default_value = "all", value_name = "LIST", help_heading = "Adapter")]
     pub targets: Targets,
     /// Start from this adapter (GGUF); rank, alpha and targets are its own
     #[arg(long, value_name = "FILE", help_heading = "Adapter")]
