@@ -115,6 +115,15 @@ impl Expr {
         }
     }
 
+    /// `self` times a whole number.
+    pub fn scaled(self, times: u64) -> Expr {
+        let times = RBig::from(IBig::from(times));
+        match self {
+            Expr::Num(n) => Expr::Num(n * times),
+            other => Expr::Product(vec![Expr::Num(times), other]),
+        }
+    }
+
     pub fn minus(self, other: Expr) -> Expr {
         let mut terms = self.terms();
         terms.extend(other.terms().into_iter().map(Expr::negative));
@@ -138,7 +147,8 @@ impl Expr {
         Expr::Power(Box::new(self), Box::new(Expr::Inverse(Box::new(n))))
     }
 
-    fn children(&self) -> &[Expr] {
+    /// The parts right below; a power has none.
+    pub fn children(&self) -> &[Expr] {
         match self {
             Expr::Sum(parts) | Expr::Product(parts) => parts,
             Expr::Call(_, parts) | Expr::Apply(_, parts) => parts,

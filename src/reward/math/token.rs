@@ -42,6 +42,21 @@ pub(super) struct Reading {
     pub thousands: bool,
     /// `2e3` is 2000 (else 2 times e times 3).
     pub scientific: bool,
+    /// Which letters behind a number are a unit (else a product).
+    pub units: Units,
+}
+
+/// Letters behind a number that are read as a unit, from the fewest to the most. `5 \text{ mg}` and `5 cm` always are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd)]
+pub(super) enum Units {
+    /// No letters that may be a product: `2 mg` is 2 m g.
+    Sure,
+    /// `2 mg`, for the blank before it.
+    Spaced,
+    /// And one letter at the end: `2 m`.
+    Letter,
+    /// All that can be: `2mg`, `2m`.
+    Any,
 }
 
 /// Tokens of `text`; the error says what stopped it.
@@ -153,6 +168,12 @@ impl<'a> Lexer<'a> {
                     _ => "!=",
                 }));
             }
+            // `=<` and `=>` as some programs have them.
+            '=' if self.rest.starts_with(['<', '>']) => {
+                let less = self.rest.starts_with('<');
+                self.rest = &self.rest[1..];
+                self.push(Tok::Cmd(if less { "<=" } else { ">=" }));
+            }
             '<' => self.push(Tok::Cmd("<")),
             '>' => self.push(Tok::Cmd(">")),
             '€' => self.push(Tok::Cmd("€")),
@@ -239,6 +260,18 @@ impl<'a> Lexer<'a> {
         matches!(last, Some(Tok::Num(_) | Tok::Text(_) | Tok::Op(')' | '}' | '%' | '\u{b0}')))
     }
 
+    /// Whether the letters behind a value are a unit in this reading.
+    fn may_be_unit(&self, run: &str) -> bool {
+        let ends = self.rest.trim_start().is_empty();
+        match self.reading.units {
+            _ if run.len() > 1 && !super::units::may_be_product(run) => true,
+            Units::Sure => false,
+            Units::Spaced => self.spaced && run.len() > 1,
+            Units::Letter => self.spaced && (run.len() > 1 || ends),
+            Units::Any => run.len() > 1 || ends,
+        }
+    }
+
     fn named(&mut self, run: &str) {
         // `60 min` measures time.
         if run == "min" && self.after_value() {
@@ -255,7 +288,7 @@ impl<'a> Lexer<'a> {
             self.push(kind);
             return self.push(Tok::Sym(run[split..].to_string()));
         }
-        let unit = run.len() > 1 && self.after_value() && super::units::is_unit(run);
+        let unit = self.after_value() && super::units::is_unit(run) && self.may_be_unit(run);
         if run.len() > 3 || unit || names::is_short_word(run) {
             self.push(Tok::Text(run.to_string()));
         } else {
@@ -276,7 +309,10 @@ impl<'a> Lexer<'a> {
             match c {
                 '{' => self.push(Tok::Cmd("{")),
                 '}' => self.push(Tok::Cmd("}")),
-                '\\' => self.push(Tok::Cmd("\\\\")),
+                '\\' => {
+                    self.push(Tok::Cmd("\\\\"));
+                    self.row_gap();
+                }
                 '%' => self.push(Tok::Op('%')),
                 '$' => self.push(Tok::Cmd("$")),
                 '|' => self.push(Tok::Cmd("norm")),
@@ -319,6 +355,17 @@ impl<'a> Lexer<'a> {
                 let letters = self.group_or_letter();
                 self.push(Tok::Sym(format!("{name} {letters}")));
             }
+            "not" => {
+                let next = self.rest.trim_start();
+                let equals = next.strip_prefix('=');
+                match equals {
+                    Some(rest) => {
+                        self.rest = rest;
+                        self.push(Tok::Cmd("!="));
+                    }
+                    None => self.push(Tok::Other(name.to_string())),
+                }
+            }
             _ => match names::command(name) {
                 Some(names::Meaning::Token(kind)) => self.push(kind),
                 Some(names::Meaning::Blank) => self.spaced = true,
@@ -326,6 +373,18 @@ impl<'a> Lexer<'a> {
             },
         }
         Ok(())
+    }
+
+    /// Skips the space that a row asks for below it: `\\[4pt]`.
+    fn row_gap(&mut self) {
+        let gap = self.rest.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+        if let Some((gap, tail)) = gap {
+            let size = gap.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+            let unit = matches!(&gap[size.len()..], "pt" | "em" | "ex" | "mm" | "cm" | "in" | "mu");
+            if unit && size.trim().parse::<f32>().is_ok() {
+                self.rest = tail;
+            }
+        }
     }
 
     /// `\text{..}`: mathematics where it holds no word, else words.
