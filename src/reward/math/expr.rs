@@ -172,6 +172,13 @@ impl Expr {
         match self {
             Expr::PlusMinus => Expr::int(sign),
             Expr::Sum(parts) => Expr::Sum(list(parts)),
+            Expr::Product(parts) if parts.contains(&Expr::PlusMinus) => {
+                let (signs, rest): (Vec<_>, Vec<_>) =
+                    parts.iter().partition(|part| **part == Expr::PlusMinus);
+                let mut rest: Vec<_> = rest.into_iter().map(|p| p.with_sign(sign)).collect();
+                let value = if rest.len() == 1 { rest.remove(0) } else { Expr::Product(rest) };
+                if sign < 0 && signs.len() % 2 == 1 { value.negative() } else { value }
+            }
             Expr::Product(parts) => Expr::Product(list(parts)),
             Expr::Inverse(part) => Expr::Inverse(one(part)),
             Expr::Power(base, exponent) => Expr::Power(one(base), one(exponent)),

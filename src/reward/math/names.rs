@@ -94,6 +94,7 @@ pub(super) fn command(name: &str) -> Option<Meaning> {
         "gt" => Tok::Cmd(">"),
         "ne" | "neq" => Tok::Cmd("!="),
         "in" => Tok::Cmd("in"),
+        "mid" => Tok::Cmd("mid"),
         "approx" | "simeq" | "doteq" | "thickapprox" => Tok::Cmd("approx"),
         "cr" | "newline" | "tabularnewline" => Tok::Cmd("\\\\"),
         "lor" | "vee" => Tok::Op(','),

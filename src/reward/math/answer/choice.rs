@@ -15,7 +15,7 @@ pub(super) fn choice(text: &str, tokens: &[Token]) -> Option<Answer> {
     let names = tokens.iter().take_while(|token| name(token)).count();
     let tokens = &tokens[names..];
     let worded = names > 0 || text.trim_start().starts_with("\\text");
-    let (letter, length) = marked(tokens, worded)?;
+    let (letter, length) = marked(tokens, worded, is_dotted(text))?;
     let rest = match &tokens[length..] {
         [] | [Token { kind: Tok::Op('.'), .. }] => None,
         rest if worded || rest[0].spaced => {
@@ -42,14 +42,22 @@ fn named(tokens: &[Token]) -> Option<char> {
     is_name(name).then(|| lone(letter)).flatten().filter(char::is_ascii_uppercase)
 }
 
+/// Whether the text begins with words that end in the mark of a choice, which is no token: `\text{C. } 15`.
+fn is_dotted(text: &str) -> bool {
+    let words = text.trim_start().strip_prefix("\\text").and_then(|rest| rest.split_once('{'));
+    let inside = words.and_then(|(_, rest)| rest.split_once('}')).map_or("", |(inside, _)| inside);
+    inside.trim_end().ends_with(['.', ':'])
+}
+
 /// The letter that marks a choice at the front, and the number of its tokens.
-fn marked(tokens: &[Token], worded: bool) -> Option<(char, usize)> {
+fn marked(tokens: &[Token], worded: bool, dotted: bool) -> Option<(char, usize)> {
     if let Some(letter) = bracketed(tokens, 0) {
         return (worded || letter.is_ascii_uppercase()).then_some((letter, 3));
     }
     let letter = letter_of(&tokens.first()?.kind).filter(char::is_ascii_uppercase)?;
     match tokens.get(1).map(|token| &token.kind) {
         None if worded => Some((letter, 1)),
+        Some(_) if dotted => Some((letter, 1)),
         Some(Tok::Op(')' | '.' | ':')) => Some((letter, 2)),
         _ => None,
     }

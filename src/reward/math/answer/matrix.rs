@@ -29,6 +29,7 @@ pub(super) fn matrix(tokens: &[Token]) -> Read {
     };
     let factor = match before {
         [] => None,
+        [Token { kind: Tok::Op('-'), .. }] => Some(Expr::int(-1)),
         before => Some(parse::expression(before)?),
     };
     let rows = rows(&tokens[begin + 1..end], factor.as_ref())?;
@@ -41,6 +42,13 @@ pub(super) fn matrix(tokens: &[Token]) -> Read {
     }
     let column = |at: usize| rows.iter().map(|row| row[at].clone()).collect();
     Ok(Answer::Matrix((0..width).map(column).collect()))
+}
+
+/// What stands before a transpose: `(1, 2)^T`.
+pub(super) fn untransposed(tokens: &[Token]) -> Option<&[Token]> {
+    let hat = tokens.iter().rposition(|token| token.kind == Tok::Op('^'))?;
+    let closed = matches!(tokens.get(hat.checked_sub(1)?)?.kind, Tok::Op(')' | ']'));
+    (closed && is_transpose(&tokens[hat + 1..])).then_some(&tokens[..hat])
 }
 
 fn is_transpose(tokens: &[Token]) -> bool {

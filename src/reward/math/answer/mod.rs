@@ -10,7 +10,7 @@ use super::parse;
 use super::token::{Reading, Tok, Token, Units, canonical, tokens};
 use super::units::{self, Unit};
 use choice::choice;
-use matrix::matrix;
+use matrix::{matrix, untransposed};
 pub(super) use time::Time;
 use words::words;
 
@@ -196,6 +196,12 @@ fn single(tokens: &[Token], depth: usize) -> Read {
     if let Some(group) = group(tokens, depth) {
         return group;
     }
+    // A column written as a row.
+    if let Some(row) = untransposed(tokens)
+        && let Some(Ok(row @ Answer::Group { .. })) = group(row, depth)
+    {
+        return Ok(row);
+    }
     let (parts, colons) = split(tokens, |kind| *kind == Tok::Op(':'))?;
     if !colons.is_empty() {
         let parts: Read<Vec<_>> = parts.into_iter().map(parse::expression).collect();
@@ -224,6 +230,23 @@ fn defined(tokens: &[Token]) -> Option<Answer> {
         .collect();
     let value = Expr::Apply(name.clone(), arguments.filter(|a| !a.is_empty())?);
     Some(Answer::Quantity { value, unit: Unit::parse(&[]).ok()? })
+}
+
+/// The condition of `\{x \mid x > 3\}` or `\{x \in \mathbb{R} : x > 3\}`, which is the set.
+fn builder(inside: &[Token]) -> Option<&[Token]> {
+    let bar = |t: &Token| matches!(t.kind, Tok::Cmd("mid") | Tok::Op(':' | '|'));
+    let at = inside.iter().position(bar)?;
+    let real =
+        |set: &[Token]| matches!(set, [Token { kind: Tok::Sym(name), .. }] if name == "mathbb R");
+    let named = match &inside[..at] {
+        [Token { kind: Tok::Sym(_), .. }] => true,
+        [Token { kind: Tok::Sym(_), .. }, is, set @ ..] => is.kind == Tok::Cmd("in") && real(set),
+        _ => false,
+    };
+    let relation = |t: &Token| matches!(t.kind, Tok::Cmd("<" | ">" | "<=" | ">=" | "!="));
+    let condition = &inside[at + 1..];
+    let mentioned = condition.iter().any(|token| token.kind == inside[0].kind);
+    (named && condition.iter().any(relation) && mentioned).then_some(condition)
 }
 
 /// Whether a comma stands in the outer braces: `{1, 2}`, a set without backslashes.
@@ -258,6 +281,7 @@ fn group(tokens: &[Token], depth: usize) -> Option<Read> {
     };
     Some(match open {
         '{' if inside.is_empty() => Ok(Answer::Set(Vec::new())),
+        '{' if builder(inside).is_some() => list(builder(inside).unwrap_or_default(), depth + 1),
         '{' => items(inside, depth + 1).map(Answer::Set),
         _ => {
             let parts = split(inside, |kind| matches!(kind, Tok::Op(',' | ';')));

@@ -80,10 +80,28 @@ impl Time {
         [hours % 12 + if self.afternoon == Some(true) { 12 } else { 0 }, minutes, seconds]
     }
 
+    /// Whether it may have been meant as a ratio, which has no zero before a digit.
+    fn is_ratio(&self) -> bool {
+        self.afternoon.is_none()
+            && self.written > 1
+            && self.parts[1..self.written].iter().all(|n| *n > 9)
+    }
+
+    /// Whether it may have been meant as a ratio in lowest terms, as gold answers are.
+    pub fn is_reduced(&self) -> bool {
+        let common = |mut a: u32, mut b: u32| {
+            while b > 0 {
+                (a, b) = (b, a % b);
+            }
+            a
+        };
+        self.parts[..self.written].iter().fold(0, |all, part| common(all, *part)) == 1
+    }
+
     /// Its parts as those of a ratio, which it may be where no a.m. or p.m. stands behind it.
     pub fn ratio(&self) -> Option<Vec<Expr>> {
-        let ratio = self.afternoon.is_none() && self.written > 1;
-        ratio.then(|| self.parts[..self.written].iter().map(|n| Expr::int((*n).into())).collect())
+        self.is_ratio()
+            .then(|| self.parts[..self.written].iter().map(|n| Expr::int((*n).into())).collect())
     }
 }
 

@@ -79,6 +79,7 @@ fn compare(gold: &Answer, answer: &Answer, at: At) -> Finding {
         (Time(time), Words(word)) | (Words(word), Time(time)) => {
             verdict(time.is_called(word), "the same time", "another time")
         }
+        (Time(a), Ratio(_)) if !a.is_reduced() => Err("a ratio is no time".into()),
         (Time(a), Ratio(b)) => ratios(&a.ratio().ok_or("a ratio is no time")?, b, at),
         (Ratio(a), Time(b)) => ratios(a, &b.ratio().ok_or("a time is no ratio")?, at),
         (Group { open: a, close: b, items: c }, Group { open: d, close: e, items: f }) => {
@@ -107,6 +108,10 @@ fn compare(gold: &Answer, answer: &Answer, at: At) -> Finding {
         }
         (Set(one) | List(one), other) if one.len() == 1 => again(&one[0], other),
         (other, Set(one) | List(one)) if one.len() == 1 => again(other, &one[0]),
+        // One value in several spellings: `1/2, or 50%`.
+        (Quantity { .. }, List(spellings)) if spellings.iter().all(|b| again(gold, b).is_ok()) => {
+            Ok("the same value each time".into())
+        }
         (Matrix(a), Matrix(b)) => matrices(a, b, at),
         // A row or column as a list; a list of rows.
         (Matrix(cells), Group { items, .. }) => match grid(items) {

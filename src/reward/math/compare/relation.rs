@@ -134,13 +134,27 @@ pub(super) fn components(items: &[Answer]) -> Option<Vec<&Answer>> {
 fn is_name(side: &Answer) -> bool {
     match side {
         Answer::Quantity { value, unit } if unit.is_label() => match value {
-            Expr::Sym(_) => true,
-            Expr::Apply(_, arguments) => arguments.iter().all(|a| matches!(a, Expr::Sym(_))),
+            Expr::Sym(_) | Expr::Apply(..) => true,
             Expr::Mark(_, inner) => matches!(**inner, Expr::Sym(_)),
-            _ => false,
+            _ => is_derivative(value),
         },
         Answer::Group { open: '(', close: ')', items } => items.iter().all(is_name),
         Answer::Words(_) | Answer::Letters(_) => true,
+        _ => false,
+    }
+}
+
+/// `\frac{dy}{dx}`
+fn is_derivative(value: &Expr) -> bool {
+    let d = |e: &Expr| match e {
+        Expr::Product(factors) => factors.first() == Some(&Expr::Sym("d".into())),
+        other => *other == Expr::Sym("d".into()),
+    };
+    match value {
+        Expr::Product(factors) => match factors.as_slice() {
+            [above, Expr::Inverse(below), ..] => d(above) && d(below),
+            _ => false,
+        },
         _ => false,
     }
 }

@@ -11,7 +11,8 @@ const MAX_BOXES: usize = 64;
 /// What may stand between boxes of one answer: commas, "and", "or", the ends of mathematics, a name with `=`.
 static BETWEEN: LazyLock<Regex> = LazyLock::new(|| {
     let blank = r"\s|\$|\*|\\[()\[\],;:! ]|\\q?quad\b";
-    let joint = r"[,;&]|and\b|or\b|\\text\{\s*(?:and|or),?\s*\}";
+    let joint =
+        r"[,;&]|and\b|or\b|maybe\b|perhaps\b|possibly\b|both\b|\\text\{\s*(?:and|or),?\s*\}";
     Regex::new(&format!(r"^(?:{blank})*(?:{joint})(?:{blank}|{joint})*({NAME})?(?:{blank})*$"))
         .expect("a pattern")
 });

@@ -24,6 +24,31 @@ const TURNED: &[&str] = &[
     "least", "most", "than", "almost", "under", "over", "below", "above",
 ];
 
+/// Words that deny what follows in their sentence.
+const DENIALS: &[&str] = &["not", "isn't", "aren't", "cannot", "can't", "never", "neither", "nor"];
+
+/// What is made of a value behind "of".
+const MADE_OF: &[&str] = &[
+    "half",
+    "third",
+    "thirds",
+    "quarter",
+    "quarters",
+    "fifth",
+    "tenth",
+    "percent",
+    "square",
+    "cube",
+    "root",
+    "multiple",
+    "factor",
+    "reciprocal",
+    "inverse",
+    "logarithm",
+    "double",
+    "out",
+];
+
 /// Items from `first` to `last` that are one value.
 #[derive(Clone, Copy)]
 struct Run {
@@ -36,30 +61,45 @@ pub(super) fn last_value<'a>(text: &'a str, items: &[Item]) -> Option<Cow<'a, st
     let runs = runs(text, items);
     let at = (0..runs.len()).rev().find(|at| is_value(text, items, runs[*at]))?;
     let (mut first, last) = (at, runs[at].last);
-    let mut joined = false;
-    while first > 0 {
-        let between = &items[runs[first - 1].last + 1..runs[first].first];
-        let words = between.iter().all(|item| matches!(item.kind, Kind::And | Kind::Or));
-        let comma = items[runs[first - 1].last].stop;
-        if !words || between.is_empty() && !(joined && comma == Some(',')) {
-            break;
-        }
-        if !matches!(comma, None | Some(',' | ';')) {
-            break;
-        }
-        joined = true;
+    while first > 0 && is_joined(text, items, runs[first - 1], runs[first]) {
         first -= 1;
     }
     let start = runs[first].first;
-    let before = start.checked_sub(1).map(|at| items[at].text(text).to_ascii_lowercase());
     let end = with_unit(items, last);
-    if before.as_deref() == Some("negative") && !joined {
-        return Some(format!("-{}", &text[items[start].start..items[end].end]).into());
+    let before = |n: usize| {
+        let at =
+            start.checked_sub(n).filter(|at| items[*at..start].iter().all(|i| i.stop.is_none()));
+        at.map_or(String::new(), |at| items[at].text(text).to_ascii_lowercase())
+    };
+    let mut words: Vec<String> = (1..=4).map(before).collect();
+    words.retain(|word| word != "the");
+    if matches!(words[0].as_str(), "negative" | "minus") && first == at {
+        return Some(format!("-{}", spelled(text, &items[start..=end])).into());
     }
-    if before.is_some_and(|word| TURNED.contains(&word.as_str())) {
+    let denied = words
+        .iter()
+        .take(3)
+        .take_while(|word| *word != "but")
+        .any(|word| DENIALS.contains(&word.as_str()) || word.ends_with("n't"));
+    let number = |word: &str| word.starts_with(|c: char| c.is_ascii_digit());
+    let made = words[0] == "of" && (MADE_OF.contains(&words[1].as_str()) || number(&words[1]));
+    if denied || made || TURNED.contains(&words[0].as_str()) {
         return None;
     }
     Some(slice(text, items, start, end))
+}
+
+/// Whether "and", "or", a ratio's "to" or a comma alone stands between two values.
+fn is_joined(text: &str, items: &[Item], a: Run, b: Run) -> bool {
+    let between = &items[a.last + 1..b.first];
+    let words = between
+        .iter()
+        .all(|item| matches!(item.kind, Kind::And | Kind::Or) || item.text(text) == "to");
+    match items[a.last].stop {
+        None => words && !between.is_empty(),
+        Some(',' | ';') => words && !items[b.first].first,
+        _ => false,
+    }
 }
 
 /// The text of these items as one answer.
@@ -67,8 +107,24 @@ fn slice<'a>(text: &'a str, items: &[Item], first: usize, last: usize) -> Cow<'a
     if let (true, Kind::Formula(open, close)) = (first == last, items[first].kind) {
         return formula(&text[items[first].start + open..items[first].end - close]);
     }
-    let whole = text[items[first].start..items[last].end].trim();
-    whole.trim_start_matches(['=', '≈', ' ']).into()
+    match spelled(text, &items[first..=last]) {
+        Cow::Borrowed(whole) => whole.trim_start_matches(['=', '≈', ':', ' ']).into(),
+        Cow::Owned(whole) => whole.trim_start_matches(['=', '≈', ':', ' ']).to_string().into(),
+    }
+}
+
+/// The text of neighbours, without the stars and ticks of typography between them.
+pub(super) fn spelled<'a>(text: &'a str, items: &[Item]) -> Cow<'a, str> {
+    let (Some(first), Some(last)) = (items.first(), items.last()) else { return "".into() };
+    let gap = |pair: &[Item]| text[pair[0].end..pair[1].start].contains(['*', '`']);
+    if !items.windows(2).any(gap) {
+        return text[first.start..last.end].into();
+    }
+    let part = |item: &Item| match item.stop {
+        Some(',' | ';') if item.end < last.end => format!("{},", item.text(text)),
+        _ => item.text(text).to_string(),
+    };
+    items.iter().map(part).collect::<Vec<_>>().join(" ").into()
 }
 
 /// A formula's text as an answer.
@@ -105,7 +161,7 @@ fn runs(text: &str, items: &[Item]) -> Vec<Run> {
 }
 
 fn is_operator(c: char) -> bool {
-    "=+-*/^<>≤≥≈≠×·÷±−".contains(c)
+    "=+-*/^<>≤≥≈≠×·÷±−:".contains(c)
 }
 
 /// Whether the second continues what the first began.

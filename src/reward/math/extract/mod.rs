@@ -150,7 +150,7 @@ fn hashes(text: &str) -> Option<&str> {
     let line = after.trim_start().lines().next()?;
     let below = after.trim_start()[line.len()..].trim();
     let words = line.bytes().take_while(u8::is_ascii_alphabetic).count() > 1;
-    (!(words && !below.is_empty())).then_some(line)
+    (!words || below.is_empty()).then_some(line)
 }
 
 #[cfg(test)]

@@ -179,11 +179,26 @@ fn tail(rest: &str, item: &mut Item) -> usize {
     length
 }
 
+/// Whether a colon that stands alone between numbers is a ratio's.
+fn is_ratio(text: &str, start: usize, end: usize) -> bool {
+    let digit = |c: Option<char>| c.is_some_and(|c| c.is_ascii_digit());
+    &text[start..end] == ":"
+        && digit(text[..start].trim_end().chars().last())
+        && digit(text[end..].trim_start().chars().next())
+}
+
 /// The word in these bytes, its typography and punctuation taken off.
 fn word(text: &str, start: usize, end: usize, first: bool) -> Item {
+    if is_ratio(text, start, end) {
+        return Item { start, end, kind: Kind::Math, stop: None, first };
+    }
     let raw = &text[start..end];
     let opening = |c: char| matches!(c, '*' | '`' | '"' | '\u{201c}' | '\u{2018}' | '#' | '_');
-    let closing = |c: char| matches!(c, '*' | '`' | '"' | '\u{201d}' | '\'' | '_');
+    let closing = |c: char, core: &str| match c {
+        '*' | '`' | '"' | '\u{201d}' | '_' | '$' => true,
+        '}' => !core.contains('{'),
+        _ => false,
+    };
     let mut core = raw.trim_start_matches(opening);
     let mut stop = None;
     // `5!` is a factorial.
@@ -192,7 +207,7 @@ fn word(text: &str, start: usize, end: usize, first: bool) -> Item {
         let factorial = c == '!' && core.chars().nth_back(1).is_some_and(value);
         match c {
             '.' | ',' | ';' | ':' | '!' | '?' if !factorial => stop = Some(c),
-            c if closing(c) => {}
+            c if closing(c, core) => {}
             _ => break,
         }
         core = &core[..core.len() - c.len_utf8()];
@@ -215,6 +230,16 @@ fn kind(core: &str, first: bool) -> Kind {
         && (letters.as_str().is_empty() || letters.as_str().starts_with('_'))
         && core.is_ascii()
     {
+        return Kind::Letter;
+    }
+    // `[3]`: a reference.
+    let reference = core.strip_prefix('[').and_then(|core| core.strip_suffix(']'));
+    if reference.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit())) {
+        return Kind::Mark;
+    }
+    // `(C)`, `C)`: a choice.
+    let choice = core.strip_suffix(')').map(|core| core.trim_start_matches('('));
+    if choice.is_some_and(|c| c.len() == 1 && c.starts_with(|c: char| c.is_ascii_uppercase())) {
         return Kind::Letter;
     }
     let modifier =
@@ -258,8 +283,8 @@ fn is_mathematics(text: &str, inside: bool) -> bool {
             let unit = behind && (units::is_unit(run) || units::multiplier(run).is_some());
             let time = behind && matches!(run.to_ascii_lowercase().as_str(), "am" | "pm");
             let capitals = text.contains('=') && run.bytes().all(|b| b.is_ascii_uppercase());
-            let product =
-                run.len() < 4 && (text.contains(['=', '^', '+']) || inside && run.len() < 3);
+            let formula = text.contains(['=', '^', '+']) || last == '}';
+            let product = run.len() < 4 && formula || inside && run.len() < 3;
             if run.len() > 1 && !(known || unit || time || capitals || product) {
                 return false;
             }
@@ -283,7 +308,7 @@ fn is_mathematics(text: &str, inside: bool) -> bool {
         at += c.len_utf8();
     }
     // `3-`, `1)`: what is left of a word or of a list's number.
-    value && !(text.ends_with(')') && !text.contains(['(', '[']))
+    value && (!text.ends_with(')') || text.contains(['(', '[']))
 }
 
 /// Whether a command that holds words ends here.

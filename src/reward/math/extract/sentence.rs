@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::candidate::{formula, last_value};
+use super::candidate::{formula, last_value, spelled};
 use super::prose::{Item, Kind, items};
 
 /// What says that an answer follows.
@@ -74,6 +74,9 @@ const FILLERS: &[&str] = &[
     "indeed",
     "in",
     "fact",
+    "that",
+    "there",
+    ":",
 ];
 
 /// Words that begin a reason.
@@ -97,7 +100,6 @@ const PLACES: &[&str] = &["as", "for", "when", "with", "at", "by", "where", "on"
 /// Words that offer another answer or make it depend on something.
 const HEDGES: &[&str] = &[
     "or",
-    "and",
     "maybe",
     "perhaps",
     "possibly",
@@ -113,7 +115,7 @@ const HEDGES: &[&str] = &[
 /// What follows the last "the answer is", where nothing behind takes it back.
 pub(super) fn last_claim(text: &str) -> Option<Cow<'_, str>> {
     let phrase = PHRASE.find_iter(text).last()?;
-    let rest = text[phrase.end()..].trim_start_matches(['}', '*', '_', ':', '=']);
+    let rest = text[phrase.end()..].trim_start_matches(['}', '*', '_', ':', '=', ' ']);
     let items = items(rest);
     let (claim, end) = claim(rest, &items)?;
     (!RETRACTED.is_match(&rest[end..])).then_some(claim)
@@ -132,6 +134,13 @@ pub(super) fn statement(text: &str) -> Option<Cow<'_, str>> {
         return Some(claim);
     }
     let items = items(text);
+    // `C. 15` is a choice with its content.
+    let choice = items.first().is_some_and(|item| {
+        item.kind == Kind::Letter && item.stop == Some('.') && items[1..].iter().all(|i| !i.first)
+    });
+    if choice {
+        return Some(text.into());
+    }
     let sentences = items.iter().enumerate().any(|(at, item)| {
         at + 1 < items.len() && (item.ends_sentence(text, items.get(at + 1)) || items[at + 1].first)
     });
@@ -163,10 +172,15 @@ fn claim<'a>(text: &'a str, items: &[Item]) -> Option<(Cow<'a, str>, usize)> {
     }
     let value = (first..=last).find(|at| items[*at].is_math());
     // "that she has 5 left": the value in it.
+    let word_first = items[first].text(text).chars().all(|c| c.is_alphabetic() || c == '\'');
     if items[first].kind == Kind::Plain
+        && word_first
         && let Some(value) = value
         && !items[first..value].iter().any(|item| item.kind == Kind::Letter)
     {
+        return last_value(text, &items[first..=last]).map(|found| (found, end));
+    }
+    if matches!(word(first).as_str(), "minus" | "negative") && value == Some(first + 1) {
         return last_value(text, &items[first..=last]).map(|found| (found, end));
     }
     let kept = reason(text, &items[..=last], first, value);
@@ -175,7 +189,7 @@ fn claim<'a>(text: &'a str, items: &[Item]) -> Option<(Cow<'a, str>, usize)> {
     }
     let parts = items[first..=kept].iter().filter(|item| !is_aside(text, item));
     if parts.clone().count() == kept + 1 - first {
-        return Some((text[items[first].start..items[kept].end].into(), end));
+        return Some((spelled(text, &items[first..=kept]), end));
     }
     let parts: Vec<&str> = parts
         .map(|item| match item.stop {
@@ -202,24 +216,21 @@ fn reason(text: &str, items: &[Item], first: usize, value: Option<usize>) -> usi
                 || item.kind == Kind::Aside && !is_aside(text, item)
         })
     };
+    let and = |from: usize| items[from..].iter().any(|item| item.kind == Kind::And);
+    let plain = |at: usize| items.get(at).is_some_and(|item| item.kind == Kind::Plain);
     for at in first + 1..=last {
         let word = items[at].text(text).to_ascii_lowercase();
         let behind_value =
             value.is_some_and(|value| value < at) || items[first].kind == Kind::Letter;
-        let plain = items[at].kind == Kind::Plain;
         let pause = matches!(items[at - 1].stop, Some(',' | ';' | ':'));
-        let dash = items[at].kind == Kind::Mark && at < last;
+        let dash = (items[at].kind == Kind::Mark || word == "-") && plain(at + 1);
         let symbol = matches!(word.as_str(), "⇒" | "∵" | "∴");
         let cut = match items[at].kind {
             _ if REASONS.contains(&word.as_str()) || symbol => true,
-            Kind::And => {
-                let words = items.get(at + 1).is_some_and(|next| next.kind == Kind::Plain);
-                let values = items[at..].iter().any(Item::is_math);
-                behind_value && words && !values
-            }
+            Kind::And => behind_value && plain(at + 1) && !items[at..].iter().any(Item::is_math),
             _ if dash => behind_value && !hedged(at),
-            _ if PLACES.contains(&word.as_str()) => !hedged(at),
-            _ => behind_value && plain && pause && !hedged(at),
+            _ if PLACES.contains(&word.as_str()) => !hedged(at) && !and(at),
+            _ => behind_value && plain(at) && pause && !hedged(at),
         };
         if cut {
             return at - 1;

@@ -1,6 +1,9 @@
 //! LaTeX or plain text to tokens: what looks alike becomes alike (`\dfrac`, `\tfrac` and `\frac`; `\cdot`, `×` and
 //! `*`; `\left(` and `(`), and typography goes.
 
+mod command;
+mod number;
+
 use super::expr::Fun;
 use super::names;
 
@@ -188,64 +191,6 @@ impl<'a> Lexer<'a> {
         Ok(())
     }
 
-    /// Digits, grouped by thousands outside of brackets, with a decimal part, an exponent, a repeating part.
-    fn number(&mut self) {
-        let digits = |s: &str| s.bytes().take_while(u8::is_ascii_digit).count();
-        let mut at = digits(self.rest);
-        let mut text = self.rest[..at].to_string();
-        if let Some((length, grouped)) = self.thousands(at) {
-            (at, text) = (length, grouped);
-        }
-        if self.rest[at..].starts_with('.') {
-            let part = digits(&self.rest[at + 1..]);
-            if part > 0 {
-                text.push_str(&self.rest[at..at + 1 + part]);
-                at += 1 + part;
-            } else if text.is_empty() || !self.rest[at + 1..].starts_with("\\overline") {
-                // A full stop behind a number.
-                at += 1;
-            } else {
-                text.push('.');
-                at += 1;
-            }
-        }
-        if self.reading.scientific
-            && let Some(exponent) = exponent(&self.rest[at..])
-        {
-            text.push_str(&self.rest[at..at + exponent].to_ascii_lowercase().replace('+', ""));
-            at += exponent;
-        }
-        if text.starts_with('.') {
-            text.insert(0, '0');
-        }
-        self.rest = &self.rest[at..];
-        self.push(Tok::Num(text));
-    }
-
-    /// The length and digits of `1,234,567`, whose first group is `first` long; `None` when it is something else.
-    fn thousands(&self, first: usize) -> Option<(usize, String)> {
-        let digits = |s: &str| s.bytes().take_while(u8::is_ascii_digit).count();
-        let mut text = self.rest[..first].to_string();
-        let mut at = first;
-        // `{,}` and `,\!` only ever separate thousands; a bare comma does so outside of brackets, where no
-        // other comma stands beside it.
-        let listed = self.out.last().is_some_and(|t| t.kind == Tok::Op(','));
-        let bare = self.reading.thousands && self.depth == 0 && !listed;
-        if !(1..=3).contains(&first) {
-            return None;
-        }
-        while let Some((gap, certain)) = separator(&self.rest[at..]) {
-            let group = digits(&self.rest[at + gap..]);
-            if group != 3 || !(certain || bare) {
-                let list = !certain && group > 0;
-                return (at > first && !list).then_some((at, text));
-            }
-            text.push_str(&self.rest[at + gap..at + gap + 3]);
-            at += gap + 3;
-        }
-        (at > first).then_some((at, text))
-    }
-
     /// A run of letters: a function, a name, words, or a product of letters.
     fn word(&mut self) {
         let length = self.rest.bytes().take_while(u8::is_ascii_alphabetic).count();
@@ -262,7 +207,14 @@ impl<'a> Lexer<'a> {
 
     /// Whether the letters behind a value are a unit in this reading.
     fn may_be_unit(&self, run: &str) -> bool {
-        let ends = self.rest.trim_start().is_empty();
+        // `5 m`, `5 m/s^2`
+        let tail = self.rest.trim_start();
+        let rate = tail.strip_prefix('/').is_some_and(|below| {
+            below
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'^' | b' ' | b'{' | b'}'))
+        });
+        let ends = tail.is_empty() || rate;
         match self.reading.units {
             _ if run.len() > 1 && !super::units::may_be_product(run) => true,
             Units::Sure => false,
@@ -273,6 +225,10 @@ impl<'a> Lexer<'a> {
     }
 
     fn named(&mut self, run: &str) {
+        // `2 to 3`
+        if run == "to" && self.after_value() {
+            return self.push(Tok::Op(':'));
+        }
         // `60 min` measures time.
         if run == "min" && self.after_value() {
             return self.push(Tok::Text(run.into()));
@@ -297,155 +253,4 @@ impl<'a> Lexer<'a> {
             }
         }
     }
-
-    fn command(&mut self) -> Result<(), String> {
-        let after = &self.rest[1..];
-        let length = after.bytes().take_while(u8::is_ascii_alphabetic).count();
-        if length == 0 {
-            let Some(c) = after.chars().next() else {
-                return Err("a backslash at the end".into());
-            };
-            self.rest = &after[c.len_utf8()..];
-            match c {
-                '{' => self.push(Tok::Cmd("{")),
-                '}' => self.push(Tok::Cmd("}")),
-                '\\' => {
-                    self.push(Tok::Cmd("\\\\"));
-                    self.row_gap();
-                }
-                '%' => self.push(Tok::Op('%')),
-                '$' => self.push(Tok::Cmd("$")),
-                '|' => self.push(Tok::Cmd("norm")),
-                '&' | '#' | '_' => self.push(Tok::Other(c.to_string())),
-                // Blanks of every width, and the ends of mathematics.
-                _ => self.spaced = true,
-            }
-            return Ok(());
-        }
-        let name = &after[..length];
-        self.rest = &after[length..];
-        match name {
-            "left" | "right" => {
-                let next = self.rest.trim_start();
-                if let Some(rest) = next.strip_prefix('.') {
-                    self.rest = rest;
-                } else if let Some(rest) = next.strip_prefix('|') {
-                    self.rest = rest;
-                    self.push(Tok::Cmd(if name == "left" { "lvert" } else { "rvert" }));
-                }
-            }
-            "begin" | "end" => {
-                let environment = self.group().ok_or("an environment without a name")?;
-                let matrix = names::is_matrix(environment);
-                if environment == "array" && name == "begin" {
-                    self.group();
-                }
-                self.push(match name {
-                    _ if !matrix => Tok::Other(format!("{name} {environment}")),
-                    "begin" => Tok::Cmd("begin"),
-                    _ => Tok::Cmd("end"),
-                });
-            }
-            "text" | "textbf" | "textit" | "textrm" | "textnormal" | "mathrm" | "mbox" | "rm"
-            | "hbox" | "operatorname" | "textsf" | "texttt" | "mathit" => match self.group() {
-                Some(content) => self.text(content)?,
-                None => self.spaced = true,
-            },
-            "mathbb" | "mathcal" | "mathfrak" | "mathscr" => {
-                let letters = self.group_or_letter();
-                self.push(Tok::Sym(format!("{name} {letters}")));
-            }
-            "not" => {
-                let next = self.rest.trim_start();
-                let equals = next.strip_prefix('=');
-                match equals {
-                    Some(rest) => {
-                        self.rest = rest;
-                        self.push(Tok::Cmd("!="));
-                    }
-                    None => self.push(Tok::Other(name.to_string())),
-                }
-            }
-            _ => match names::command(name) {
-                Some(names::Meaning::Token(kind)) => self.push(kind),
-                Some(names::Meaning::Blank) => self.spaced = true,
-                None => self.push(Tok::Other(name.to_string())),
-            },
-        }
-        Ok(())
-    }
-
-    /// Skips the space that a row asks for below it: `\\[4pt]`.
-    fn row_gap(&mut self) {
-        let gap = self.rest.strip_prefix('[').and_then(|rest| rest.split_once(']'));
-        if let Some((gap, tail)) = gap {
-            let size = gap.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-            let unit = matches!(&gap[size.len()..], "pt" | "em" | "ex" | "mm" | "cm" | "in" | "mu");
-            if unit && size.trim().parse::<f32>().is_ok() {
-                self.rest = tail;
-            }
-        }
-    }
-
-    /// `\text{..}`: mathematics where it holds no word, else words.
-    fn text(&mut self, content: &str) -> Result<(), String> {
-        let content = content.trim_matches(|c: char| c.is_whitespace() || c == '~');
-        let bare = content.trim_end_matches([',', '.', ';']);
-        let letters = bare.bytes().filter(u8::is_ascii_alphabetic).count();
-        let mathematics =
-            letters <= 1 || bare.contains('\\') || bare.starts_with(|c: char| c.is_ascii_digit());
-        if bare.len() == 1 && self.after_value() && super::units::is_unit(bare) {
-            self.push(Tok::Text(bare.into()));
-        } else if mathematics {
-            for token in nested(bare, self.reading, self.level + 1)? {
-                self.spaced |= token.spaced;
-                self.push(token.kind);
-            }
-        } else if let Some(kind) = names::word(bare) {
-            self.push(kind);
-        } else {
-            self.push(Tok::Text(bare.to_string()));
-        }
-        Ok(())
-    }
-
-    /// The content of `{..}` that follows, or else the next character.
-    fn group_or_letter(&mut self) -> &'a str {
-        self.group().unwrap_or_else(|| {
-            let rest = self.rest.trim_start();
-            let (letter, tail) = rest.split_at(rest.chars().next().map_or(0, char::len_utf8));
-            self.rest = tail;
-            letter
-        })
-    }
-
-    /// The content of `{..}` that follows.
-    fn group(&mut self) -> Option<&'a str> {
-        let rest = self.rest.trim_start().strip_prefix('{')?;
-        let content = super::extract::closed(rest)?;
-        self.rest = &rest[content.len() + 1..];
-        Some(content)
-    }
-}
-
-/// The length of a thousands separator, and whether it can be nothing else.
-fn separator(rest: &str) -> Option<(usize, bool)> {
-    if rest.starts_with("{,}") {
-        return Some((3, true));
-    }
-    let after = rest.strip_prefix(',')?;
-    match after.strip_prefix("\\!") {
-        Some(tail) => Some((3 + (tail.len() - tail.trim_start_matches(' ').len()), true)),
-        None => Some((1, false)),
-    }
-}
-
-/// The length of `e-5`, where no letter follows.
-fn exponent(rest: &str) -> Option<usize> {
-    let after = rest.strip_prefix(['e', 'E'])?;
-    let digits = after.strip_prefix(['+', '-']).unwrap_or(after);
-    let length = digits.bytes().take_while(u8::is_ascii_digit).count();
-    let end = rest.len() - digits.len() + length;
-    let ends = !rest[end..].starts_with(|c: char| c.is_ascii_alphabetic() || c == '.' || c == '^');
-    (length > 0 && ends).then_some(end)
 }
