@@ -17,19 +17,26 @@ use rand_chacha::ChaCha8Rng;
 fn table() -> Vec<(String, String, String, bool)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/verifier");
     let mut pairs = Vec::new();
-    for file in ["numbers.txt", "forms.txt"] {
-        let text = fs::read_to_string(folder.join(file)).unwrap();
-        let mut class = String::new();
-        for line in text.lines() {
-            if let Some(name) = line.strip_prefix("## ") {
-                class = name.to_string();
-            } else if let Some((gold, answer)) = line.split_once("  <=>  ") {
-                pairs.push((class.clone(), gold.to_string(), answer.to_string(), true));
-            } else if let Some((gold, answer)) = line.split_once("  <!>  ") {
-                pairs.push((class.clone(), gold.to_string(), answer.to_string(), false));
-            } else {
-                assert!(line.is_empty() || line.starts_with('#'), "{file}: {line}");
-            }
+    for file in ["numbers.txt", "forms.txt", "readings.txt"] {
+        pairs.extend(pairs_of(&folder.join(file)));
+    }
+    pairs
+}
+
+/// The pairs of one file of a table.
+fn pairs_of(file: &Path) -> Vec<(String, String, String, bool)> {
+    let text = fs::read_to_string(file).unwrap();
+    let mut pairs = Vec::new();
+    let mut class = String::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("## ") {
+            class = name.to_string();
+        } else if let Some((gold, answer)) = line.split_once("  <=>  ") {
+            pairs.push((class.clone(), gold.to_string(), answer.to_string(), true));
+        } else if let Some((gold, answer)) = line.split_once("  <!>  ") {
+            pairs.push((class.clone(), gold.to_string(), answer.to_string(), false));
+        } else {
+            assert!(line.is_empty() || line.starts_with('#'), "{}: {line}", file.display());
         }
     }
     pairs
@@ -48,6 +55,23 @@ fn the_table_is_all_right() {
         let judgement = math(gold, answer);
         if judgement.equal != *equal || judgement.reason.is_empty() {
             wrong.push(format!("{class}: {gold} | {answer}: {judgement:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), pairs.len(), wrong.join("\n"));
+}
+
+#[test]
+fn completions_are_paid_for_their_answer_alone() {
+    let file =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/verifier/completions.txt");
+    let pairs = pairs_of(&file);
+    assert!(pairs.len() >= 250, "only {} completions", pairs.len());
+    let mut wrong = Vec::new();
+    for (class, gold, completion, right) in &pairs {
+        let completion = completion.replace('\u{23ce}', "\n");
+        let verdict = score(gold, &completion, Mode::Math, Mode::Math.rules());
+        if (verdict.reward == 1.0) != *right || verdict.reason.is_empty() {
+            wrong.push(format!("{class}: {gold} | {completion:?}: {}", verdict.reason));
         }
     }
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), pairs.len(), wrong.join("\n"));
@@ -110,6 +134,8 @@ const EQUAL: &[(&str, &str)] = &[
     (r"10,800", r"10800"),
     (r"36", r"\$36"),
     (r"0", r"c_0 = 0"),
+    (r"0", r"\pi_1\left( \prod_{\alpha \in \Lambda} X_\alpha \right) = 0"),
+    (r"+\infty", r"\mu(G(U)) = \infty"),
     (r"\dfrac{3}{4}", r"\frac{3}{4}"),
     (r"C", r"\text{(C)}"),
     (r"145^\circ", r"145"),

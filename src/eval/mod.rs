@@ -164,7 +164,7 @@ impl Evaluator<'_, '_> {
                 reward: fresh.judgement.reward,
                 reason: fresh.judgement.reason.clone(),
                 answer: problems[p].answer.clone(),
-                extracted: judge.answer(fresh.text),
+                extracted: judge.answer(fresh.opening, fresh.text),
                 tokens: fresh.tokens,
                 truncated: fresh.truncated,
                 completion: fresh.text.into(),

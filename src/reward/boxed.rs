@@ -3,11 +3,14 @@
 //! Everything is linear in the lengths of the texts, but for fractions, whose parts are short (see
 //! [`Number`](super::number::Number)).
 
-use super::{Verdict, math::closed, number::Number, quoted};
+use super::{Verdict, math::closed, number::Number, quoted, thoughts::spoken};
 
-/// 1 when the last box equals the answer.
+/// 1 when the last box equals the answer; thoughts aside.
 pub(super) fn score(answer: &str, completion: &str) -> Verdict {
-    let Some(boxed) = last_boxed(completion) else {
+    let Some(said) = spoken(completion) else {
+        return Verdict::wrong("the thoughts are not closed");
+    };
+    let Some(boxed) = last_boxed(said) else {
         return Verdict::wrong("no \\boxed{..}");
     };
     // An answer that is itself boxed means what is in the box.

@@ -4,13 +4,14 @@
 //! |---|---|
 //! | `math`, `hendrycks`, `boxed`, `exact` | 1 where the answer is right by that rule, else 0 ([`Reward`]) |
 //! | `regex:PATTERN` | 1 where the pattern is found in the completion, else 0 |
-//! | `format`, `format:boxed`, `format:think` | 1 where the completion is written as asked, else 0 |
+//! | `format`, `format:boxed`, `format:think` | 1 where the completion is written as asked, else 0; thoughts that the prompt began are judged with it |
 //! | `overlong:N` | DAPO's penalty: 0, then falling to -1 over the last N tokens of the limit |
 //! | `cmd:PROG` | what the program says ([`super::Program`]) |
 //!
 //! Parts are joined by `+`; a pattern or a command line goes on until a ` + ` with blanks around, or to the
 //! end. The first part decides whether an answer counts as right, for accuracies.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ pub struct Attempt<'a> {
     pub problem: &'a Problem,
     /// The completion's text, without the token that ended it.
     pub text: &'a str,
+    /// The end of the prompt where that begins the completion's thoughts (`<think>`), else empty.
+    pub opening: &'a str,
     /// Its length, tokens.
     pub tokens: usize,
     /// Whether it was cut at the length limit.
@@ -155,11 +158,13 @@ impl Judge {
     }
 
     /// The answer that the first part reads in a completion, for majority votes; none where there is none.
-    pub fn answer(&self, text: &str) -> Option<String> {
-        match &self.parts[0].rule {
-            Rule::Answer(reward) => reward.answer(text),
-            _ => Reward::Boxed.answer(text),
-        }
+    /// `opening` is the end of the prompt where that begins the thoughts.
+    pub fn answer(&self, opening: &str, text: &str) -> Option<String> {
+        let reward = match &self.parts[0].rule {
+            Rule::Answer(reward) => reward,
+            _ => &Reward::Boxed,
+        };
+        reward.answer(&begun(reward, opening, text))
     }
 
     /// Whether two answers are the same to the first part.
@@ -244,15 +249,26 @@ impl Rule {
     }
 
     fn score(&mut self, attempt: &Attempt<'_>) -> Result<Verdict> {
+        let Attempt { opening, text, .. } = *attempt;
         Ok(match self {
-            Rule::Answer(reward) => reward.score(attempt.problem, attempt.text)?,
+            Rule::Answer(reward) => reward.score(attempt.problem, &begun(reward, opening, text))?,
             Rule::Regex(pattern) => parts::pattern(pattern, attempt.text),
-            Rule::Boxed => parts::boxed(attempt.text),
-            Rule::Think => parts::think(attempt.text),
+            Rule::Boxed => parts::boxed(&joined(opening, text)),
+            Rule::Think => parts::think(&joined(opening, text)),
             Rule::Overlong { cache, limit } => parts::overlong(attempt.tokens, *cache, *limit),
             Rule::Program(program) => program.score(attempt)?,
         })
     }
+}
+
+/// The end of a prompt and the completion as one text.
+fn joined<'a>(opening: &str, text: &'a str) -> Cow<'a, str> {
+    if opening.is_empty() { text.into() } else { format!("{opening}{text}").into() }
+}
+
+/// What a rule about answers looks at: with the thoughts that the prompt began, where it leaves thoughts out.
+fn begun<'a>(reward: &Reward, opening: &str, text: &'a str) -> Cow<'a, str> {
+    if reward.leaves_thoughts_out() { joined(opening, text) } else { text.into() }
 }
 
 /// The parts of a specification.
@@ -301,7 +317,8 @@ mod tests {
         let names: Vec<_> = judge.names().collect();
         assert_eq!(names, ["boxed", "format", "regex", "overlong", "regex-2"]);
         let text = "xaab \\boxed{42}";
-        let attempt = Attempt { problem: &problem, text, tokens: 75, truncated: false };
+        let attempt =
+            Attempt { problem: &problem, text, opening: "", tokens: 75, truncated: false };
         let judgement = judge.score(&attempt).unwrap();
         assert_eq!(judgement.parts, [1.0, 1.0, 1.0, -0.5, 1.0]);
         assert_eq!(judgement.reward, 1.0 + 0.5 + 0.25 - 0.5 + 2.0);
@@ -309,8 +326,33 @@ mod tests {
         let wrong = Attempt { text: "aab", tokens: 100, ..attempt };
         let judgement = judge.score(&wrong).unwrap();
         assert_eq!((judgement.reward, judgement.right), (0.25 - 1.0, false));
-        assert_eq!(judge.answer(text).as_deref(), Some("42"));
-        assert_eq!(judge.answer("none"), None);
+        assert_eq!(judge.answer("", text).as_deref(), Some("42"));
+        assert_eq!(judge.answer("", "none"), None);
+    }
+
+    #[test]
+    fn thoughts_that_the_prompt_began_are_judged_with_the_completion() {
+        let problem = Problem {
+            id: "1".into(),
+            prompt: Prompt::Text("?".into()),
+            answer: "8".into(),
+            source: "t:1".into(),
+            difficulty: None,
+        };
+        let mut judge = Judge::parse("math + format:think + boxed + format", options()).unwrap();
+        for (opening, text, parts) in [
+            ("<think>\n", "\\boxed{7}</think>\\boxed{8}", [1.0, 1.0, 1.0, 1.0]),
+            ("<think>\n", "\\boxed{8}", [0.0, 0.0, 0.0, 0.0]),
+            ("<think>\n", "<think>a</think>\\boxed{8}", [1.0, 0.0, 1.0, 1.0]),
+            ("<think>\n\n</think>\n\n", "\\boxed{8}", [1.0, 1.0, 1.0, 1.0]),
+            ("", "\\boxed{7}</think>\\boxed{8}", [1.0, 0.0, 1.0, 1.0]),
+            ("", "\\boxed{8}", [1.0, 0.0, 1.0, 1.0]),
+        ] {
+            let attempt = Attempt { problem: &problem, text, opening, tokens: 9, truncated: false };
+            assert_eq!(judge.score(&attempt).unwrap().parts, parts, "{opening:?} {text}");
+        }
+        assert_eq!(judge.answer("<think>", "\\boxed{8}"), None);
+        assert_eq!(judge.answer("<think>", "</think>8").as_deref(), Some("8"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod options;
 mod parts;
 mod pool;
 mod program;
+mod thoughts;
 
 use crate::{Error, Result, data::Problem};
 use math::{Mode, Rule};
@@ -18,6 +19,7 @@ pub use judge::{Attempt, Judge, JudgeOptions, Judgement};
 pub use options::RewardOptions;
 pub use pool::{Fresh, JudgePool, Judged, Sampler};
 pub use program::Program;
+use thoughts::spoken;
 
 /// A rule that compares a completion's answer with the right one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,12 +78,17 @@ impl Reward {
     /// The answer that this rule reads in a completion; none where there is none.
     pub fn answer(&self, completion: &str) -> Option<String> {
         let answer = match self {
-            Reward::Math(rules) => math::extract(completion, rules)?.text,
-            Reward::Hendrycks => math::extract(completion, Mode::Hendrycks.rules())?.text,
-            Reward::Boxed => last_boxed(completion)?,
-            Reward::Exact => completion.trim(),
+            Reward::Math(rules) => Mode::Math.answer(completion, rules)?,
+            Reward::Hendrycks => Mode::Hendrycks.answer(completion, Mode::Hendrycks.rules())?,
+            Reward::Boxed => last_boxed(spoken(completion)?)?.into(),
+            Reward::Exact => completion.trim().into(),
         };
-        Some(answer.to_owned()).filter(|answer| !answer.is_empty())
+        Some(answer.into_owned()).filter(|answer| !answer.is_empty())
+    }
+
+    /// Whether thoughts are no part of what this rule judges.
+    fn leaves_thoughts_out(&self) -> bool {
+        !matches!(self, Reward::Exact)
     }
 
     /// Whether two answers (of [`Reward::answer`]) are the same to this rule.

@@ -2,7 +2,7 @@
 
 use regex::Regex;
 
-use super::{Verdict, last_boxed};
+use super::{Verdict, last_boxed, thoughts::spoken};
 
 /// 1 where the pattern is found.
 pub(super) fn pattern(pattern: &Regex, text: &str) -> Verdict {
@@ -12,15 +12,16 @@ pub(super) fn pattern(pattern: &Regex, text: &str) -> Verdict {
     }
 }
 
-/// 1 where the last `\boxed{..}` is closed and not empty.
+/// 1 where the last `\boxed{..}` is closed and not empty; one in thoughts does not count.
 pub(super) fn boxed(text: &str) -> Verdict {
-    match last_boxed(text) {
+    match spoken(text).and_then(last_boxed) {
         Some(_) => Verdict::right("there is a \\boxed{..}"),
         None => Verdict::wrong("no \\boxed{..}"),
     }
 }
 
-/// 1 where the completion is one `<think>..</think>` and then something.
+/// 1 where the completion is one `<think>..</think>` and then something. A prompt that ends with `<think>` has begun
+/// it: then `text` begins with that end.
 pub(super) fn think(text: &str) -> Verdict {
     let tags = |tag| text.matches(tag).count();
     let (open, close) = (tags("<think>"), tags("</think>"));
@@ -76,6 +77,8 @@ mod tests {
             assert_eq!(think(text).reward == 1.0, right, "{text}");
         }
         assert_eq!(boxed("\\boxed{x}").reward, 1.0);
+        assert_eq!(boxed("<think>\\boxed{x}</think>").reward, 0.0);
+        assert_eq!(boxed("<think>\\boxed{x}").reward, 0.0);
         assert_eq!(boxed("\\boxed{x").reward, 0.0);
     }
 }

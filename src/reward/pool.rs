@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
+use super::thoughts::opening;
 use super::{Attempt, Judge, Judgement};
 use crate::data::Problem;
 use crate::rollout::{Completion, Encoder, Finish, Progress, Request, Rollouts, Sampling, Watcher};
@@ -62,6 +63,8 @@ pub struct Fresh<'a> {
     pub index: usize,
     /// Text, control tokens left out.
     pub text: &'a str,
+    /// The end of the prompt where that begins the thoughts, else empty.
+    pub opening: &'a str,
     /// Length, tokens.
     pub tokens: usize,
     /// Whether it was cut at the length limit.
@@ -76,6 +79,7 @@ struct Job {
     index: usize,
     problem: Arc<Problem>,
     text: String,
+    opening: Arc<str>,
     tokens: usize,
     truncated: bool,
 }
@@ -127,6 +131,7 @@ impl JudgePool {
             pool: self,
             encoder: sampler.encoder,
             problems: problems.iter().cloned().map(Arc::new).collect(),
+            openings: requests.iter().map(|r| opened(sampler.encoder, r)).collect(),
             verdicts: requests.iter().map(|r| vec![None; r.n]).collect(),
             open: 0,
             progress,
@@ -167,6 +172,7 @@ fn judge_one(judge: &mut Judge, job: &Job) -> Result<Judgement> {
     let attempt = Attempt {
         problem: &job.problem,
         text: &job.text,
+        opening: &job.opening,
         tokens: job.tokens,
         truncated: job.truncated,
     };
@@ -175,6 +181,16 @@ fn judge_one(judge: &mut Judge, job: &Job) -> Result<Judgement> {
         let reason = format!("it panicked on a completion of {}", job.problem.id);
         Err(Error::engine("the reward", reason, "report it"))
     })
+}
+
+/// Tokens at the end of a prompt that are looked at for thoughts begun there.
+const OPENING_TOKENS: usize = 64;
+
+/// The end of a request's prompt where that begins the completion's thoughts.
+fn opened(encoder: &Encoder<'_>, request: &Request) -> Arc<str> {
+    let prompt = &request.prompt_tokens;
+    let end = &prompt[prompt.len().saturating_sub(OPENING_TOKENS)..];
+    opening(&encoder.text(end)).into()
 }
 
 fn lost() -> Error {
@@ -186,6 +202,7 @@ struct Judging<'j, 'm> {
     pool: &'j JudgePool,
     encoder: &'j Encoder<'m>,
     problems: Vec<Arc<Problem>>,
+    openings: Vec<Arc<str>>,
     verdicts: Vec<Vec<Option<(String, Judgement)>>>,
     open: usize,
     progress: &'j mut dyn FnMut(Progress),
@@ -204,6 +221,7 @@ impl Judging<'_, '_> {
             request: job.request,
             index: job.index,
             text: &job.text,
+            opening: &job.opening,
             tokens: job.tokens,
             truncated: job.truncated,
             judgement: &judgement,
@@ -229,6 +247,7 @@ impl Watcher for Judging<'_, '_> {
             index,
             problem: self.problems[request].clone(),
             text: self.encoder.text(&completion.tokens),
+            opening: self.openings[request].clone(),
             tokens: completion.tokens.len(),
             truncated: completion.finish == Finish::Length,
         };

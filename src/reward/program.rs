@@ -284,7 +284,13 @@ mod tests {
             source: "t:1".into(),
             difficulty: None,
         };
-        program.score(&Attempt { problem: &problem, text, tokens: 3, truncated: false })
+        program.score(&Attempt {
+            problem: &problem,
+            text,
+            opening: "",
+            tokens: 3,
+            truncated: false,
+        })
     }
 
     #[test]

@@ -41,6 +41,21 @@ pub(super) fn expressions(gold: &Expr, answer: &Expr, steps: &Steps) -> Finding 
     found
 }
 
+/// Whether one constant may be the other rounded: they differ by a hundredth at most.
+pub(super) fn near(a: &Expr, b: &Expr, steps: &Steps) -> bool {
+    let value = |e: &Expr| Context::new(steps).eval(e).ok()?.ball().ok();
+    let variable = |e: &Expr| matches!(e, Expr::Sym(_) | Expr::Apply(..));
+    if a.any(&variable) || b.any(&variable) {
+        return false;
+    }
+    match (value(a), value(b)) {
+        (Some(a), Some(b)) => {
+            a.sub(b).is_some_and(|apart| apart.size() <= 0.01 * a.size().max(b.size()))
+        }
+        _ => false,
+    }
+}
+
 /// Whether a symbol stands for a set, a matrix or the like, which numbers cannot represent.
 fn abstract_symbol(expr: &Expr) -> bool {
     match expr {

@@ -115,6 +115,15 @@ impl Expr {
         }
     }
 
+    /// `self` times a whole number.
+    pub fn scaled(self, times: u64) -> Expr {
+        let times = RBig::from(IBig::from(times));
+        match self {
+            Expr::Num(n) => Expr::Num(n * times),
+            other => Expr::Product(vec![Expr::Num(times), other]),
+        }
+    }
+
     pub fn minus(self, other: Expr) -> Expr {
         let mut terms = self.terms();
         terms.extend(other.terms().into_iter().map(Expr::negative));
@@ -138,7 +147,8 @@ impl Expr {
         Expr::Power(Box::new(self), Box::new(Expr::Inverse(Box::new(n))))
     }
 
-    fn children(&self) -> &[Expr] {
+    /// The parts right below; a power has none.
+    pub fn children(&self) -> &[Expr] {
         match self {
             Expr::Sum(parts) | Expr::Product(parts) => parts,
             Expr::Call(_, parts) | Expr::Apply(_, parts) => parts,
@@ -162,6 +172,13 @@ impl Expr {
         match self {
             Expr::PlusMinus => Expr::int(sign),
             Expr::Sum(parts) => Expr::Sum(list(parts)),
+            Expr::Product(parts) if parts.contains(&Expr::PlusMinus) => {
+                let (signs, rest): (Vec<_>, Vec<_>) =
+                    parts.iter().partition(|part| **part == Expr::PlusMinus);
+                let mut rest: Vec<_> = rest.into_iter().map(|p| p.with_sign(sign)).collect();
+                let value = if rest.len() == 1 { rest.remove(0) } else { Expr::Product(rest) };
+                if sign < 0 && signs.len() % 2 == 1 { value.negative() } else { value }
+            }
             Expr::Product(parts) => Expr::Product(list(parts)),
             Expr::Inverse(part) => Expr::Inverse(one(part)),
             Expr::Power(base, exponent) => Expr::Power(one(base), one(exponent)),

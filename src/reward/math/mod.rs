@@ -27,9 +27,11 @@ mod value;
 pub(super) use extract::closed;
 pub use extract::{Extracted, Rule, extract};
 
+use std::borrow::Cow;
+
 use super::Verdict;
 use crate::{Error, Result};
-use token::Reading;
+use token::{Reading, Units};
 
 /// Longest answer that is read as mathematics, in bytes; a longer one is compared as text.
 pub const MAX_ANSWER_BYTES: usize = 4096;
@@ -85,13 +87,23 @@ impl Mode {
             Mode::Exact => &[],
         }
     }
+
+    /// A completion's answer by these rules; without rules, all of it.
+    pub fn answer<'a>(self, completion: &'a str, rules: &[Rule]) -> Option<Cow<'a, str>> {
+        let found = match self {
+            _ if rules.is_empty() => return Some(completion.into()),
+            Mode::Hendrycks => extract::extract_alone(completion, rules),
+            _ => extract(completion, rules),
+        };
+        found.map(|found| found.text)
+    }
 }
 
 /// Compares an answer with the gold one.
 ///
 /// A gold answer that holds `\boxed{..}` or ends in `#### ..` (GSM8K) means what stands there.
 pub fn judge(gold: &str, answer: &str, mode: Mode) -> Judgement {
-    let gold = gold_answer(gold);
+    let gold = &*gold_answer(gold);
     let found = match mode {
         Mode::Exact if gold.trim() == answer.trim() => Ok("the same text".into()),
         Mode::Exact => Err("another text".into()),
@@ -106,16 +118,12 @@ pub fn judge(gold: &str, answer: &str, mode: Mode) -> Judgement {
 
 /// Judges a completion: extracts its answer by the rules (without rules, all of it) and compares.
 pub fn score(gold: &str, completion: &str, mode: Mode, rules: &[Rule]) -> Verdict {
-    let answer = match extract(completion, rules) {
-        _ if rules.is_empty() => completion,
-        Some(found) => found.text,
-        None if extract::is_cut_off(completion) => {
-            return Verdict::wrong("the last box is not closed");
-        }
-        None => return Verdict::wrong("no answer found"),
+    let answer = match mode.answer(completion, rules) {
+        Some(answer) => answer,
+        None => return Verdict::wrong(extract::cut_off(completion).unwrap_or("no answer found")),
     };
-    let judgement = judge(gold, answer, mode);
-    let (answer, gold) = (super::quoted(answer), super::quoted(gold_answer(gold)));
+    let judgement = judge(gold, &answer, mode);
+    let (answer, gold) = (super::quoted(&answer), super::quoted(&gold_answer(gold)));
     match judgement.equal {
         true => Verdict::right(format!("{answer} equals {gold}: {}", judgement.reason)),
         false => Verdict::wrong(format!("{answer} is not {gold}: {}", judgement.reason)),
@@ -123,16 +131,16 @@ pub fn score(gold: &str, completion: &str, mode: Mode, rules: &[Rule]) -> Verdic
 }
 
 /// What a gold text gives as its answer.
-fn gold_answer(gold: &str) -> &str {
+fn gold_answer(gold: &str) -> Cow<'_, str> {
     let rules = [Rule::Boxed, Rule::Fbox, Rule::Hashes];
-    extract(gold, &rules).map_or(gold, |found| found.text).trim()
+    extract(gold, &rules).map_or(gold.trim().into(), |found| found.text)
 }
 
 /// How ambiguous text is read: the usual way first, then the others.
 const READINGS: [Reading; 3] = [
-    Reading { thousands: true, scientific: true },
-    Reading { thousands: true, scientific: false },
-    Reading { thousands: false, scientific: true },
+    Reading { thousands: true, scientific: true, units: Units::Spaced },
+    Reading { thousands: true, scientific: false, units: Units::Spaced },
+    Reading { thousands: false, scientific: true, units: Units::Spaced },
 ];
 
 fn by_meaning(gold: &str, answer: &str) -> equal::Finding {
@@ -148,7 +156,22 @@ fn by_meaning(gold: &str, answer: &str) -> equal::Finding {
         let limit = format!("compared as text, being longer than {MAX_ANSWER_BYTES} bytes");
         return if same { Ok(limit) } else { Err(format!("another text, {limit}")) };
     }
-    let first = compared(gold, answer, READINGS[0], READINGS[0]);
+    let first = in_readings(gold, answer);
+    if first.is_err()
+        && let Some(stated) = extract::stated(answer)
+        && let Ok(reason) = in_readings(gold, trimmed(&stated))
+    {
+        return Ok(reason);
+    }
+    first
+}
+
+/// Compares in each reading that the texts allow, the usual one first.
+fn in_readings(gold: &str, answer: &str) -> equal::Finding {
+    // A product of letters and a quantity look alike: `2mg`. The gold answer says which the answer is.
+    let units = answer::read(gold, READINGS[0]).map_or(Units::Spaced, |gold| gold.answered_in());
+    let of_answer = |reading: Reading| Reading { units, ..reading };
+    let first = compared(gold, answer, READINGS[0], of_answer(READINGS[0]));
     if first.is_ok() {
         return first;
     }
@@ -156,7 +179,7 @@ fn by_meaning(gold: &str, answer: &str) -> equal::Finding {
         // Another reading of the answer counts only where it is one, and never turns a gold number into a list.
         if differs(gold, *reading) || differs(answer, *reading) {
             let of_gold = Reading { thousands: true, ..*reading };
-            if let Ok(reason) = compared(gold, answer, of_gold, *reading) {
+            if let Ok(reason) = compared(gold, answer, of_gold, of_answer(*reading)) {
                 return Ok(reason);
             }
         }

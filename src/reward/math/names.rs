@@ -94,6 +94,9 @@ pub(super) fn command(name: &str) -> Option<Meaning> {
         "gt" => Tok::Cmd(">"),
         "ne" | "neq" => Tok::Cmd("!="),
         "in" => Tok::Cmd("in"),
+        "mid" => Tok::Cmd("mid"),
+        "approx" | "simeq" | "doteq" | "thickapprox" => Tok::Cmd("approx"),
+        "cr" | "newline" | "tabularnewline" => Tok::Cmd("\\\\"),
         "lor" | "vee" => Tok::Op(','),
         "lfloor" => Tok::Cmd("lfloor"),
         "rfloor" => Tok::Cmd("rfloor"),
@@ -124,7 +127,7 @@ pub(super) fn command(name: &str) -> Option<Meaning> {
         | "big" | "Big" | "bigl" | "bigr" | "Bigl" | "Bigr" | "bigg" | "Bigg" | "biggl"
         | "biggr" | "Biggl" | "Biggr" | "middle" | "mathbf" | "boldsymbol" | "bm" | "bf"
         | "vec" | "mathsf" | "mathop" | "thinspace" | "medspace" | "negthinspace" | "hspace"
-        | "it" | "boxed" | "fbox" | "cr" | "mathord" | "overrightarrow" => {
+        | "it" | "boxed" | "fbox" | "hline" | "mathord" | "overrightarrow" => {
             return Some(Meaning::Blank);
         }
         _ => match Fun::named(name) {
@@ -138,7 +141,7 @@ pub(super) fn command(name: &str) -> Option<Meaning> {
 
 /// Environments that hold a matrix.
 pub(super) fn is_matrix(environment: &str) -> bool {
-    matches!(environment, "matrix" | "pmatrix" | "bmatrix" | "smallmatrix" | "array")
+    matches!(environment, "matrix" | "pmatrix" | "bmatrix" | "Bmatrix" | "smallmatrix" | "array")
 }
 
 /// The LaTeX (or ASCII) spelling of a character.
@@ -152,8 +155,9 @@ pub(super) fn unicode(c: char) -> Option<&'static str> {
         'π' | '𝜋' => "\\pi ",
         '∞' => "\\infty ",
         '√' => "\\sqrt ",
-        '≤' | '⩽' => "\\le ",
-        '≥' | '⩾' => "\\ge ",
+        '≤' | '⩽' | '≦' => "\\le ",
+        '≥' | '⩾' | '≧' => "\\ge ",
+        '≈' | '≃' | '≅' => "\\approx ",
         '≠' => "\\ne ",
         '±' => "\\pm ",
         '∓' => "\\mp ",

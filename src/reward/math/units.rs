@@ -64,10 +64,32 @@ fn find(word: &str) -> Option<&'static Row> {
     })
 }
 
+/// What a word behind a number multiplies it by: `million`, `dozen`.
+pub(super) fn multiplier(word: &str) -> Option<u64> {
+    let singular = word.strip_suffix('s').unwrap_or(word);
+    Some(match singular.to_ascii_lowercase().as_str() {
+        "dozen" => 12,
+        "hundred" => 100,
+        "thousand" => 1000,
+        "million" => 1_000_000,
+        "billion" => 1_000_000_000,
+        "trillion" => 1_000_000_000_000,
+        _ => return None,
+    })
+}
+
 /// Whether the word names a unit.
 pub(super) fn is_unit(word: &str) -> bool {
     find(word).is_some()
 }
+
+/// Whether the letters of a unit's name are as likely a product: the force `mg`, `ms`, `hr`.
+pub(super) fn may_be_product(word: &str) -> bool {
+    matches!(word, "mg" | "ms" | "mi" | "ml" | "hr" | "yd")
+}
+
+/// Words that deny what stands before them.
+const DENIALS: &[&str] = &["not", "wrong", "incorrect", "false", "isn't", "never"];
 
 impl Unit {
     fn one() -> Unit {
@@ -137,6 +159,7 @@ impl Unit {
         for word in text.split([' ', '.', '~', '-']).filter(|w| !w.is_empty()).take(16) {
             match word {
                 "/" | "per" => sign = -1,
+                denial if DENIALS.contains(&denial) => return Err(format!("no unit: {denial:?}")),
                 "square" | "sq" | "squared" => next = 2,
                 "cubic" | "cu" | "cubed" => next = 3,
                 _ => {

@@ -1,9 +1,18 @@
 //! The form of an answer: a number with its unit, a list, an interval, a matrix, an equation, words.
 
+mod choice;
+mod matrix;
+mod time;
+mod words;
+
 use super::expr::Expr;
 use super::parse;
-use super::token::{Reading, Tok, Token, tokens};
-use super::units::Unit;
+use super::token::{Reading, Tok, Token, Units, canonical, tokens};
+use super::units::{self, Unit};
+use choice::choice;
+use matrix::{matrix, untransposed};
+pub(super) use time::Time;
+use words::words;
 
 /// Most items of a list, cells of a matrix, sides of a relation.
 const MAX_ITEMS: usize = 64;
@@ -30,6 +39,8 @@ pub(super) enum Answer {
     Matrix(Vec<Vec<Expr>>),
     /// `3:5`.
     Ratio(Vec<Expr>),
+    /// `12:30`, `3 p.m.`
+    Time(Time),
     /// Parts joined by one of `cup`, `cap`, `setminus`.
     Joined {
         by: &'static str,
@@ -51,6 +62,24 @@ pub(super) enum Answer {
     Letters(String),
 }
 
+impl Answer {
+    /// Which letters behind a number may be a unit in an answer to this gold one: all where it has a unit itself, few
+    /// where it has letters of its own.
+    pub fn answered_in(&self) -> Units {
+        match self {
+            Answer::Quantity { unit, .. } if !unit.is_label() => Units::Any,
+            Answer::Quantity { value, .. } if value.any(&|e| matches!(e, Expr::Sym(_))) => {
+                Units::Sure
+            }
+            Answer::Quantity { .. } => Units::Letter,
+            Answer::Relation { sides, .. } => {
+                sides.last().map_or(Units::Spaced, Answer::answered_in)
+            }
+            _ => Units::Spaced,
+        }
+    }
+}
+
 pub(super) type Read<T = Answer> = Result<T, String>;
 
 /// Reads the whole of `text`; the error says why it has no form known here.
@@ -60,52 +89,6 @@ pub(super) fn read(text: &str, reading: Reading) -> Read {
         return Ok(choice);
     }
     list(&tokens, 0)
-}
-
-/// `(B)`, `\text{B}`, `B)`, `\textbf{(B)}\ 12`.
-fn choice(text: &str, tokens: &[Token]) -> Option<Answer> {
-    let bracketed = |at: usize| match (tokens.get(at), tokens.get(at + 1), tokens.get(at + 2)) {
-        (Some(open), Some(letter), Some(close))
-            if open.kind == Tok::Op('(') && close.kind == Tok::Op(')') =>
-        {
-            letter_of(&letter.kind)
-        }
-        _ => None,
-    };
-    let worded = text.trim_start().starts_with("\\text");
-    if let Some(letter) = bracketed(0) {
-        if letter.is_ascii_lowercase() && !worded {
-            return None;
-        }
-        let rest = match &tokens[3..] {
-            [] | [Token { kind: Tok::Op('.'), .. }] => None,
-            rest if worded || rest[0].spaced => {
-                let another = (3..tokens.len()).any(|at| bracketed(at).is_some());
-                if another {
-                    return None;
-                }
-                Some(Box::new(list(rest, 0).ok()?))
-            }
-            _ => return None,
-        };
-        return Some(Answer::Choice { letter: letter.to_ascii_uppercase(), rest });
-    }
-    let letter = letter_of(&tokens.first()?.kind).filter(char::is_ascii_uppercase)?;
-    let ends = match &tokens[1..] {
-        [] => worded,
-        [end] => matches!(end.kind, Tok::Op(')' | '.' | ':')),
-        _ => false,
-    };
-    ends.then_some(Answer::Choice { letter, rest: None })
-}
-
-fn letter_of(kind: &Tok) -> Option<char> {
-    match kind {
-        Tok::Sym(name) if name.len() == 1 => {
-            name.chars().next().filter(|c| matches!(c.to_ascii_uppercase(), 'A'..='J'))
-        }
-        _ => None,
-    }
 }
 
 /// +1 for what opens a bracket, -1 for what closes one.
@@ -165,15 +148,35 @@ fn single(tokens: &[Token], depth: usize) -> Read {
         [rest @ .., Token { kind: Tok::Op('.'), .. }] => rest,
         all => all,
     };
+    if let Some(time) = Time::read(tokens) {
+        return Ok(Answer::Time(time));
+    }
     if let Some(words) = words(tokens) {
         return Ok(words);
     }
-    let relation =
-        |kind: &Tok| matches!(kind, Tok::Op('=') | Tok::Cmd("<" | ">" | "<=" | ">=" | "!=" | "in"));
-    let (sides, by) = split(tokens, relation)?;
+    let relation = |kind: &Tok| {
+        matches!(kind, Tok::Op('='))
+            || matches!(kind, Tok::Cmd("<" | ">" | "<=" | ">=" | "!=" | "in" | "approx"))
+    };
+    let (mut sides, mut by) = split(tokens, relation)?;
+    // A relation at the front says nothing of its own: "= 5".
+    if sides.len() > 1 && sides[0].is_empty() && matches!(by[0], Tok::Op('=') | Tok::Cmd("approx"))
+    {
+        sides.remove(0);
+        by.remove(0);
+        if sides.len() == 1 {
+            return single(sides[0], depth + 1);
+        }
+    }
     if sides.len() > 1 {
-        let side = |side: &[Token]| defined(side).map_or_else(|| single(side, depth + 1), Ok);
-        let sides: Read<Vec<_>> = sides.into_iter().map(side).collect();
+        let named = matches!(by[0], Tok::Op('=') | Tok::Cmd("approx"));
+        let side = |(at, side): (usize, &[Token])| match single(side, depth + 1) {
+            _ if defined(side).is_some() => defined(side).ok_or_else(String::new),
+            // What the left side calls the value need not be mathematics: `P(X = 2) = ..`.
+            Err(_) if at == 0 && named && !side.is_empty() => Ok(Answer::Words(canonical(side))),
+            read => read,
+        };
+        let sides: Read<Vec<_>> = sides.into_iter().enumerate().map(side).collect();
         let name = |kind: &Tok| match kind {
             Tok::Cmd(name) => *name,
             _ => "=",
@@ -192,6 +195,12 @@ fn single(tokens: &[Token], depth: usize) -> Read {
     }
     if let Some(group) = group(tokens, depth) {
         return group;
+    }
+    // A column written as a row.
+    if let Some(row) = untransposed(tokens)
+        && let Some(Ok(row @ Answer::Group { .. })) = group(row, depth)
+    {
+        return Ok(row);
     }
     let (parts, colons) = split(tokens, |kind| *kind == Tok::Op(':'))?;
     if !colons.is_empty() {
@@ -223,12 +232,36 @@ fn defined(tokens: &[Token]) -> Option<Answer> {
     Some(Answer::Quantity { value, unit: Unit::parse(&[]).ok()? })
 }
 
+/// The condition of `\{x \mid x > 3\}` or `\{x \in \mathbb{R} : x > 3\}`, which is the set.
+fn builder(inside: &[Token]) -> Option<&[Token]> {
+    let bar = |t: &Token| matches!(t.kind, Tok::Cmd("mid") | Tok::Op(':' | '|'));
+    let at = inside.iter().position(bar)?;
+    let real =
+        |set: &[Token]| matches!(set, [Token { kind: Tok::Sym(name), .. }] if name == "mathbb R");
+    let named = match &inside[..at] {
+        [Token { kind: Tok::Sym(_), .. }] => true,
+        [Token { kind: Tok::Sym(_), .. }, is, set @ ..] => is.kind == Tok::Cmd("in") && real(set),
+        _ => false,
+    };
+    let relation = |t: &Token| matches!(t.kind, Tok::Cmd("<" | ">" | "<=" | ">=" | "!="));
+    let condition = &inside[at + 1..];
+    let mentioned = condition.iter().any(|token| token.kind == inside[0].kind);
+    (named && condition.iter().any(relation) && mentioned).then_some(condition)
+}
+
+/// Whether a comma stands in the outer braces: `{1, 2}`, a set without backslashes.
+fn listed(tokens: &[Token]) -> bool {
+    let inside = &tokens[1..tokens.len() - 1];
+    split(inside, |kind| *kind == Tok::Op(',')).is_ok_and(|(parts, _)| parts.len() > 1)
+}
+
 /// Brackets around the whole.
 fn group(tokens: &[Token], depth: usize) -> Option<Read> {
     let (first, last) = (&tokens.first()?.kind, &tokens.last()?.kind);
     let open = match (first, last) {
         (Tok::Cmd("emptyset"), _) if tokens.len() == 1 => return Some(Ok(Answer::Set(Vec::new()))),
         (Tok::Cmd("{"), Tok::Cmd("}")) => '{',
+        (Tok::Op('{'), Tok::Op('}')) if listed(tokens) => '{',
         (Tok::Cmd("langle"), Tok::Cmd("rangle")) => '<',
         (Tok::Op(open @ ('(' | '[')), Tok::Op(')' | ']')) => *open,
         _ => return None,
@@ -248,6 +281,7 @@ fn group(tokens: &[Token], depth: usize) -> Option<Read> {
     };
     Some(match open {
         '{' if inside.is_empty() => Ok(Answer::Set(Vec::new())),
+        '{' if builder(inside).is_some() => list(builder(inside).unwrap_or_default(), depth + 1),
         '{' => items(inside, depth + 1).map(Answer::Set),
         _ => {
             let parts = split(inside, |kind| matches!(kind, Tok::Op(',' | ';')));
@@ -268,44 +302,6 @@ fn group(tokens: &[Token], depth: usize) -> Option<Read> {
     })
 }
 
-/// `\begin{pmatrix} a & b \\ c & d \end{pmatrix}`, a factor before it.
-fn matrix(tokens: &[Token]) -> Read {
-    let begin = tokens.iter().position(|t| t.kind == Tok::Cmd("begin")).unwrap_or(0);
-    let [inside @ .., Token { kind: Tok::Cmd("end"), .. }] = &tokens[begin + 1..] else {
-        return Err("a matrix with something behind it".into());
-    };
-    let factor = match &tokens[..begin] {
-        [] | [Token { kind: Tok::Op('(' | '['), .. }] => None,
-        before => Some(parse::expression(before)?),
-    };
-    let (rows, _) = split(inside, |kind| *kind == Tok::Cmd("\\\\"))?;
-    let mut cells = 0;
-    let mut matrix: Vec<Vec<Expr>> = Vec::new();
-    for row in rows.into_iter().filter(|row| !row.is_empty()) {
-        let (row, _) = split(row, |kind| *kind == Tok::Op('&'))?;
-        cells += row.len();
-        if cells > MAX_ITEMS {
-            return Err(format!("more than {MAX_ITEMS} cells"));
-        }
-        let row: Read<Vec<_>> = row
-            .into_iter()
-            .map(|cell| {
-                let cell = parse::expression(cell)?;
-                Ok(match &factor {
-                    Some(factor) => Expr::Product(vec![factor.clone(), cell]),
-                    None => cell,
-                })
-            })
-            .collect();
-        matrix.push(row?);
-    }
-    let width = matrix.first().map_or(0, Vec::len);
-    if width == 0 || matrix.iter().any(|row| row.len() != width) {
-        return Err("a matrix whose rows differ in length".into());
-    }
-    Ok(Answer::Matrix(matrix))
-}
-
 /// An expression with a currency sign before it or a unit behind it; two where it holds `\pm`.
 fn quantity(tokens: &[Token]) -> Read {
     let mut currency = None;
@@ -321,8 +317,18 @@ fn quantity(tokens: &[Token]) -> Read {
         }
     }
     let words = rest.iter().position(|t| matches!(t.kind, Tok::Text(_))).filter(|at| *at > 0);
-    let (value, unit) = rest.split_at(words.unwrap_or(rest.len()));
-    let value = parse::expression(value)?;
+    let (value, mut unit) = rest.split_at(words.unwrap_or(rest.len()));
+    let mut value = parse::expression(value)?;
+    // "5 million"
+    let mut tail = unit.to_vec();
+    if let Some(Token { kind: Tok::Text(words), .. }) = tail.first_mut() {
+        let (first, others) = words.split_once([' ', '~']).unwrap_or((words.as_str(), ""));
+        if let Some(times) = units::multiplier(first.trim()) {
+            value = value.scaled(times);
+            *words = others.to_string();
+            unit = &tail;
+        }
+    }
     let unit = Unit::parse(unit)?;
     let unit = match currency {
         Some(currency) if unit.is_label() => currency,
@@ -333,72 +339,4 @@ fn quantity(tokens: &[Token]) -> Read {
         return Ok(item(value));
     }
     Ok(Answer::List(vec![item(value.with_sign(1)), item(value.with_sign(-1))]))
-}
-
-/// Words alone, or capital letters or a Roman numeral in a row.
-fn words(tokens: &[Token]) -> Option<Answer> {
-    let mut text = String::new();
-    let mut worded = false;
-    for token in tokens {
-        if token.spaced && !text.is_empty() {
-            text.push(' ');
-        }
-        match &token.kind {
-            Tok::Text(words) => {
-                if worded && !text.ends_with(' ') {
-                    text.push(' ');
-                }
-                worded = true;
-                text.push_str(words);
-            }
-            Tok::Sym(letter) if letter.len() == 1 => text.push_str(letter),
-            Tok::Op('-' | '\'') if !text.is_empty() => text.push('-'),
-            _ => return None,
-        }
-    }
-    let text = text.trim_end_matches('-');
-    if worded {
-        let lower = text.to_lowercase();
-        let words: Vec<_> = lower
-            .split(|c: char| c.is_whitespace() || c == '~' || c == '-')
-            .filter(|word| !matches!(*word, "" | "the" | "a" | "an" | "is"))
-            .collect();
-        let words = words.join(" ");
-        return Some(match number_word(&words) {
-            Some(n) => Answer::Quantity { value: Expr::int(n), unit: Unit::parse(&[]).ok()? },
-            None => Answer::Words(words),
-        });
-    }
-    let capitals = text.bytes().all(|b| b.is_ascii_uppercase());
-    let roman =
-        text.bytes().all(|b| matches!(b, b'i' | b'v' | b'x')) && text.starts_with(['i', 'v']);
-    let roman = roman && matches!(text, "ii" | "iii" | "iv" | "vi" | "vii" | "viii" | "ix");
-    (text.len() > 1 && (capitals || roman)).then(|| Answer::Letters(text.into()))
-}
-
-fn number_word(word: &str) -> Option<i64> {
-    const WORDS: [&str; 21] = [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-        "seventeen",
-        "eighteen",
-        "nineteen",
-        "twenty",
-    ];
-    WORDS.iter().position(|w| *w == word).map(|n| n as i64)
 }
