@@ -3,6 +3,8 @@
 
 #[path = "../common/parquet.rs"]
 mod columns;
+#[path = "../common/mod.rs"]
+mod common;
 mod models;
 mod mutate;
 mod targets;

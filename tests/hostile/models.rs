@@ -10,6 +10,7 @@ use bupo_gguf::gguf::{Array, GgufFile, GgufWriter, Value};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::common;
 use crate::mutate::{ODD, mutate};
 use crate::{root, times};
 
@@ -162,4 +163,51 @@ fn llama_cpp_never_aborts_on_what_passes_our_checks() {
         "{opened} opened, {refused} refused: most should get as far as decoding"
     );
     assert!(refused > 0 && trained > 0, "both should occur");
+}
+
+/// Every setting of every further architecture, changed: what the forwards and llama.cpp's graphs divide by, cut heads
+/// with, or index layers by.
+#[test]
+fn settings_of_further_architectures_are_taken_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let place = path.to_str().unwrap();
+    let mut counts = [0; 2];
+    for case in common::ARCHS.into_iter().filter(|case| !case.ends_with("f32")) {
+        let name = common::folder_of(case).join(format!("{case}.gguf"));
+        let file = GgufFile::open(&name).unwrap();
+        let arch = format!("{}.", file.architecture().unwrap());
+        let keys: Vec<&str> =
+            file.metadata().map(|(key, _)| key).filter(|key| key.starts_with(&arch)).collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(12);
+        for key in keys {
+            for i in 0..times(2) {
+                let mut writer = GgufWriter::new();
+                for (name, value) in file.metadata() {
+                    let value = if name == key { changed(value, &mut rng) } else { value.clone() };
+                    writer.metadata(name, value).unwrap();
+                }
+                for tensor in file.tensors() {
+                    let bytes = file.bytes(tensor).to_vec();
+                    let shape = &tensor.shape;
+                    writer
+                        .tensor(&tensor.name, tensor.ty, shape, move |out| out.write(&bytes))
+                        .unwrap();
+                }
+                std::fs::write(&path, writer.to_bytes().unwrap()).unwrap();
+                let what = format!("{case}: {key}, change {i}");
+                let args = ["generate", place, "-p", "ab", "--raw", "--max-response", "2"];
+                let opened = ran(&what, &path, &[&args[..], &["--threads", "1"]].concat());
+                counts[!opened as usize] += 1;
+                if opened {
+                    let data = root("tests/fixtures/rows-of-tokens.jsonl");
+                    let data = data.to_str().unwrap();
+                    ran(&what, &path, &["score", place, "--data", data, "--threads", "1"]);
+                }
+            }
+        }
+    }
+    let [opened, refused] = counts;
+    println!("settings: {opened} decoded with, {refused} refused");
+    assert!(opened > 20 && refused > 20, "{opened} opened, {refused} refused: both should occur");
 }
