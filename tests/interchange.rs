@@ -158,7 +158,7 @@ fn scales_are_pefts() {
     for (weight, factor) in folder.factors(&settings) {
         let layer: usize = weight.split('.').nth(1).unwrap().parse().unwrap();
         let expected = match weight.as_str() {
-            w if w.contains("attn_q.") && layer < 2 => 2.0,
+            w if w.contains("attn_q.") && layer < 2 => -2.0,
             w if w.contains("attn_k.") => 0.5,
             _ => 1.0,
         };
