@@ -117,15 +117,17 @@ impl Folder {
     /// The factor of each weight's B A beside what was written.
     fn factors(&self, settings: &Json) -> Vec<(String, f64)> {
         let adapter = self.with(settings).unwrap();
-        let largest = |pair: &AdapterPair, file: &AdapterFile| {
-            let b = pair.b.iter().fold(0f32, |most, x| most.max(x.abs()));
-            f64::from(b) * f64::from(file.scale(pair))
-        };
         let pairs = adapter.pairs.iter().zip(&self.written.pairs);
         pairs
             .map(|(now, was)| {
                 assert_eq!((&now.weight, &now.a), (&was.weight, &was.a));
-                (now.weight.clone(), largest(now, &adapter) / largest(was, &self.written))
+                // By the largest number of B, with its sign.
+                let at =
+                    (0..was.b.len()).max_by(|i, j| was.b[*i].abs().total_cmp(&was.b[*j].abs()));
+                let at = at.unwrap();
+                let [now_b, was_b] =
+                    [now.b[at] * adapter.scale(now), was.b[at] * self.written.scale(was)];
+                (now.weight.clone(), f64::from(now_b) / f64::from(was_b))
             })
             .collect()
     }
@@ -158,7 +160,7 @@ fn scales_are_pefts() {
     for (weight, factor) in folder.factors(&settings) {
         let layer: usize = weight.split('.').nth(1).unwrap().parse().unwrap();
         let expected = match weight.as_str() {
-            w if w.contains("attn_q.") && layer < 2 => 2.0,
+            w if w.contains("attn_q.") && layer < 2 => -2.0,
             w if w.contains("attn_k.") => 0.5,
             _ => 1.0,
         };

@@ -156,7 +156,7 @@ mod tests {
             rows.iter().map(|row| serde_json::to_string(&row.object).unwrap()).collect();
         assert_eq!(
             texts,
-            [r#"{"question":"1, \"2\"\nor 3?","answer":"2"}"#, r#"{"question":"x"}"#]
+            [r#"{"question":"1, \"2\"\nor 3?","answer":"2"}"#, r#"{"question":"x","answer":null}"#]
         );
         assert_eq!((rows[0].line, rows[1].place.as_str()), (1, "d.csv, row 2"));
         assert!(read(b"").unwrap().is_empty());
