@@ -124,6 +124,7 @@ impl Description {
             paths.iter().map(|p| GgufFile::open(p)).collect::<Result<Vec<_>>>()?
         };
         let first = &files[0];
+        first.require_model()?;
         let architecture = first.architecture()?.to_owned();
         let outline = Model::outline(path);
         let refused = outline.as_ref().err().map(ToString::to_string);
