@@ -1,13 +1,14 @@
 //! Answers verified per second on the golds of MATH-500: `cargo bench --bench verify`.
 //!
 //! Reads `math500.parquet` under `BUPO_SHARED` (default `../shared`); throughput counts judgements. `itself` is a
-//! gold against its own text with blanks added (read and compared as mathematics), `another` against the next.
+//! gold against its own text with blanks added (read and compared as mathematics), `another` against the next;
+//! `completion` looks for the answer in a text first.
 
 use std::fs::File;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 
-use bupo_gguf::reward::math::{Mode, judge};
+use bupo_gguf::reward::math::{Mode, judge, score};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
@@ -52,6 +53,30 @@ fn verify(c: &mut Criterion) {
                 })
             });
         }
+    }
+    // Whole completions: the answer is looked for first.
+    for (name, template) in [
+        (
+            "completion, boxed",
+            "Adding both sides, we get 2x = 14.\n\nSo the answer is $\\boxed{@}$.",
+        ),
+        (
+            "completion, sentence",
+            "Adding both sides, we get 2x = 14.\n\nThe answer is therefore $@$, since x > 0.",
+        ),
+        (
+            "completion, last formula",
+            "Adding both sides, we get 2x = 14.\n\nAltogether this gives $@$ (see above).",
+        ),
+    ] {
+        let completions: Vec<_> =
+            another.iter().map(|(gold, answer)| (gold, template.replace('@', answer))).collect();
+        group.bench_function(name, |b| {
+            let paid = |(gold, completion): &&(&String, String)| {
+                score(gold, completion, Mode::Math, Mode::Math.rules()).reward == 1.0
+            };
+            b.iter(|| black_box(completions.iter().filter(paid).count()))
+        });
     }
     group.finish();
 }

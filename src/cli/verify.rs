@@ -24,8 +24,9 @@ pub struct VerifyArgs {
     /// How answers are compared: math, hendrycks, exact
     #[arg(long, default_value = "math", value_name = "MODE", value_parser = |s: &str| Mode::parse(s))]
     mode: Mode,
-    /// Where a completion's answer is looked for, in this order [default: boxed,fbox,bare,hashes,final,number for
-    /// math; boxed,fbox,bare for hendrycks; all of the completion for exact]
+    /// Where a completion's answer is looked for, in this order; thoughts (<think>..</think>) are no place
+    /// [default: answer,boxed,fbox,bare,hashes,final,number for math; boxed,fbox,bare for hendrycks; all of the
+    /// completion for exact]
     #[arg(long, value_name = "RULES")]
     extract: Option<String>,
     /// Print one object with the counts instead: {"rows": n, "equal": n, "mode": ".."}

@@ -17,7 +17,8 @@ pub struct RewardOptions {
     /// Parts with weights, as in "math + 0.2*format + overlong:256". math: the answer compared by its meaning
     /// (math:boxed: only what is boxed); hendrycks: the last \boxed{} after MATH's string normalisation, the
     /// paper's reward; boxed: the last \boxed{} compared as number or text; exact: the whole completion as
-    /// text; regex:PATTERN; format:boxed, format:think; overlong:N: DAPO's penalty over the last N tokens;
+    /// text; regex:PATTERN; format:boxed, format:think (with the end of a prompt that begins the thoughts);
+    /// thoughts are no answer to any of these; overlong:N: DAPO's penalty over the last N tokens;
     /// cmd:PROG: a program, JSON lines in and out. An evaluation takes the first part for what is right
     /// [default: math; boxed where tasks alone are asked]
     #[arg(long, value_name = "SPEC", help_heading = "Data and reward")]

@@ -90,12 +90,15 @@ impl Mode {
 
     /// A completion's answer by these rules; without rules, all of it.
     pub fn answer<'a>(self, completion: &'a str, rules: &[Rule]) -> Option<Cow<'a, str>> {
-        let found = match self {
-            _ if rules.is_empty() => return Some(completion.into()),
+        self.find(completion, rules).map(|found| found.text)
+    }
+
+    fn find<'a>(self, completion: &'a str, rules: &[Rule]) -> Option<Extracted<'a>> {
+        match self {
+            _ if rules.is_empty() => Some(Extracted { text: completion.into(), rule: Rule::Boxed }),
             Mode::Hendrycks => extract::extract_alone(completion, rules),
             _ => extract(completion, rules),
-        };
-        found.map(|found| found.text)
+        }
     }
 }
 
@@ -118,11 +121,18 @@ pub fn judge(gold: &str, answer: &str, mode: Mode) -> Judgement {
 
 /// Judges a completion: extracts its answer by the rules (without rules, all of it) and compares.
 pub fn score(gold: &str, completion: &str, mode: Mode, rules: &[Rule]) -> Verdict {
-    let answer = match mode.answer(completion, rules) {
-        Some(answer) => answer,
-        None => return Verdict::wrong(extract::cut_off(completion).unwrap_or("no answer found")),
+    let Some(mut answer) = mode.find(completion, rules) else {
+        return Verdict::wrong(extract::cut_off(completion).unwrap_or("no answer found"));
     };
-    let judgement = judge(gold, &answer, mode);
+    let mut judgement = judge(gold, &answer.text, mode);
+    // Of a relation in a text that names no answer the right side counts, whatever stands left of it.
+    if let (false, Some(side)) = (judgement.equal, answer.right_side()) {
+        let of_side = judge(gold, side, mode);
+        if of_side.equal {
+            (judgement, answer.text) = (of_side, side.to_string().into());
+        }
+    }
+    let answer = answer.text;
     let (answer, gold) = (super::quoted(&answer), super::quoted(&gold_answer(gold)));
     match judgement.equal {
         true => Verdict::right(format!("{answer} equals {gold}: {}", judgement.reason)),

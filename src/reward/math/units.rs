@@ -17,6 +17,9 @@ pub(super) struct Unit {
 /// Names, base unit, factor above and below, and the power of the base unit.
 type Row = (&'static [&'static str], &'static str, u64, u64, i32);
 
+/// The unit of what is counted.
+const COUNT: &str = "one";
+
 const TABLE: &[Row] = &[
     (&["m", "meter", "metre"], "meter", 1, 1, 1),
     (&["cm", "centimeter", "centimetre"], "meter", 1, 100, 1),
@@ -49,6 +52,7 @@ const TABLE: &[Row] = &[
     (&["V", "volt"], "volt", 1, 1, 1),
     (&["Hz", "hertz"], "hertz", 1, 1, 1),
     (&["rad", "radian"], "radian", 1, 1, 1),
+    (&["dozen"], COUNT, 12, 1, 1),
     (&["dollar"], "dollar", 1, 1, 1),
     (&["cent", "¢"], "dollar", 1, 100, 1),
     (&["€", "euro"], "euro", 1, 1, 1),
@@ -64,11 +68,10 @@ fn find(word: &str) -> Option<&'static Row> {
     })
 }
 
-/// What a word behind a number multiplies it by: `million`, `dozen`.
+/// What a word behind a number multiplies it by: `million`.
 pub(super) fn multiplier(word: &str) -> Option<u64> {
     let singular = word.strip_suffix('s').unwrap_or(word);
     Some(match singular.to_ascii_lowercase().as_str() {
-        "dozen" => 12,
         "hundred" => 100,
         "thousand" => 1000,
         "million" => 1_000_000,
@@ -106,6 +109,11 @@ impl Unit {
     /// Whether it says nothing: no unit, or labels alone.
     pub fn is_label(&self) -> bool {
         self.dimensions.is_empty()
+    }
+
+    /// Whether it counts: `5 dozen` is 60 of what is meant.
+    pub fn counts(&self) -> bool {
+        self.dimensions == [(COUNT, 1)]
     }
 
     /// Whether both measure the same.

@@ -317,6 +317,8 @@ fn quantity(tokens: &[Token]) -> Read {
         }
     }
     let words = rest.iter().position(|t| matches!(t.kind, Tok::Text(_))).filter(|at| *at > 0);
+    // `2/hour`
+    let words = words.map(|at| at - usize::from(at > 1 && rest[at - 1].kind == Tok::Op('/')));
     let (value, mut unit) = rest.split_at(words.unwrap_or(rest.len()));
     let mut value = parse::expression(value)?;
     // "5 million"

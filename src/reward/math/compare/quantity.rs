@@ -56,6 +56,13 @@ pub(super) fn quantities(
                 .map(|why| format!("{why} in the same unit"));
         }
     }
+    // `5 dozen` is 60, and 5 where the question asks for dozens.
+    for (unit, counted, other) in [(gold_unit, gold, answer), (unit, answer, gold)] {
+        let all = || Expr::Product(vec![counted.clone(), Expr::Num(unit.scale.clone())]);
+        if unit.counts() && equal::expressions(&all(), other, at.steps).is_ok() {
+            return Ok("the same number".into());
+        }
+    }
     let ((a, sign), (b, other)) = (peel(gold), peel(answer));
     if sign == other {
         return equal::expressions(&a, &b, at.steps);

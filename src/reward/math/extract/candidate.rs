@@ -66,27 +66,30 @@ pub(super) fn last_value<'a>(text: &'a str, items: &[Item]) -> Option<Cow<'a, st
     }
     let start = runs[first].first;
     let end = with_unit(items, last);
-    let before = |n: usize| {
-        let at =
-            start.checked_sub(n).filter(|at| items[*at..start].iter().all(|i| i.stop.is_none()));
-        at.map_or(String::new(), |at| items[at].text(text).to_ascii_lowercase())
-    };
-    let mut words: Vec<String> = (1..=4).map(before).collect();
-    words.retain(|word| word != "the");
-    if matches!(words[0].as_str(), "negative" | "minus") && first == at {
+    let before = words_before(text, items, start);
+    let word = |n: usize| before.get(n).map_or("", String::as_str);
+    if matches!(word(0), "negative" | "minus") && first == at {
         return Some(format!("-{}", spelled(text, &items[start..=end])).into());
     }
-    let denied = words
-        .iter()
-        .take(3)
-        .take_while(|word| *word != "but")
-        .any(|word| DENIALS.contains(&word.as_str()) || word.ends_with("n't"));
+    let links =
+        |word: &&String| matches!(word.as_str(), "be" | "is" | "equal" | "to" | "exactly" | "just");
+    let denial = before.iter().find(|word| !links(word)).map_or("", String::as_str);
+    let denied = DENIALS.contains(&denial) || denial.ends_with("n't");
     let number = |word: &str| word.starts_with(|c: char| c.is_ascii_digit());
-    let made = words[0] == "of" && (MADE_OF.contains(&words[1].as_str()) || number(&words[1]));
-    if denied || made || TURNED.contains(&words[0].as_str()) {
+    let made = word(0) == "of" && (MADE_OF.contains(&word(1)) || number(word(1)));
+    if denied || made || TURNED.contains(&word(0)) {
         return None;
     }
     Some(slice(text, items, start, end))
+}
+
+/// The words before an item in its sentence and line, the nearest first, without articles; a few of them.
+fn words_before(text: &str, items: &[Item], start: usize) -> Vec<String> {
+    let near = (0..start).rev().take(4);
+    near.take_while(|at| items[*at].stop.is_none() && !items[at + 1].first)
+        .map(|at| items[at].text(text).to_ascii_lowercase())
+        .filter(|word| word != "the")
+        .collect()
 }
 
 /// Whether "and", "or", a ratio's "to" or a comma alone stands between two values.

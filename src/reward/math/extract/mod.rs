@@ -43,6 +43,46 @@ pub struct Extracted<'a> {
     pub rule: Rule,
 }
 
+impl Extracted<'_> {
+    /// What stands right of the last sign of equality outside of brackets, where the rule is the last value's and
+    /// numbers are reckoned with on the left: `$10/day * 3 days = 30`. Letters there make it an equation.
+    pub(super) fn right_side(&self) -> Option<&str> {
+        let text = self.text.as_ref();
+        let (mut depth, mut side) = (0usize, None);
+        for (at, c) in text.char_indices() {
+            match c {
+                '{' | '(' | '[' => depth += 1,
+                '}' | ')' | ']' => depth = depth.saturating_sub(1),
+                ',' | ';' if depth == 0 && text[at + 1..].starts_with(' ') => return None,
+                '=' if depth == 0 && !text[..at].ends_with(['<', '>', '!', ':']) => {
+                    side = Some(at + 1)
+                }
+                _ => {}
+            }
+        }
+        let (left, side) = text.split_at(side?);
+        let reckoned = self.rule == Rule::Number && !holds_letter(left) && !text.contains(" and ");
+        (reckoned && !side.trim().is_empty()).then_some(side.trim())
+    }
+}
+
+/// Whether a letter stands alone in it, as a variable does; the `x` of `10x6` is a sign.
+fn holds_letter(text: &str) -> bool {
+    let bytes = text.as_bytes();
+    let digit = |at: Option<usize>| at.and_then(|at| bytes.get(at)).is_some_and(u8::is_ascii_digit);
+    let mut at = 0;
+    while at < bytes.len() {
+        let length = bytes[at..].iter().take_while(|b| b.is_ascii_alphabetic()).count();
+        let before = at.checked_sub(1);
+        let times = bytes[at] == b'x' && digit(before) && digit(Some(at + 1));
+        if length == 1 && !times && before.is_none_or(|at| !matches!(bytes[at], b'\\' | b'/')) {
+            return true;
+        }
+        at += length.max(1);
+    }
+    false
+}
+
 impl Rule {
     /// All rules, in the order of the default.
     pub const ALL: [Rule; 7] =
@@ -86,8 +126,8 @@ impl Rule {
             Rule::Fbox => boxed("\\fbox"),
             Rule::Bare => boxes::bare(text).map(Cow::from),
             Rule::Hashes => hashes(text).map(Cow::from),
-            Rule::Final => sentence::last_claim(text),
-            Rule::Number => sentence::last_of(text),
+            Rule::Final => sentence::last_claim(end_of(text)),
+            Rule::Number => sentence::last_of(end_of(text)),
         };
         let trimmed = found.map(|found| match found {
             Cow::Borrowed(found) => Cow::Borrowed(found.trim()),
@@ -128,6 +168,16 @@ pub(super) fn cut_off(completion: &str) -> Option<&'static str> {
     open.then_some("the last <answer> is not closed")
 }
 
+/// Longest end of a text that is read as prose, in bytes.
+const MAX_PROSE_BYTES: usize = 1 << 16;
+
+/// The end of a text that its last sentence stands in.
+fn end_of(text: &str) -> &str {
+    let start = text.len().saturating_sub(MAX_PROSE_BYTES);
+    let boundary = (start..=text.len()).find(|at| text.is_char_boundary(*at));
+    &text[boundary.unwrap_or(0)..]
+}
+
 /// The answer in the last `<answer>..</answer>`: its box, or what it states.
 fn tagged(text: &str) -> Option<Cow<'_, str>> {
     let (before, behind) = text.rsplit_once("</answer>")?;
@@ -136,7 +186,8 @@ fn tagged(text: &str) -> Option<Cow<'_, str>> {
         return None;
     }
     let boxed = [Rule::Boxed, Rule::Fbox, Rule::Bare, Rule::Hashes];
-    boxed.iter().find_map(|rule| rule.find(inside, false)).or_else(|| statement(inside.trim()))
+    let stated = || statement(end_of(inside).trim());
+    boxed.iter().find_map(|rule| rule.find(inside, false)).or_else(stated)
 }
 
 /// The answer that words around it state, where an answer is more than mathematics.

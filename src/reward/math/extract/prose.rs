@@ -7,6 +7,9 @@ use crate::reward::math::{names, units};
 /// Longest bracket that is read ahead, in bytes.
 const MAX_BRACKET_BYTES: usize = 300;
 
+/// Longest word that is looked at as mathematics, in bytes.
+const MAX_WORD_BYTES: usize = 1 << 12;
+
 /// A word or formula of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Item {
@@ -137,6 +140,10 @@ fn word_end(text: &str, start: usize, finder: &mut Finder<'_>) -> usize {
                     continue;
                 }
             }
+            // `Sum:5`
+            ':' if at > start + 1 && text[start..at].bytes().all(|b| b.is_ascii_alphabetic()) => {
+                return at + 1;
+            }
             c if c.is_whitespace() && (depth == 0 || at - start > MAX_BRACKET_BYTES) => return at,
             '$' | '\\' if at > start && depth == 0 && finder.at(at).is_some() => return at,
             _ => {}
@@ -189,14 +196,16 @@ fn is_ratio(text: &str, start: usize, end: usize) -> bool {
 
 /// The word in these bytes, its typography and punctuation taken off.
 fn word(text: &str, start: usize, end: usize, first: bool) -> Item {
-    if is_ratio(text, start, end) {
+    let operator = !first && matches!(&text[start..end], "*" | "/");
+    if operator || is_ratio(text, start, end) {
         return Item { start, end, kind: Kind::Math, stop: None, first };
     }
     let raw = &text[start..end];
     let opening = |c: char| matches!(c, '*' | '`' | '"' | '\u{201c}' | '\u{2018}' | '#' | '_');
-    let closing = |c: char, core: &str| match c {
+    let braced = raw.contains('{');
+    let closing = |c: char| match c {
         '*' | '`' | '"' | '\u{201d}' | '_' | '$' => true,
-        '}' => !core.contains('{'),
+        '}' => !braced,
         _ => false,
     };
     let mut core = raw.trim_start_matches(opening);
@@ -207,7 +216,7 @@ fn word(text: &str, start: usize, end: usize, first: bool) -> Item {
         let factorial = c == '!' && core.chars().nth_back(1).is_some_and(value);
         match c {
             '.' | ',' | ';' | ':' | '!' | '?' if !factorial => stop = Some(c),
-            c if closing(c, core) => {}
+            c if closing(c) => {}
             _ => break,
         }
         core = &core[..core.len() - c.len_utf8()];
@@ -252,12 +261,15 @@ fn kind(core: &str, first: bool) -> Kind {
     {
         return Kind::Unit;
     }
-    if is_mathematics(core, false) { Kind::Math } else { Kind::Plain }
+    let short = core.len() <= MAX_WORD_BYTES;
+    if short && is_mathematics(core, false) { Kind::Math } else { Kind::Plain }
 }
 
 /// Whether the text holds mathematics and no word. In brackets single letters and "and" may stand alone.
 fn is_mathematics(text: &str, inside: bool) -> bool {
     let bytes = text.as_bytes();
+    let operators = text.contains(['=', '^', '+']);
+    let equation = text.contains('=');
     let mut value = inside && !text.trim().is_empty();
     let mut at = 0;
     let mut letters = 0;
@@ -282,15 +294,17 @@ fn is_mathematics(text: &str, inside: bool) -> bool {
             let known = !joint && (Fun::named(run).is_some() || names::word(run).is_some());
             let unit = behind && (units::is_unit(run) || units::multiplier(run).is_some());
             let time = behind && matches!(run.to_ascii_lowercase().as_str(), "am" | "pm");
-            let capitals = text.contains('=') && run.bytes().all(|b| b.is_ascii_uppercase());
-            let formula = text.contains(['=', '^', '+']) || last == '}';
-            let product = run.len() < 4 && formula || inside && run.len() < 3;
+            let capitals = equation && run.bytes().all(|b| b.is_ascii_uppercase());
+            let formula = operators || last == '}';
+            let product =
+                run.len() < 4 && formula || inside && run.len() < 3 || last == '/' && value;
             if run.len() > 1 && !(known || unit || time || capitals || product) {
                 return false;
             }
             // `x2`, `H2O`: names, unless an operator says otherwise.
             let digit = text[at..].starts_with(|c: char| c.is_ascii_digit());
-            let exponent = last.is_ascii_digit() && run.eq_ignore_ascii_case("e");
+            // `2e5`, `10x6`
+            let exponent = last.is_ascii_digit() && matches!(run, "e" | "E" | "x");
             if digit && !exponent && !known {
                 return false;
             }

@@ -210,13 +210,14 @@ fn is_aside(text: &str, item: &Item) -> bool {
 /// The last item of a claim without the reason behind it.
 fn reason(text: &str, items: &[Item], first: usize, value: Option<usize>) -> usize {
     let last = items.len() - 1;
-    let hedged = |from: usize| {
-        items[from..].iter().any(|item| {
-            HEDGES.contains(&item.text(text).to_ascii_lowercase().as_str())
-                || item.kind == Kind::Aside && !is_aside(text, item)
-        })
-    };
-    let and = |from: usize| items[from..].iter().any(|item| item.kind == Kind::And);
+    // Where the last of each stands.
+    let hedge = items.iter().rposition(|item| {
+        HEDGES.contains(&item.text(text).to_ascii_lowercase().as_str())
+            || item.kind == Kind::Aside && !is_aside(text, item)
+    });
+    let and = items.iter().rposition(|item| item.kind == Kind::And);
+    let math = items.iter().rposition(Item::is_math);
+    let hedged = |from: usize| hedge.is_some_and(|at| at >= from);
     let plain = |at: usize| items.get(at).is_some_and(|item| item.kind == Kind::Plain);
     for at in first + 1..=last {
         let word = items[at].text(text).to_ascii_lowercase();
@@ -227,9 +228,9 @@ fn reason(text: &str, items: &[Item], first: usize, value: Option<usize>) -> usi
         let symbol = matches!(word.as_str(), "⇒" | "∵" | "∴");
         let cut = match items[at].kind {
             _ if REASONS.contains(&word.as_str()) || symbol => true,
-            Kind::And => behind_value && plain(at + 1) && !items[at..].iter().any(Item::is_math),
+            Kind::And => behind_value && plain(at + 1) && math.is_none_or(|last| last < at),
             _ if dash => behind_value && !hedged(at),
-            _ if PLACES.contains(&word.as_str()) => !hedged(at) && !and(at),
+            _ if PLACES.contains(&word.as_str()) => !hedged(at) && and.is_none_or(|last| last < at),
             _ => behind_value && plain(at) && pause && !hedged(at),
         };
         if cut {

@@ -225,6 +225,11 @@ impl<'a> Lexer<'a> {
     }
 
     fn named(&mut self, run: &str) {
+        // `6th`
+        let ordinal = matches!(run, "st" | "nd" | "rd" | "th") && !self.spaced;
+        if ordinal && matches!(self.out.last().map(|t| &t.kind), Some(Tok::Num(_))) {
+            return self.push(Tok::Text(run.into()));
+        }
         // `2 to 3`
         if run == "to" && self.after_value() {
             return self.push(Tok::Op(':'));
