@@ -6,15 +6,16 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::advantage::{Baseline, Gae};
+use super::algorithm::{Algorithm, Defaults};
 use super::critic::CriticConfig;
 use super::layers::LayerChoice;
 use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
-use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
+use super::row_options::{RowOptions, refuse_meaningless};
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
 use crate::ggml::{ByteSize, DeviceChoice, usable_cores};
-use crate::model::{Placement, Targets};
+use crate::model::{DEMO, Placement, Targets};
 use crate::reward::RewardOptions;
 use crate::rollout::{PromptOptions, Sampling};
 use crate::{Error, Result};
@@ -69,8 +70,9 @@ pub struct TrainConfig {
     #[serde(flatten)]
     pub prompts: PromptOptions,
 
-    /// bupo: the internal policy of one layer first, then the model's; the others: the model's throughout.
-    /// Each is a choice of the settings below, which can be set apart
+    /// bupo: the internal policy of one layer first, then the model's; the others up to ppo: the model's throughout,
+    /// each a choice of the settings below, which can be set apart. sft, dpo, kto, orpo and simpo learn from given
+    /// rows, distill from a teacher
     #[arg(long, value_enum, default_value = "bupo", help_heading = "Algorithm")]
     pub algo: Algorithm,
     /// With bupo: the objective of both phases, any other --algo [default: grpo]
@@ -83,9 +85,9 @@ pub struct TrainConfig {
     /// How the internal layer was chosen where it was left to the program.
     #[arg(skip)]
     pub internal_layer_why: Option<String>,
-    /// Steps of the internal phase
-    #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Algorithm")]
-    pub internal_steps: u64,
+    /// Steps of the internal phase, of bupo and of what learns from rows or a teacher [default: bupo: 10, else 0]
+    #[arg(long, value_name = "N", help_heading = "Algorithm")]
+    pub internal_steps: Option<u64>,
     /// Apply the final norm before the unembedding in the internal phase (the paper's ablation)
     #[arg(long, help_heading = "Algorithm")]
     pub final_norm: bool,
@@ -135,16 +137,21 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.0, value_name = "CAP", help_heading = "Algorithm")]
     pub tis_cap: f32,
 
+    /// Objectives without rewards.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub rows: RowOptions,
+
     /// Training steps
     #[arg(long, default_value_t = 40, value_name = "N", help_heading = "Batch")]
     pub steps: u64,
-    /// Prompts per step
+    /// Prompts, or rows, per step
     #[arg(long, default_value_t = 32, value_name = "N", help_heading = "Batch")]
     pub prompts_per_step: usize,
     /// Completions per prompt, at least 2
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Batch")]
     pub group: usize,
-    /// Prompts per optimiser step [default: half of --prompts-per-step]
+    /// Prompts, or rows, per optimiser step [default: half of --prompts-per-step, of rows and teachers all]
     #[arg(long, value_name = "N", help_heading = "Batch")]
     pub mini_batch: Option<usize>,
     /// Tokens per micro batch; gradients of a mini batch accumulate over them [default: 4096; on a GPU what --vram
@@ -333,12 +340,25 @@ impl TrainConfig {
 
     /// Prompts per optimiser step.
     pub fn mini_batch(&self) -> usize {
-        self.mini_batch.unwrap_or(self.prompts_per_step.div_ceil(2))
+        let by_default = match self.algo.is_rewarded() {
+            true => self.prompts_per_step.div_ceil(2),
+            false => self.prompts_per_step,
+        };
+        self.mini_batch.unwrap_or(by_default)
     }
 
     /// The adapter's alpha.
     pub fn alpha(&self) -> f32 {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
+    }
+
+    /// Steps of the internal phase; 0 where the algorithm has none.
+    pub fn internal_steps(&self) -> u64 {
+        match self.algo {
+            Algorithm::Bupo => self.internal_steps.unwrap_or(10),
+            algo if algo.has_internal_phase() => self.internal_steps.unwrap_or(0),
+            _ => 0,
+        }
     }
 
     /// Layer of the internal phase for a model of `n_layer` layers; of `auto`, before it is found, the default.
@@ -420,10 +440,14 @@ impl TrainConfig {
             &mut self.adapter,
             &mut self.out,
             &mut self.rewards.reward_folder,
+            &mut self.rows.teacher_adapter,
         ]
         .into_iter()
         .flatten()
         .try_for_each(absolute)?;
+        if let Some(teacher) = self.rows.teacher.as_mut().filter(|t| t.as_os_str() != DEMO) {
+            absolute(teacher)?;
+        }
         self.data = source::absolute(&self.data)?;
         self.eval_data = self.eval_data.as_deref().map(source::absolute).transpose()?;
         let template = &mut self.prompts.template;
@@ -442,8 +466,15 @@ impl TrainConfig {
         }
         self.mini_batch = Some(self.mini_batch());
         self.micro_batch_tokens = Some(self.micro_batch_tokens());
-        self.kv_mib = Some(self.kv_mib());
         self.alpha = Some(self.alpha());
+        if self.algo.has_internal_phase() {
+            self.internal_steps = Some(self.internal_steps());
+        }
+        if !self.algo.is_rewarded() {
+            // The rest means nothing to it.
+            return self;
+        }
+        self.kv_mib = Some(self.kv_mib());
         self.rewards.reward = Some(self.rewards.spec(&self.data));
         let loss = self.loss();
         self.ratio = Some(loss.ratio);
@@ -475,7 +506,10 @@ impl TrainConfig {
         self.placement()?;
         self.rewards.check()?;
         self.sampling.check()?;
-        let alone = matches!(self.baseline(), Baseline::Batch | Baseline::Value);
+        refuse_meaningless(self)?;
+        self.rows.check(self.algo)?;
+        let alone = !self.algo.is_rewarded()
+            || matches!(self.baseline(), Baseline::Batch | Baseline::Value);
         if self.group < 2 && !(alone && self.group == 1) {
             let advice = "advantages compare completions of one prompt; try 8";
             return refuse("--group", "at least 2", self.group.to_string(), advice);
@@ -484,9 +518,10 @@ impl TrainConfig {
             let advice = "leave --objective out, or choose --algo bupo";
             return refuse("--objective", "--algo bupo beside it", self.algo.name(), advice);
         }
-        if self.objective == Some(Algorithm::Bupo) {
-            let advice = "leave it out for grpo";
-            return refuse("--objective", "another algorithm than bupo", "bupo".into(), advice);
+        if self.objective.is_some_and(|o| o == Algorithm::Bupo || !o.is_rewarded()) {
+            let advice = "leave it out for grpo; sft and its like have an internal phase of their own: --algo sft --internal-steps N";
+            let got = self.objective.map_or(String::new(), Algorithm::name);
+            return refuse("--objective", "an algorithm with rewards, not bupo", got, advice);
         }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
@@ -509,7 +544,8 @@ impl TrainConfig {
             }
         }
         let longest = self.max_prompt + self.max_response;
-        if self.micro_batch_tokens.is_some_and(|n| n < longest) {
+        let is_sampled = self.algo.is_rewarded();
+        if is_sampled && self.micro_batch_tokens.is_some_and(|n| n < longest) {
             let expected = format!("at least --max-prompt plus --max-response ({longest})");
             return refuse(
                 "--micro-batch-tokens",
@@ -521,6 +557,10 @@ impl TrainConfig {
         if self.mini_batch() > self.prompts_per_step {
             let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);
             return refuse("--mini-batch", &expected, self.mini_batch().to_string(), "lower it");
+        }
+        if self.algo == Algorithm::Kto && self.mini_batch() < 2 {
+            let advice = "KTO compares a prompt with the next row's completion; raise it";
+            return refuse("--mini-batch", "at least 2", self.mini_batch().to_string(), advice);
         }
         let loss = self.loss();
         for (option, value, ok, expected) in [
