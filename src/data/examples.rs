@@ -234,7 +234,8 @@ fn common_prompt(row: &Row) -> Result<Prompt> {
         )),
     };
     let (mut chosen, mut rejected) = (whole("chosen")?, whole("rejected")?);
-    (chosen.pop(), rejected.pop());
+    chosen.pop();
+    rejected.pop();
     if chosen != rejected {
         let advice = "a pair has one prompt: give it as `prompt`";
         return Err(row.invalid("rejected", "the prompt of `chosen`", "another one", advice));

@@ -24,6 +24,7 @@
 
 mod advantage;
 mod algorithm;
+mod check;
 mod checkpoint;
 mod collect;
 mod config;
@@ -135,6 +136,10 @@ pub struct Trainer<'m> {
     counters: Counters,
     /// Accuracy on held-out problems, or loss on held-out rows; NaN before it is measured.
     score_before: f64,
+    /// The best score of an evaluation between steps; NaN before there is one.
+    best_score: f64,
+    /// Evaluations since.
+    without_gain: f64,
     /// Of all processes that had a part in the run.
     seconds: f64,
     /// When the run began, in seconds of Unix time: the date that chat templates write, to the end.
@@ -170,6 +175,8 @@ impl<'m> Trainer<'m> {
             learner,
             counters,
             score_before,
+            best_score,
+            without_gain,
             seconds,
             began,
             // Given at the start.
@@ -194,6 +201,8 @@ impl<'m> Trainer<'m> {
         learner.state(&mut state);
         counters.state(&mut state);
         state.number("accuracy_before", score_before);
+        state.number("best_score", best_score);
+        state.number("without_gain", without_gain);
         state.number("seconds", seconds);
         state.number("began_unix_s", began);
         state

@@ -172,7 +172,7 @@ impl Plan {
             let weights: u64 = files.map(|f| f.len()).sum();
             let width = teacher.config().n_embd;
             let deep = teacher.config().n_layer;
-            let forward = Largest { tokens, trained: 0, scored };
+            let forward = Largest { tokens, trained: 1, scored };
             let acts = activations(teacher, &c.targets, 1, deep, forward, false)?;
             // Its last hidden states lie in host memory, too.
             parts.push(part(

@@ -152,8 +152,11 @@ impl RowOptions {
     }
 }
 
+/// Names of options, and to whom they mean something.
+type Meaning = (&'static [&'static str], fn(Algorithm) -> bool);
+
 /// Options that mean something to some algorithms alone, and to which.
-const MEANINGS: [(&[&str], fn(Algorithm) -> bool); 8] = [
+const MEANINGS: [Meaning; 8] = [
     (
         &[
             "curriculum",
@@ -205,23 +208,39 @@ const OWN: [(&str, Algorithm); 3] = [
 /// # Errors
 /// [`Error::Invalid`] naming it.
 pub(super) fn refuse_meaningless(config: &TrainConfig) -> Result<()> {
+    let algo = config.algo;
+    let of_many = MEANINGS.iter().filter(|(_, means)| !means(algo)).flat_map(|(names, _)| *names);
+    let of_one = OWN.iter().filter(|(_, one)| *one != algo).map(|(name, _)| name);
+    refuse(config, of_many.chain(of_one), || {
+        format!("options that mean something to --algo {}", algo.name())
+    })
+}
+
+/// Refuses options of sampling where rows with completions are given.
+///
+/// # Errors
+/// [`Error::Invalid`] naming one.
+pub(super) fn refuse_sampling(config: &TrainConfig) -> Result<()> {
+    let names = ["group", "top-p", "top-k", "min-p", "kv-mib"];
+    refuse(config, names.iter(), || "rows without completions beside it, to sample them".into())
+}
+
+fn refuse<'n>(
+    config: &TrainConfig,
+    mut names: impl Iterator<Item = &'n &'n str>,
+    expected: impl FnOnce() -> String,
+) -> Result<()> {
     let table = |config: &TrainConfig| {
         toml::Table::try_from(config)
             .map_err(|e| Error::engine("reading settings", e.to_string(), "report it"))
     };
     let (given, default) = (table(config)?, table(&TrainConfig::default())?);
-    let algo = config.algo;
-    let of_many = MEANINGS.iter().filter(|(_, means)| !means(algo)).flat_map(|(names, _)| *names);
-    let of_one = OWN.iter().filter(|(_, one)| *one != algo).map(|(name, _)| name);
-    let mut names = of_many.chain(of_one);
     match names.find(|name| given.get(**name) != default.get(**name)) {
         None => Ok(()),
-        Some(name) => Err(Error::invalid(
-            format!("--{name}"),
-            format!("options that mean something to --algo {}", algo.name()),
-            given.get(*name).map_or("none".into(), |value| value.to_string()),
-            "leave it out",
-        )),
+        Some(name) => {
+            let got = given.get(*name).map_or("none".into(), |value| value.to_string());
+            Err(Error::invalid(format!("--{name}"), expected(), got, "leave it out"))
+        }
     }
 }
 

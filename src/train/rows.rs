@@ -39,9 +39,14 @@ impl Rows {
         self.groups[order[place]].clone()
     }
 
-    /// The groups, in the order of the files.
-    pub fn groups(&self) -> &[ResponseGroup] {
-        &self.groups
+    /// `n` groups without repetition, the same for the same seed; all in the order of the files where there are no more.
+    pub fn sample(&self, n: usize) -> Vec<ResponseGroup> {
+        let all = self.groups.len();
+        if all <= n {
+            return self.groups.clone();
+        }
+        let order = source::permutation(all, self.seed, 0);
+        order[..n].iter().map(|&row| self.groups[row].clone()).collect()
     }
 
     /// Number of groups.

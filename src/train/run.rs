@@ -140,6 +140,15 @@ impl Trainer<'_> {
             observer.note(&format!("internal layer {layer}, {why}"));
         }
         for step in self.counters.steps_done + 1..=self.config.steps {
+            let patience = self.config.early_stop;
+            if patience > 0 && self.without_gain >= patience as f64 {
+                observer.note(&format!(
+                    "stopped after step {}: {patience} evaluations without a better one than {:.4}",
+                    step - 1,
+                    self.best_score
+                ));
+                break;
+            }
             let (mut record, samples) = self.guarded_step(step, observer)?;
             let silent = record.rollout.as_ref().is_some_and(|r| r.groups_with_signal == 0.0);
             self.counters.silent_steps = if silent { self.counters.silent_steps + 1 } else { 0 };
@@ -171,6 +180,7 @@ impl Trainer<'_> {
                 keeper.dir.completion(sample)?;
             }
             keeper.dir.flush()?;
+            self.keep_best(&record, keeper)?;
             let due = self.config.checkpoint_every;
             if due > 0
                 && step % due == 0
@@ -222,6 +232,21 @@ impl Trainer<'_> {
             let reason = words.unwrap_or("a panic without words");
             Err(Error::engine(format!("step {step}"), reason, "report it"))
         })
+    }
+
+    /// Writes `adapter-best.gguf` where an evaluation of the step was the best so far.
+    fn keep_best(&mut self, record: &StepRecord, keeper: &Keeper) -> Result<()> {
+        let (score, is_better) = match (&record.accuracy, &record.held_out) {
+            (Some(accuracy), _) => (*accuracy as f64, *accuracy as f64 > self.best_score),
+            (None, Some(rows)) => (rows.eval_loss, rows.eval_loss < self.best_score),
+            (None, None) => return Ok(()),
+        };
+        if !is_better && !self.best_score.is_nan() {
+            self.without_gain += 1.0;
+            return Ok(());
+        }
+        (self.best_score, self.without_gain) = (score, 0.0);
+        self.save(&keeper.dir.best_adapter())
     }
 
     /// Writes `adapter.gguf` and, where checkpoints are wanted, the one of this step.

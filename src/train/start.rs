@@ -9,6 +9,7 @@ use super::critic::Critic;
 use super::layers::LayerChoice;
 use super::learner::Learner;
 use super::plan::{Plan, Workload};
+use super::row_options::refuse_sampling;
 use super::rows::{Reader, Rows};
 use super::source::{Prompts, Sampled, Source};
 use super::teacher::{Teacher, TeacherModel};
@@ -76,6 +77,11 @@ impl<'m> Trainer<'m> {
         let encoder = config.prompts.encoder(model)?;
         let began = crate::data::chat::unix_now_s() as f64;
         encoder.set_now(began as i64);
+        if config.algo == Algorithm::Distill && !model.device().is_host() {
+            let expected = "--device cpu: the memory of a teacher is not planned for on a GPU yet";
+            let got = config.device.clone();
+            return Err(Error::invalid("--algo distill", expected, got, "leave --device out"));
+        }
         let teacher = TeacherModel::open(model, &config)?;
         let mut notes = Vec::new();
         let (mut config, read, held_out) = read(model, config, &encoder, &mut notes)?;
@@ -165,6 +171,8 @@ impl<'m> Trainer<'m> {
             mid_step: false,
             counters: Counters::default(),
             score_before: f64::NAN,
+            best_score: f64::NAN,
+            without_gain: 0.0,
             seconds: 0.0,
             began,
             probe_set: Vec::new(),
@@ -259,7 +267,7 @@ fn read(
             let advice = "held-out rows are scored, not answered: give completions";
             return Err(Error::invalid("--eval-data", expected, "prompts alone", advice));
         }
-        held_out = rows.groups()[..rows.len().min(config.eval_problems)].to_vec();
+        held_out = rows.sample(config.eval_problems);
     }
     if let Read::Rows(rows) = &read {
         if let Some(epochs) = config.rows.epochs {
@@ -267,6 +275,7 @@ fn read(
             config.steps = all.div_ceil(config.prompts_per_step as u64);
         }
         if !rows.are_prompts() {
+            refuse_sampling(&config)?;
             let held_out = held_out.iter().map(super::ResponseGroup::n_tokens);
             let longest = held_out.chain([rows.longest()]).max().unwrap_or(0);
             match config.micro_batch_tokens {
@@ -319,7 +328,7 @@ fn check_layers(config: &TrainConfig, n_layer: usize) -> Result<()> {
 /// The adapter of a file, whose sizes become the settings', or a new one.
 fn begin_from(model: &Model, config: &mut TrainConfig, adapter: Option<&Path>) -> Result<Lora> {
     let Some(path) = adapter else {
-        return Lora::new(model, &config.targets, config.rank, config.alpha(), config.seed);
+        return Lora::new(model, &config.targets, config.rank, config.file_alpha(), config.seed);
     };
     let lora = Lora::load(model, path)?;
     (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
