@@ -149,6 +149,7 @@ fn options(name: &str) -> Vec<&str> {
     match name {
         "on-policy" => "--algo distill --teacher demo --group 2 --max-response 8 --kv-mib 16",
         "distill" => "--algo distill --teacher demo --divergence jsd",
+        "forward" => "--algo distill --teacher demo --divergence forward",
         "sft" => "--algo sft",
         "dpo" => "--algo dpo --dpo-loss robust --label-smoothing 0.1",
         "kto" => "--algo kto --undesirable-weight 0.7",
@@ -232,10 +233,9 @@ fn every_objective_goes_on_to_the_same_bytes_after_a_kill() {
 fn held_out_losses_fall_and_an_adapter_goes_on_to_rewards() {
     let dir = tempfile::tempdir().unwrap();
     let mut adapter = String::new();
-    for name in ["sft", "dpo", "on-policy"] {
+    for name in ["sft", "dpo", "forward"] {
         let data = write(&dir.path().join("rows.jsonl"), &sums(name, 64, 0));
-        let kind = if name == "on-policy" { "distill" } else { name };
-        let held_out = write(&dir.path().join("held-out.jsonl"), &sums(kind, 16, 100));
+        let held_out = write(&dir.path().join("held-out.jsonl"), &sums(name, 16, 100));
         let out = dir.path().join(name);
         let mut args = vec!["train", "demo"];
         args.extend(options(name));
@@ -244,7 +244,7 @@ fn held_out_losses_fall_and_an_adapter_goes_on_to_rewards() {
         );
         args.extend(["--data", &data, "--eval-data", &held_out, "--out", out.to_str().unwrap()]);
         // The student is to become the model that SFT made.
-        if name == "on-policy" {
+        if name == "forward" {
             args.extend(["--teacher-adapter", &adapter]);
         }
         let output = run(&args);

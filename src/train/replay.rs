@@ -37,8 +37,6 @@ impl Trainer<'_> {
     /// A row without reward, tokens outside the vocabulary, a gradient that is not finite.
     pub fn replay(&mut self, rows: &[RolloutRow], dump: Option<&Path>) -> Result<Replay> {
         let (phase, policy) = self.phase(1)?;
-        let mut groups: Vec<ResponseGroup> =
-            rows.iter().map(|row| self.response_group(row)).collect::<Result<_>>()?;
         let c = &self.config;
         let config = self.update_config(phase, policy);
         let Objective::PolicyGradient(settings) = config.objective else {
@@ -49,6 +47,8 @@ impl Trainer<'_> {
                 "give the rows with --data",
             ));
         };
+        let mut groups: Vec<ResponseGroup> =
+            rows.iter().map(|row| self.response_group(row)).collect::<Result<_>>()?;
         // Given rows say nothing of the engine that sampled them, and are one mini batch.
         let settings = PolicyGradient { tis_cap: 0.0, ..settings };
         let objective = Objective::PolicyGradient(settings);
