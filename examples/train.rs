@@ -17,10 +17,10 @@ fn main() -> Result<()> {
     println!("accuracy before: {:?}", trainer.evaluate("before", &mut Silent)?);
     for step in 1..=10 {
         let (record, samples) = trainer.step(step, &mut Silent)?;
-        let shown = &samples[0];
+        let (shown, rollout) = (&samples[0], record.rollout.expect("GRPO samples"));
         println!(
             "step {step}: reward {:.3}, e.g. {:?} for {}",
-            record.reward, shown.completion, shown.answer
+            rollout.reward, shown.completion, shown.answer
         );
     }
     println!("accuracy after: {:?}", trainer.evaluate("after", &mut Silent)?);

@@ -78,6 +78,7 @@ void run_custom(Device & device, ggml_tensor * node) {
         case BUPO_OP_TAKEN_LOGITS:   return run_taken_logits(device, node, params_as<bupo_taken_logits_params>(params));
         case BUPO_OP_POLICIES:       return run_policies(device, node, params_as<bupo_policies_params>(params));
         case BUPO_OP_DIVERGENCE:     return run_divergence(device, node, params_as<bupo_divergence_params>(params));
+        case BUPO_OP_DISTILL:        return run_distill(device, node, params_as<bupo_distill_params>(params));
         case BUPO_OP_ATTENTION:      return run_attention(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_ATTENTION_BACK: return run_attention_back(device, node, params_as<bupo_attention_params>(params));
         case BUPO_OP_RMS_NORM:       return run_rms_norm(device, node, params_as<bupo_norm_params>(params));

@@ -47,6 +47,7 @@ enum bupo_op {
     BUPO_OP_SUM_SQUARES    = 14, // of each run of BUPO_SUM_SQUARES_RUN values
     BUPO_OP_ADAMW          = 15, // a step of the optimiser, in place
     BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
+    BUPO_OP_DISTILL        = 30, // a divergence from a teacher, and its gradient by the student's hidden states
 };
 
 #define BUPO_SUM_SQUARES_RUN 4096
@@ -89,6 +90,21 @@ struct bupo_divergence_params {
     uint32_t              op;
     struct bupo_logit_map p;
     struct bupo_logit_map q;
+};
+
+enum bupo_divergence {
+    BUPO_REVERSE_KL     = 0, // KL(student || teacher)
+    BUPO_FORWARD_KL     = 1, // KL(teacher || student)
+    BUPO_JENSEN_SHANNON = 2, // beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student
+};
+
+struct bupo_distill_params {
+    uint32_t              op;
+    uint32_t              divergence;      // enum bupo_divergence
+    float                 beta;            // of BUPO_JENSEN_SHANNON
+    float                 inv_temperature; // 1/T, of both models' logits after their softcaps
+    struct bupo_logit_map student;
+    struct bupo_logit_map teacher;
 };
 
 // One run of tokens [begin, end) that attends causally to itself and, in full, to [prefix_begin, prefix_end). Its tokens'

@@ -256,6 +256,53 @@ fn divergence() {
     }
 }
 
+#[test]
+fn distill() {
+    let mut random = Random::new(12);
+    let kinds = [
+        (ops::DivergenceKind::Reverse, 0.5),
+        (ops::DivergenceKind::Forward, 0.5),
+        (ops::DivergenceKind::Jsd, 0.3),
+    ];
+    for (p_ty, q_ty, d_p, d_q, v, t, gain, p_map, q_map) in [
+        (Type::F32, Type::Q8_0, 40, 64, 301, 61, 0.2, PLAIN, PLAIN),
+        (Type::Q8_0, Type::F16, 96, 24, 1000, 25, 1.0, PLAIN, PLAIN),
+        (Type::F16, Type::F16, 24, 24, 33, 1, 0.5, PLAIN, PLAIN),
+        (Type::F32, Type::Q8_0, 40, 64, 301, 30, 0.2, capped(0.5, 30.0), capped(2.0, 3.0)),
+    ] {
+        let (e_p, _) = random.weight(p_ty, d_p, v);
+        let (e_q, _) = random.weight(q_ty, d_q, v);
+        let mut hidden = |d: usize| {
+            let h: Vec<f32> = random.normal(d * t).iter().map(|x| gain * x).collect();
+            Source::f32(&h, &[d, t])
+        };
+        let mut sources = vec![hidden(d_p), e_p, hidden(d_q), e_q];
+        // The same log-sum-exps on both devices: where factors are rounded, so are they.
+        let lse = run_on(Device::Cpu, &sources, |arena, s| {
+            let of = |i: usize, map| {
+                ops::linear_logprob(arena, s[2 * i], s[2 * i + 1], None, map, 0.8, false).lse
+            };
+            vec![of(0, p_map), of(1, q_map)]
+        });
+        sources.extend(lse.iter().map(|lse| Source::f32(lse, &[t])));
+        for (kind, beta) in kinds {
+            let what = format!("distill {kind:?} {p_ty} {q_ty} V={v} T={t} {p_map:?} {q_map:?}");
+            agree_within(
+                &what,
+                &sources,
+                |arena, s| {
+                    let p = Head { hidden: s[0], unembedding: s[1], map: p_map };
+                    let q = Head { hidden: s[2], unembedding: s[3], map: q_map };
+                    let spec = ops::DistillSpec { kind, beta, inv_temperature: 0.8 };
+                    let d = ops::distill(arena, p, q, [s[4], s[5]], spec);
+                    vec![d.divergence, d.gradient]
+                },
+                [PRECISE; 2],
+            );
+        }
+    }
+}
+
 fn segments(trees: &[(i32, &[i32])]) -> Vec<Segment> {
     let (mut all, mut next) = (Vec::new(), 0);
     for &(prompt, completions) in trees {

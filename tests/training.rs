@@ -107,7 +107,7 @@ fn turns_in_a_budget_change_nothing_but_the_memory() {
             group: 2,
             max_response: 8,
             rank: 2,
-            internal_steps: 1,
+            internal_steps: Some(1),
             ..small()
         };
         let mut trainer = Trainer::new(&model, config).unwrap();
@@ -218,14 +218,17 @@ fn shared_prefixes_change_nothing_but_the_work() {
 #[test]
 fn the_internal_phase_builds_nothing_above_its_layer() {
     let model = Model::open("demo".as_ref()).unwrap();
-    let config =
-        TrainConfig { internal_layer: Some(LayerChoice::Layer(3)), internal_steps: 1, ..small() };
+    let config = TrainConfig {
+        internal_layer: Some(LayerChoice::Layer(3)),
+        internal_steps: Some(1),
+        ..small()
+    };
     let mut trainer = Trainer::new(&model, config).unwrap();
     let before: Vec<Vec<f32>> = values(trainer.lora());
     let mut worked = None;
     let mut watch = Counting { work: &mut worked };
     let (record, _) = trainer.step(1, &mut watch).unwrap();
-    assert_eq!((record.layer, record.drift_nats), (3, None));
+    assert_eq!((record.layer, record.rollout.unwrap().drift_nats), (3, None));
     assert!(record.updates > 0);
     for (i, (old, new)) in before.iter().zip(values(trainer.lora())).enumerate() {
         let above = trainer.lora().tensor_layer(i) > 3;
@@ -263,7 +266,7 @@ fn values(lora: &Lora) -> Vec<Vec<f32>> {
 fn same_seed_same_steps() {
     let model = Model::open("demo".as_ref()).unwrap();
     let run = || {
-        let config = TrainConfig { algo: Algorithm::Bupo, internal_steps: 1, ..small() };
+        let config = TrainConfig { algo: Algorithm::Bupo, internal_steps: Some(1), ..small() };
         let mut trainer = Trainer::new(&model, config).unwrap();
         let mut samples = Vec::new();
         for step in 1..=2 {

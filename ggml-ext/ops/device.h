@@ -280,6 +280,7 @@ void run_logprob(Device & device, ggml_tensor * dst, const bupo_logprob_params &
 void run_taken_logits(Device & device, ggml_tensor * dst, const bupo_taken_logits_params & params);
 void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params & params);
 void run_divergence(Device & device, ggml_tensor * dst, const bupo_divergence_params & params);
+void run_distill(Device & device, ggml_tensor * dst, const bupo_distill_params & params);
 void run_attention(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_attention_back(Device & device, ggml_tensor * dst, const bupo_attention_params & params);
 void run_rms_norm(Device & device, ggml_tensor * dst, const bupo_norm_params & params);

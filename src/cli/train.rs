@@ -7,16 +7,29 @@ use clap::{ArgMatches, Args};
 use super::{print_json, print_line, stop_on_signal, watch::Watch};
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{GpuPlan, Plan, Preset, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{Preset, Resume, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
-/// Train a LoRA adapter with BuPO, GRPO, DAPO, GSPO, PPO and their kin
+/// Train a LoRA adapter with BuPO, GRPO and their kin, with SFT, DPO or KTO, or after a teacher
 ///
 /// Each step samples a group of completions for every prompt with llama.cpp under the live adapter,
 /// rewards them, and updates the adapter: in the first --internal-steps steps so that the policy of an
 /// inner layer improves (BuPO), then the model's own policy. The run folder gets config.toml,
 /// metrics.jsonl, completions.jsonl, at the end summary.json, and adapter.gguf, which stock llama.cpp
 /// loads with --lora.
+///
+/// --algo sft, dpo, kto, orpo and simpo learn from rows of --data, distill from a teacher's distributions over the
+/// whole vocabulary, on rows with completions or on its own completions of prompts. Rows are text, messages or token ids:
+///
+///   sft      {"prompt": .., "completion": ..} | {"messages": [..]} | {"text": ..}
+///            | {"prompt_tokens": [..], "completions": [{"tokens": [..]}, ..]}
+///   dpo, orpo, simpo
+///            {"prompt": .., "chosen": .., "rejected": ..}
+///            | {"prompt_tokens": [..], "chosen_tokens": [..], "rejected_tokens": [..]}
+///   kto      {"prompt": .., "completion": .., "label": true|false}
+///   distill  {"prompt": ..}, or with completions as those of sft
+///
+/// With --internal-steps each of them begins with the policy of an inner layer, too.
 ///
 /// Every --checkpoint-every steps, at the end and at Ctrl-C the folder gets a checkpoint, from which
 /// --resume goes on to the very adapter that the uninterrupted run would have given, also after a kill.
@@ -33,6 +46,12 @@ use crate::{Error, Result};
 ///       --eval-data math500.parquet
 ///
 ///   bupo-gguf train demo --algo bupo --objective gspo --reward "boxed + 0.2*format"
+///
+///   bupo-gguf train m.gguf --algo sft --data answers.jsonl --epochs 2 --lr 1e-4
+///
+///   bupo-gguf train m.gguf --algo dpo --data pairs.jsonl --adapter runs/m-sft-1/adapter.gguf --reference start
+///
+///   bupo-gguf train m-q4_0.gguf --algo distill --teacher m-f16.gguf --data prompts.jsonl
 ///
 ///   bupo-gguf train --resume runs/demo-bupo-1
 #[derive(Args)]
@@ -58,8 +77,9 @@ pub struct TrainArgs {
     /// instead of sampling
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     rollouts: Option<PathBuf>,
-    /// With --rollouts: write the gradients before clipping (safetensors)
-    #[arg(long, value_name = "FILE", requires = "rollouts", help_heading = "Run")]
+    /// Write the gradients before clipping (safetensors): of --rollouts, or of all given rows as the one mini batch of
+    /// --steps 1
+    #[arg(long, value_name = "FILE", conflicts_with = "resume", help_heading = "Run")]
     dump_gradients: Option<PathBuf>,
     /// One JSON object on stdout instead of the summary
     #[arg(long, help_heading = "Run")]
@@ -72,8 +92,8 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         let settings = args.config.given(given)?;
         resume.change(args.model.clone(), &settings, args.allow_change)?;
         let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
-        plan(&model, &resume.config().train)?;
         let mut trainer = resume.trainer(&model)?;
+        eprintln!("{}", trainer.memory());
         return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
     }
     args.config.check()?;
@@ -94,20 +114,12 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         return print_json(&replay);
     }
     let out = args.config.out.clone().unwrap_or_else(|| default_out(path, &args.config));
-    plan(&model, &args.config)?;
     let mut trainer = Trainer::new(&model, args.config)?;
-    watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
-}
-
-/// Says what memory the run will take, and refuses what cannot fit.
-fn plan(model: &Model, config: &TrainConfig) -> Result<()> {
-    if let (false, Some(gpu)) = (model.device().is_host(), GpuPlan::new(model, config)?) {
-        eprintln!("{}", gpu.line());
-        return Ok(());
+    eprintln!("{}", trainer.memory());
+    if let Some(path) = &args.dump_gradients {
+        trainer.dump_gradients_to(path)?;
     }
-    let plan = Plan::new(model, config)?;
-    eprintln!("{}", plan.line());
-    plan.check()
+    watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
 }
 
 /// Runs with a person watching, who may stop it, and prints the summary.
@@ -135,11 +147,21 @@ fn default_out(model: &Path, config: &TrainConfig) -> PathBuf {
 }
 
 fn describe(summary: &Summary) -> String {
-    let percent =
-        |a: Option<f32>| a.map_or("not measured".into(), |a| format!("{:.1} %", 100.0 * a));
+    let percent = |a: Option<f32>| {
+        let text = a.map_or("not measured".into(), |a| format!("{:.1} %", 100.0 * a));
+        ("accuracy", text)
+    };
+    let number = |l: Option<f64>| {
+        let text = l.map_or("not measured".into(), |l| format!("{l:.4}"));
+        ("loss    ", text)
+    };
     let lift = match (summary.accuracy_before, summary.accuracy_after) {
         (Some(before), Some(after)) => format!(" ({:+.1} points)", 100.0 * (after - before)),
         _ => String::new(),
+    };
+    let ((word, before), (_, after)) = match summary.eval_loss_before {
+        Some(_) => (number(summary.eval_loss_before), number(summary.eval_loss_after)),
+        None => (percent(summary.accuracy_before), percent(summary.accuracy_after)),
     };
     let gpu = match (summary.gpu_peak_bytes, summary.gpu_planned_bytes) {
         (Some(used), Some(planned)) => {
@@ -148,12 +170,10 @@ fn describe(summary: &Summary) -> String {
         _ => String::new(),
     };
     format!(
-        "steps            {}\ntime             {:.0} s\npeak memory      {} MiB{gpu}\naccuracy before  {}\naccuracy after   {}{lift}\nadapter          {}",
+        "steps            {}\ntime             {:.0} s\npeak memory      {} MiB{gpu}\n{word} before  {before}\n{word} after   {after}{lift}\nadapter          {}",
         summary.steps,
         summary.seconds,
         summary.peak_bytes >> 20,
-        percent(summary.accuracy_before),
-        percent(summary.accuracy_after),
         summary.adapter.display(),
     )
 }

@@ -7,6 +7,7 @@ pub mod chat;
 mod columns;
 mod compressed;
 mod csv;
+mod examples;
 pub mod hf_tokenizer;
 mod jinja;
 pub mod jsonl;
@@ -21,6 +22,7 @@ pub mod tokenizer;
 
 pub use chat::ChatTemplate;
 pub use columns::Columns;
+pub use examples::{Example, ExampleKind, ExampleRow, examples};
 pub use hf_tokenizer::HfTokenizer;
 pub use rows::{read_problems, read_rollouts, rollouts};
 pub use source::{ProblemSource, SourceOptions};

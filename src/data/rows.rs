@@ -92,7 +92,11 @@ fn rollout(row: &Row) -> Result<RolloutRow> {
 }
 
 /// One completion's object, whose fields are called `prefix` + name in messages.
-fn completion(row: &Row, object: &Map<String, Value>, prefix: &str) -> Result<RolloutCompletion> {
+pub(super) fn completion(
+    row: &Row,
+    object: &Map<String, Value>,
+    prefix: &str,
+) -> Result<RolloutCompletion> {
     let field = |name: &str| object.get(name).filter(|value| !value.is_null());
     let name_of = |name: &str| format!("{prefix}{name}");
     let content = match (field("tokens"), field("completion")) {
@@ -117,7 +121,7 @@ fn completion(row: &Row, object: &Map<String, Value>, prefix: &str) -> Result<Ro
     Ok(RolloutCompletion { content, reward, old_logprobs })
 }
 
-fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
+pub(super) fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
     let (name, value) = columns.prompt(row)?;
     match value {
         _ if name == "prompt_tokens" => Ok(Prompt::Tokens(tokens(row, name, value)?)),
@@ -133,7 +137,7 @@ fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
     }
 }
 
-fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
+pub(super) fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
     let text = |field| value.get(field).and_then(Value::as_str).map(str::to_owned);
     match (text("role"), text("content")) {
         (Some(role), Some(content)) => Ok(Message { role, content }),
@@ -183,7 +187,7 @@ fn list<'a>(row: &Row, name: &str, value: &'a Value) -> Result<&'a [Value]> {
     }
 }
 
-fn tokens(row: &Row, name: &str, value: &Value) -> Result<Vec<i32>> {
+pub(super) fn tokens(row: &Row, name: &str, value: &Value) -> Result<Vec<i32>> {
     let id = |(t, value): (usize, &Value)| {
         let id = value.as_i64().and_then(|id| i32::try_from(id).ok()).filter(|id| *id >= 0);
         id.ok_or_else(|| {
@@ -194,7 +198,7 @@ fn tokens(row: &Row, name: &str, value: &Value) -> Result<Vec<i32>> {
     list(row, name, value)?.iter().enumerate().map(id).collect()
 }
 
-fn finite(row: &Row, name: &str, value: &Value) -> Result<f32> {
+pub(super) fn finite(row: &Row, name: &str, value: &Value) -> Result<f32> {
     let number = value.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
     number.ok_or_else(|| {
         row.invalid(name, "a finite number", kind(value), "drop the row or mend the figure")

@@ -246,6 +246,22 @@ pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
     Ok(items.map(|(name, _)| name.into()).collect())
 }
 
+/// The files of a specification whose rows make one pool: no tasks, no weights.
+///
+/// # Errors
+/// [`Error::Invalid`] for a task, a weight, or a list that cannot be read.
+pub fn row_files(spec: &str) -> Result<Vec<PathBuf>> {
+    let refuse = |got: String, advice: &str| {
+        Err(Error::invalid("--data", "files of rows, with commas between", got, advice))
+    };
+    let item = |(name, weight): (String, Option<f64>)| match weight {
+        _ if is_task(&name) => refuse(name, "name the file with --data: a task has no rows"),
+        Some(weight) => refuse(format!("{name}:{weight}"), "give rows a `weight` of their own"),
+        None => Ok(name.into()),
+    };
+    split(spec)?.into_iter().map(item).collect()
+}
+
 /// The specification with absolute paths, so that it means the same in every folder.
 ///
 /// # Errors
@@ -295,7 +311,8 @@ fn split(spec: &str) -> Result<Vec<(String, Option<f64>)>> {
     Ok(parsed)
 }
 
-fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
+/// The order of `n` rows in an epoch.
+pub(crate) fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(epoch);
     let mut order: Vec<usize> = (0..n).collect();

@@ -60,7 +60,7 @@ pub fn compare(p: &mut ComparedModel, q: &mut ComparedModel, batch: &Batch) -> R
 
 impl ComparedModel<'_> {
     /// H^L of the scored tokens: `[D, S]`.
-    fn hidden(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+    pub(super) fn hidden(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         let config = self.model.config();
         self.engine.forward(self.model, self.lora, batch, config.n_layer)?;
         let (d, all) = (config.n_embd, self.engine.residual(config.n_layer, batch.len()));

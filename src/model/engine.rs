@@ -46,18 +46,18 @@ pub struct Scores {
 
 /// Computes a model's forward and backward on packed batches.
 pub struct Engine {
-    executor: Executor,
-    kept: Option<Kept>,
+    pub(super) executor: Executor,
+    pub(super) kept: Option<Kept>,
     activations: Activations,
     work: Work,
 }
 
 /// Activations that outlive a graph.
-struct Kept {
+pub(super) struct Kept {
     // H^0 .. H^depth, then two cotangents of the residual: [D, tokens] each.
     residuals: TensorSet,
-    // d logprob / d hidden of the scored tokens: [D, scored].
-    head: TensorSet,
+    // d logprob (or another loss) / d hidden of the scored tokens: [D, scored].
+    pub(super) head: TensorSet,
     shared: Option<Shared>,
     depth: usize,
     tokens: usize,
@@ -92,7 +92,12 @@ impl Kept {
         self.residuals.n_bytes() + self.head.n_bytes() + shared
     }
 
-    fn residual<'a>(&'a self, arena: &'a Arena, layer: usize, tokens: usize) -> Tensor<'a> {
+    pub(super) fn residual<'a>(
+        &'a self,
+        arena: &'a Arena,
+        layer: usize,
+        tokens: usize,
+    ) -> Tensor<'a> {
         arena.row_range(self.residuals.get(layer), 0, tokens)
     }
 

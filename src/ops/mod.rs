@@ -6,6 +6,7 @@
 
 mod adamw;
 mod attention;
+mod distill;
 mod divergence;
 mod exp;
 mod gemm;
@@ -25,6 +26,7 @@ pub use adamw::{AdamWStep, adamw, sum_squares};
 pub use attention::{
     AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
 };
+pub use distill::{DistillSpec, Distilled, DivergenceKind, distill, distill_tiles_bytes};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
 pub use glu::{Activation, glu, glu_back};

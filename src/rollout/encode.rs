@@ -1,5 +1,7 @@
 //! Prompts to tokens and completions to text: chat template and vocabulary.
 
+mod answers;
+
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -8,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use crate::data::{ChatTemplate, HfTokenizer, Message, Prompt, Template, Tokenize, agree};
 use crate::model::Model;
 use crate::{Error, Result};
+
+pub use answers::{Said, Turns};
 
 /// How prompts become tokens.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]

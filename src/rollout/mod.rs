@@ -4,7 +4,7 @@ mod encode;
 mod sampler;
 mod scheduler;
 
-pub use encode::{Encoder, PromptOptions};
+pub use encode::{Encoder, PromptOptions, Said, Turns};
 pub use sampler::{Sampler, Sampling};
 pub use scheduler::{
     Completion, Finish, Progress, Request, RolloutOptions, RolloutSizes, Rollouts, Watcher,

@@ -15,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::update::ResponseGroup;
+use super::learner::ResponseGroup;
 
 /// Added to the standard deviation of a group, as in the reference code.
 const STD_EPS: f32 = 1e-6;

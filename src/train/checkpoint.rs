@@ -40,6 +40,8 @@ const PARTIAL: &str = ".partial-";
 const DAMAGED: &str = ".damaged";
 /// Raised when older programs could not read what is written.
 const FORMAT: u32 = 1;
+/// Numbers that checkpoints of older versions do not have; they keep what they begin with.
+const LATER: [&str; 2] = ["best_score", "without_gain"];
 /// Bytes of a sums file or state.json beyond which it is not read.
 const MAX_TEXT_BYTES: u64 = 16 << 20;
 
@@ -386,6 +388,9 @@ impl Checkpoint {
         }
         for (name, value) in &mut state.numbers {
             let stored = self.meta.numbers.get(name);
+            if stored.is_none() && LATER.contains(&name.as_str()) {
+                continue;
+            }
             let stored = stored.ok_or_else(|| refuse(name, "a number".into(), none()))?;
             let bits = u64::from_str_radix(stored, 16)
                 .map_err(|_| refuse(name, "16 hex digits".into(), stored.clone()))?;

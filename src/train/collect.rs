@@ -2,12 +2,13 @@
 
 use serde_json::Value;
 
-use super::update::{Response, ResponseGroup};
-use super::{Observer, Trainer};
+use super::Observer;
+use super::learner::{Response, ResponseGroup};
+use super::source::{Batch, With};
 use crate::Result;
-use crate::data::Problem;
-use crate::reward::{Judged, Sampler};
-use crate::rollout::Request;
+use crate::data::{Problem, ProblemSource};
+use crate::reward::{JudgePool, Judged as Answer, Sampler};
+use crate::rollout::{Request, Rollouts};
 
 /// One line of `completions.jsonl`.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -39,28 +40,41 @@ pub struct Sample {
 /// Seeds of groups sampled in place of others lie this far apart.
 const ROUND_STREAM: u64 = 1 << 40;
 
-impl Trainer<'_> {
+/// Completions that the policy samples for problems, and a reward judges.
+pub(super) struct Judged {
+    pub rollouts: Rollouts,
+    pub problems: ProblemSource,
+    pub held_out: Vec<Problem>,
+    pub judges: JudgePool,
+}
+
+impl Judged {
     /// The groups of a step and all samples, those of dropped groups among them.
     ///
     /// With `--resample N` (DAPO, arXiv 2503.14476, section 3.2) groups whose rewards are all equal are
     /// dropped and as many other problems asked, up to N times; what is still missing then is filled with the
     /// groups that were dropped last. Problems and random numbers of round r depend on the seed, the step and
     /// r alone, so a run resumes exactly. Departure: DAPO goes on with the data where a refill left off.
-    pub(super) fn collect(
+    pub fn collect(
         &mut self,
+        with: With<'_, '_>,
         step: u64,
         observer: &mut dyn Observer,
-    ) -> Result<(Vec<ResponseGroup>, Vec<Sample>)> {
-        let wanted = self.config.prompts_per_step;
+    ) -> Result<Batch> {
+        let (wanted, rounds) = (with.config.prompts_per_step, with.config.resample());
         let (mut groups, mut samples) = (Vec::with_capacity(wanted), Vec::new());
-        for round in 0..=self.config.resample() {
+        for round in 0..=rounds {
             let missing = wanted - groups.len();
-            let problems = self.batch(step, round, missing);
-            let sampled = self.sample(step, round, &problems, observer)?;
-            let last = round == self.config.resample();
+            let first = (step - 1) * wanted as u64;
+            let positions = first..first + missing as u64;
+            // Round 0 is the step's own batch, later ones replace groups.
+            let problems: Vec<Problem> =
+                positions.map(|i| self.problems.problem_of_round(round, i)).collect();
+            let sampled = self.sample(with, step, round, &problems, observer)?;
+            let last = round == rounds;
             let mut equal = Vec::new();
             for (group, mut rows) in sampled {
-                let drop = self.config.resample() > 0 && all_equal(&group);
+                let drop = rounds > 0 && all_equal(&group);
                 rows.iter_mut().for_each(|s| s.dropped = drop && !last);
                 samples.append(&mut rows);
                 if drop { equal.push(group) } else { groups.push(group) }
@@ -76,11 +90,12 @@ impl Trainer<'_> {
                 wanted - groups.len()
             ));
         }
-        Ok((groups, samples))
+        let sampled_tokens = samples.iter().map(|s| s.tokens).sum();
+        Ok(Batch { groups, samples, sampled_tokens })
     }
 
     /// Mean of each part of the reward, where there are several.
-    pub(super) fn mean_parts(&self, samples: &[Sample]) -> serde_json::Map<String, Value> {
+    pub fn mean_parts(&self, samples: &[Sample]) -> serde_json::Map<String, Value> {
         let mean = |name: &str| {
             let values = samples.iter().filter_map(|s| s.parts.get(name)?.as_f64());
             values.sum::<f64>() / samples.len() as f64
@@ -90,26 +105,21 @@ impl Trainer<'_> {
         several.into_iter().map(|name| (name.to_owned(), mean(name).into())).collect()
     }
 
-    /// `n` problems of a step; round 0 is the step's own batch, later ones replace groups.
-    fn batch(&self, step: u64, round: u64, n: usize) -> Vec<Problem> {
-        let first = (step - 1) * self.config.prompts_per_step as u64;
-        (first..first + n as u64).map(|i| self.problems.problem_of_round(round, i)).collect()
-    }
-
     /// Samples a group for each problem from the final policy, and rewards it while others are sampled.
     fn sample(
         &mut self,
+        with: With<'_, '_>,
         step: u64,
         round: u64,
         problems: &[Problem],
         observer: &mut dyn Observer,
     ) -> Result<Vec<(ResponseGroup, Vec<Sample>)>> {
-        let c = &self.config;
+        let c = with.config;
         let stream = (step - 1) * c.prompts_per_step as u64 + round * ROUND_STREAM;
         let mut requests = Vec::with_capacity(problems.len());
         for (seed_stream, problem) in (stream..).zip(problems) {
             requests.push(Request {
-                prompt_tokens: self.encoder.prompt(&problem.prompt, c.max_prompt)?,
+                prompt_tokens: with.encoder.prompt(&problem.prompt, c.max_prompt)?,
                 n: c.group,
                 seed_stream,
                 max_tokens: c.max_response,
@@ -117,10 +127,10 @@ impl Trainer<'_> {
         }
         let mut sampler = Sampler {
             rollouts: &mut self.rollouts,
-            encoder: &self.encoder,
+            encoder: with.encoder,
             sampling: c.sampling,
             seed: c.seed,
-            stop: &self.stop,
+            stop: with.stop,
         };
         let mut progress = |progress| observer.rollout("rollout", progress);
         let judged = self.judges.sample(
@@ -146,7 +156,7 @@ fn all_equal(group: &ResponseGroup) -> bool {
     group.responses.windows(2).all(|pair| pair[0].reward == pair[1].reward)
 }
 
-fn sample(step: u64, problem: &Problem, judged: &Judged, names: &[&str]) -> Sample {
+fn sample(step: u64, problem: &Problem, judged: &Answer, names: &[&str]) -> Sample {
     let several = if names.len() > 1 { names } else { &[] };
     let parts = several.iter().zip(&judged.judgement.parts);
     Sample {
@@ -163,7 +173,7 @@ fn sample(step: u64, problem: &Problem, judged: &Judged, names: &[&str]) -> Samp
     }
 }
 
-fn response(judged: Judged) -> Response {
+fn response(judged: Answer) -> Response {
     Response {
         tokens: judged.completion.tokens,
         rollout: judged.completion.logprobs,

@@ -6,15 +6,16 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::advantage::{Baseline, Gae};
+use super::algorithm::{Algorithm, Defaults};
 use super::critic::CriticConfig;
 use super::layers::LayerChoice;
 use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
-use super::objective::{Algorithm, Defaults};
 use super::optimizer::AdamWConfig;
+use super::row_options::RowOptions;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
 use crate::ggml::{ByteSize, DeviceChoice, usable_cores};
-use crate::model::{Placement, Targets};
+use crate::model::{DEMO, Placement, Targets};
 use crate::reward::RewardOptions;
 use crate::rollout::{PromptOptions, Sampling};
 use crate::{Error, Result};
@@ -53,6 +54,9 @@ pub struct TrainConfig {
     /// Completions of each held-out problem; the accuracy is the mean over them
     #[arg(long, default_value_t = 1, value_name = "K", help_heading = "Data and reward")]
     pub eval_samples: usize,
+    /// Stop after N evaluations in a row without a better one (0 = never); adapter-best.gguf is the best one's
+    #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
+    pub early_stop: u64,
     /// Evaluate every N steps, besides before and after (0 = only then)
     #[arg(long, default_value_t = 0, value_name = "N", help_heading = "Data and reward")]
     pub eval_every: u64,
@@ -69,8 +73,9 @@ pub struct TrainConfig {
     #[serde(flatten)]
     pub prompts: PromptOptions,
 
-    /// bupo: the internal policy of one layer first, then the model's; the others: the model's throughout.
-    /// Each is a choice of the settings below, which can be set apart
+    /// bupo: the internal policy of one layer first, then the model's; the others up to ppo: the model's throughout,
+    /// each a choice of the settings below, which can be set apart. sft, dpo, kto, orpo and simpo learn from given
+    /// rows, distill from a teacher
     #[arg(long, value_enum, default_value = "bupo", help_heading = "Algorithm")]
     pub algo: Algorithm,
     /// With bupo: the objective of both phases, any other --algo [default: grpo]
@@ -83,9 +88,9 @@ pub struct TrainConfig {
     /// How the internal layer was chosen where it was left to the program.
     #[arg(skip)]
     pub internal_layer_why: Option<String>,
-    /// Steps of the internal phase
-    #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Algorithm")]
-    pub internal_steps: u64,
+    /// Steps of the internal phase, of bupo and of what learns from rows or a teacher [default: bupo: 10, else 0]
+    #[arg(long, value_name = "N", help_heading = "Algorithm")]
+    pub internal_steps: Option<u64>,
     /// Apply the final norm before the unembedding in the internal phase (the paper's ablation)
     #[arg(long, help_heading = "Algorithm")]
     pub final_norm: bool,
@@ -135,16 +140,21 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 0.0, value_name = "CAP", help_heading = "Algorithm")]
     pub tis_cap: f32,
 
+    /// Objectives without rewards.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub rows: RowOptions,
+
     /// Training steps
     #[arg(long, default_value_t = 40, value_name = "N", help_heading = "Batch")]
     pub steps: u64,
-    /// Prompts per step
+    /// Prompts, or rows, per step
     #[arg(long, default_value_t = 32, value_name = "N", help_heading = "Batch")]
     pub prompts_per_step: usize,
     /// Completions per prompt, at least 2
     #[arg(long, default_value_t = 8, value_name = "N", help_heading = "Batch")]
     pub group: usize,
-    /// Prompts per optimiser step [default: half of --prompts-per-step]
+    /// Prompts, or rows, per optimiser step [default: half of --prompts-per-step, of rows and teachers all]
     #[arg(long, value_name = "N", help_heading = "Batch")]
     pub mini_batch: Option<usize>,
     /// Tokens per micro batch; gradients of a mini batch accumulate over them [default: 4096; on a GPU what --vram
@@ -192,6 +202,9 @@ pub struct TrainConfig {
     /// AdamW: weight decay
     #[arg(long, default_value_t = 0.01, value_name = "X", help_heading = "Optimiser")]
     pub weight_decay: f32,
+    /// LoRA+: learning rate of B, times this
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR", help_heading = "Optimiser")]
+    pub loraplus_lr_ratio: f32,
     /// Scale gradients down to this global norm (0 = off)
     #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Optimiser")]
     pub clip_norm: f32,
@@ -206,6 +219,9 @@ pub struct TrainConfig {
     /// q,k,v,o,gate,up,down (qkv and gate_up where the model has them in one)
     #[arg(long, default_value = "all", value_name = "LIST", help_heading = "Adapter")]
     pub targets: Targets,
+    /// rsLoRA: scale the adapter by alpha / sqrt(rank) instead of alpha / rank; the file's alpha is alpha sqrt(rank)
+    #[arg(long, conflicts_with = "adapter", help_heading = "Adapter")]
+    pub rslora: bool,
     /// Start from this adapter (GGUF); rank, alpha and targets are its own
     #[arg(long, value_name = "FILE", help_heading = "Adapter")]
     pub adapter: Option<PathBuf>,
@@ -305,6 +321,7 @@ impl TrainConfig {
             freeze_layers: self.freeze_layers,
             slow_above: self.internal_layer(n_layer),
             slow_factor: self.lr_above,
+            b_factor: self.loraplus_lr_ratio,
         }
     }
 
@@ -329,12 +346,30 @@ impl TrainConfig {
 
     /// Prompts per optimiser step.
     pub fn mini_batch(&self) -> usize {
-        self.mini_batch.unwrap_or(self.prompts_per_step.div_ceil(2))
+        let by_default = match self.algo.is_rewarded() {
+            true => self.prompts_per_step.div_ceil(2),
+            false => self.prompts_per_step,
+        };
+        self.mini_batch.unwrap_or(by_default)
+    }
+
+    /// The alpha of a new adapter's file: what the low-rank term is scaled by, times the rank.
+    pub fn file_alpha(&self) -> f32 {
+        self.alpha() * if self.rslora { (self.rank as f32).sqrt() } else { 1.0 }
     }
 
     /// The adapter's alpha.
     pub fn alpha(&self) -> f32 {
         self.alpha.unwrap_or(2.0 * self.rank as f32)
+    }
+
+    /// Steps of the internal phase; 0 where the algorithm has none.
+    pub fn internal_steps(&self) -> u64 {
+        match self.algo {
+            Algorithm::Bupo => self.internal_steps.unwrap_or(10),
+            algo if algo.has_internal_phase() => self.internal_steps.unwrap_or(0),
+            _ => 0,
+        }
     }
 
     /// Layer of the internal phase for a model of `n_layer` layers; of `auto`, before it is found, the default.
@@ -416,10 +451,14 @@ impl TrainConfig {
             &mut self.adapter,
             &mut self.out,
             &mut self.rewards.reward_folder,
+            &mut self.rows.teacher_adapter,
         ]
         .into_iter()
         .flatten()
         .try_for_each(absolute)?;
+        if let Some(teacher) = self.rows.teacher.as_mut().filter(|t| t.as_os_str() != DEMO) {
+            absolute(teacher)?;
+        }
         self.data = source::absolute(&self.data)?;
         self.eval_data = self.eval_data.as_deref().map(source::absolute).transpose()?;
         let template = &mut self.prompts.template;
@@ -438,8 +477,15 @@ impl TrainConfig {
         }
         self.mini_batch = Some(self.mini_batch());
         self.micro_batch_tokens = Some(self.micro_batch_tokens());
-        self.kv_mib = Some(self.kv_mib());
         self.alpha = Some(self.alpha());
+        if self.algo.has_internal_phase() {
+            self.internal_steps = Some(self.internal_steps());
+        }
+        if !self.algo.is_rewarded() {
+            // The rest means nothing to it.
+            return self;
+        }
+        self.kv_mib = Some(self.kv_mib());
         self.rewards.reward = Some(self.rewards.spec(&self.data));
         let loss = self.loss();
         self.ratio = Some(loss.ratio);
@@ -458,94 +504,5 @@ impl TrainConfig {
     pub fn placement(&self) -> Result<Placement> {
         let choice: DeviceChoice = self.device.parse()?;
         Ok(Placement { device: choice.resolve(self.precise)?, gpu_layers: self.gpu_layers })
-    }
-
-    /// Refuses settings that cannot work, before anything is loaded or written.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] naming the option.
-    pub fn check(&self) -> Result<()> {
-        let refuse = |option: &str, expected: &str, got: String, advice: &str| {
-            Err(Error::invalid(option, expected, got, advice))
-        };
-        self.placement()?;
-        self.rewards.check()?;
-        self.sampling.check()?;
-        let alone = matches!(self.baseline(), Baseline::Batch | Baseline::Value);
-        if self.group < 2 && !(alone && self.group == 1) {
-            let advice = "advantages compare completions of one prompt; try 8";
-            return refuse("--group", "at least 2", self.group.to_string(), advice);
-        }
-        if self.objective.is_some() && self.algo != Algorithm::Bupo {
-            let advice = "leave --objective out, or choose --algo bupo";
-            return refuse("--objective", "--algo bupo beside it", self.algo.name(), advice);
-        }
-        if self.objective == Some(Algorithm::Bupo) {
-            let advice = "leave it out for grpo";
-            return refuse("--objective", "another algorithm than bupo", "bupo".into(), advice);
-        }
-        for (option, value) in [
-            ("--prompts-per-step", self.prompts_per_step),
-            ("--mini-batch", self.mini_batch()),
-            ("--micro-batch-tokens", self.micro_batch_tokens.unwrap_or(1)),
-            ("--max-prompt", self.max_prompt),
-            ("--max-response", self.max_response),
-            ("--eval-problems", self.eval_problems),
-            ("--eval-samples", self.eval_samples),
-            ("--steps", self.steps as usize),
-            ("--kv-mib", self.kv_mib()),
-        ] {
-            if value == 0 {
-                return refuse(option, "at least 1", "0".into(), "leave it out for the default");
-            }
-            // Products of them are sizes, which must not overflow.
-            if option != "--steps" && value > 1 << 20 {
-                let expected = format!("at most {}", 1 << 20);
-                return refuse(option, &expected, value.to_string(), "lower it");
-            }
-        }
-        let longest = self.max_prompt + self.max_response;
-        if self.micro_batch_tokens.is_some_and(|n| n < longest) {
-            let expected = format!("at least --max-prompt plus --max-response ({longest})");
-            return refuse(
-                "--micro-batch-tokens",
-                &expected,
-                self.micro_batch_tokens().to_string(),
-                "raise it",
-            );
-        }
-        if self.mini_batch() > self.prompts_per_step {
-            let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);
-            return refuse("--mini-batch", &expected, self.mini_batch().to_string(), "lower it");
-        }
-        let loss = self.loss();
-        for (option, value, ok, expected) in [
-            (
-                "--temperature",
-                self.sampling.temperature,
-                self.sampling.temperature > 0.0,
-                "above 0",
-            ),
-            ("--lr", self.lr, self.lr > 0.0, "above 0"),
-            ("--clip-low", loss.clip_low, (0.0..=1.0).contains(&loss.clip_low), "0 to 1"),
-            ("--clip-high", loss.clip_high, loss.clip_high >= 0.0, "at least 0"),
-            ("--gamma", self.gamma, (0.0..=1.0).contains(&self.gamma), "0 to 1"),
-            ("--gae-lambda", self.gae_lambda, (0.0..=1.0).contains(&self.gae_lambda), "0 to 1"),
-            ("--value-lr", self.value_lr, self.value_lr > 0.0, "above 0"),
-            ("--lr-above", self.lr_above, self.lr_above >= 0.0, "at least 0"),
-            ("--clip-c", self.clip_c, self.clip_c > 1.0, "above 1"),
-            ("--kl-coef", self.kl_coef, self.kl_coef >= 0.0, "at least 0"),
-            ("--tis-cap", self.tis_cap, self.tis_cap >= 0.0, "at least 0"),
-            ("--beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "0 to below 1"),
-            ("--beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "0 to below 1"),
-            ("--adam-eps", self.adam_eps, self.adam_eps > 0.0, "above 0"),
-            ("--weight-decay", self.weight_decay, self.weight_decay >= 0.0, "at least 0"),
-            ("--clip-norm", self.clip_norm, self.clip_norm >= 0.0, "at least 0"),
-        ] {
-            if !(ok && value.is_finite()) {
-                return refuse(option, expected, value.to_string(), "leave it out for the default");
-            }
-        }
-        Ok(())
     }
 }

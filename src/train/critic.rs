@@ -9,8 +9,8 @@
 //! Departures from a full critic (a second model): one linear layer, and no gradient flows from it into
 //! the adapter. Each policy (of the internal layer, of the model) has a head of its own.
 
+use super::learner::ResponseGroup;
 use super::state::State;
-use super::update::ResponseGroup;
 use crate::Result;
 use crate::ggml::{Device, TensorSet};
 use crate::model::Scored;

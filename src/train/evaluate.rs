@@ -1,9 +1,15 @@
-//! Held-out problems, at the run's own sampling settings: what `bupo-gguf eval` does, within a run.
+//! Held-out problems, at the run's own sampling settings: what `bupo-gguf eval` does, within a run. Held-out rows: the
+//! objective's own loss.
 
-use super::{Observer, TrainConfig, Trainer};
+use serde::Serialize;
+
+use super::learner::{ResponseGroup, Tally};
+use super::source::Source;
+use super::{Observer, Phase, TrainConfig, Trainer};
 use crate::Result;
 use crate::data::{Problem, ProblemSource, SourceOptions};
 use crate::eval::{EvalOptions, Evaluator, Report};
+use crate::model::Policy;
 
 /// The held-out problems of a run: `--eval-data`, or a task's own split. A data file alone has none.
 pub(super) fn held_out(config: &TrainConfig, problems: &ProblemSource) -> Result<Vec<Problem>> {
@@ -17,12 +23,48 @@ pub(super) fn held_out(config: &TrainConfig, problems: &ProblemSource) -> Result
     })
 }
 
+/// What the objective says of held-out rows, under the final policy.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct HeldOut {
+    /// The objective's loss.
+    pub eval_loss: f64,
+    /// exp of the mean cross-entropy, of sft.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_perplexity: Option<f64>,
+    /// Rewards and their like, by the field's names with `eval_` before them.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
+}
+
 impl Trainer<'_> {
+    /// The objective on the held-out rows (`--eval-data`), with the adapter as it is; none without rows.
+    ///
+    /// # Errors
+    /// Those of the engine.
+    pub fn held_out_rows(&mut self) -> Result<Option<HeldOut>> {
+        if self.held_out.is_empty() {
+            return Ok(None);
+        }
+        let config = self.update_config(Phase::Final, Policy::full(self.model.config().n_layer));
+        let mut tally = Tally::default();
+        let mut groups: Vec<ResponseGroup> = self.held_out.clone();
+        let eval_loss = self.learner.score(&mut groups, &config, &mut tally)?;
+        self.end_updates()?;
+        let is_entropy = self.config.algo == super::Algorithm::Sft;
+        let more = tally.means().map(|(name, mean)| (format!("eval_{name}"), mean.into()));
+        Ok(Some(HeldOut {
+            eval_loss,
+            eval_perplexity: is_entropy.then(|| eval_loss.exp()),
+            more: more.collect(),
+        }))
+    }
+
     /// Figures of the current adapter on the held-out problems; none without problems.
     ///
     /// The same seed is used every time, so that before and after differ by the adapter alone.
     pub fn evaluate(&mut self, what: &str, observer: &mut dyn Observer) -> Result<Option<Report>> {
-        if self.held_out.is_empty() {
+        let Source::Judged(judged) = &mut self.source else { return Ok(None) };
+        if judged.held_out.is_empty() {
             return Ok(None);
         }
         let c = &self.config;
@@ -34,22 +76,27 @@ impl Trainer<'_> {
             seed: c.seed,
         };
         let mut evaluator = Evaluator {
-            rollouts: &mut self.rollouts,
+            rollouts: &mut judged.rollouts,
             encoder: &self.encoder,
-            pool: &mut self.judges,
+            pool: &mut judged.judges,
             stop: &self.stop,
         };
         let mut progress = |progress| observer.rollout(what, progress);
-        let outcomes = evaluator.run(&self.held_out, &options, None, &mut progress)?;
+        let outcomes = evaluator.run(&judged.held_out, &options, None, &mut progress)?;
         Ok(Some(Report::new(&outcomes, c.seed)))
     }
 
-    /// Mean share of right completions on the held-out problems.
-    pub(super) fn accuracy(
+    /// How good the run is on what is held out: mean share of right completions, or the loss on rows.
+    pub(super) fn held_out_score(
         &mut self,
         what: &str,
         observer: &mut dyn Observer,
-    ) -> Result<Option<f32>> {
-        Ok(self.evaluate(what, observer)?.map(|report| report.avg_at_k as f32))
+    ) -> Result<Option<f64>> {
+        if self.config.algo.is_rewarded() {
+            // As an f32, which checkpoints of older versions hold.
+            Ok(self.evaluate(what, observer)?.map(|report| report.avg_at_k as f32 as f64))
+        } else {
+            Ok(self.held_out_rows()?.map(|rows| rows.eval_loss))
+        }
     }
 }

@@ -5,10 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Algorithm, Trainer};
+use super::Trainer;
+use super::source::{Source, With};
 use crate::analysis::{self, Probe, Sample};
-use crate::data::ProblemSource;
-use crate::rollout::{Encoder, Request, Rollouts};
+use crate::rollout::{Request, Rollouts};
 use crate::{Error, Result};
 
 /// Prompts that are answered for it.
@@ -69,30 +69,24 @@ impl std::str::FromStr for LayerChoice {
 }
 
 /// What answers the first training prompts.
-pub(super) struct Answers<'t, 'm> {
-    pub encoder: &'t Encoder<'m>,
-    pub problems: &'t ProblemSource,
-    pub rollouts: &'t mut Rollouts,
-    pub max_prompt: usize,
-    pub max_response: usize,
-    pub sampling: crate::rollout::Sampling,
-    pub seed: u64,
+struct Answers<'t> {
+    prompts: Vec<Vec<i32>>,
+    rollouts: &'t mut Rollouts,
+    max_response: usize,
+    sampling: crate::rollout::Sampling,
+    seed: u64,
 }
 
-impl Answers<'_, '_> {
-    /// One completion for each of the first training prompts, by whatever adapter is on.
-    pub fn sample(self, stop: &AtomicBool) -> Result<Vec<Sample>> {
-        let mut requests = Vec::new();
-        for i in 0..self.problems.epoch_len().map_or(PROMPTS, |n| PROMPTS.min(n as u64)) {
-            requests.push(Request {
-                prompt_tokens: self
-                    .encoder
-                    .prompt(&self.problems.problem(i).prompt, self.max_prompt)?,
-                n: 1,
-                seed_stream: STREAM + i,
-                max_tokens: self.max_response,
-            });
-        }
+impl Answers<'_> {
+    /// One completion for each of the prompts, by whatever adapter is on.
+    fn sample(self, stop: &AtomicBool) -> Result<Vec<Sample>> {
+        let request = |(prompt_tokens, i)| Request {
+            prompt_tokens,
+            n: 1,
+            seed_stream: STREAM + i,
+            max_tokens: self.max_response,
+        };
+        let requests: Vec<Request> = self.prompts.into_iter().zip(0..).map(request).collect();
         let sampling = &self.sampling;
         let answers = self.rollouts.generate(&requests, sampling, self.seed, &mut |_| (), stop)?;
         let samples =
@@ -105,13 +99,27 @@ impl Answers<'_, '_> {
 }
 
 impl Trainer<'_> {
+    /// Completions to look at: of a few training prompts, or those of a few rows.
     fn answers(&mut self) -> Result<Vec<Sample>> {
+        if let Source::Given(rows) = &mut self.source {
+            let n = PROMPTS.min(rows.len() as u64);
+            let samples = (0..n).filter_map(|i| {
+                let group = rows.at(i);
+                let tokens = group.responses.into_iter().next()?.tokens;
+                Some(Sample { row: i as usize, completion: 0, prompt: group.prompt.into(), tokens })
+            });
+            return Ok(samples.collect());
+        }
+        let n = self.source.epoch_len().map_or(PROMPTS, |n| PROMPTS.min(n as u64));
+        let with = With { config: &self.config, encoder: &self.encoder, stop: &self.stop };
+        let mut prompts = Vec::new();
+        for i in 0..n {
+            prompts.push(self.source.prompt(with, i)?);
+        }
         let c = &self.config;
         let answers = Answers {
-            encoder: &self.encoder,
-            problems: &self.problems,
-            rollouts: &mut self.rollouts,
-            max_prompt: c.max_prompt,
+            prompts,
+            rollouts: self.source.rollouts().expect("a source that is no rows samples"),
             max_response: c.max_response,
             sampling: c.sampling,
             seed: c.seed,
@@ -126,7 +134,7 @@ impl Trainer<'_> {
             return Ok(false);
         }
         let n_layer = self.model.config().n_layer;
-        if self.config.algo != Algorithm::Bupo || self.config.internal_steps == 0 {
+        if self.config.internal_steps() == 0 {
             let layer = self.config.internal_layer(n_layer);
             self.config.internal_layer = Some(LayerChoice::Layer(layer));
             return Ok(true);
@@ -134,8 +142,9 @@ impl Trainer<'_> {
         let samples = self.answers()?;
         self.end_rollouts()?;
         let budget = self.config.micro_batch_tokens();
-        let lora = Some(&self.lora);
-        let (engine, norm) = (&mut self.engine, self.config.final_norm);
+        let learner = &mut self.learner;
+        let lora = Some(&learner.lora);
+        let (engine, norm) = (&mut learner.engine, self.config.final_norm);
         let sums = analysis::sums(engine, self.model, lora, &samples, norm, budget)?;
         self.end_updates()?;
         let means = sums.means();
@@ -162,16 +171,20 @@ impl Trainer<'_> {
     /// it is now. The answers are the same whenever they are sampled.
     pub(super) fn probe_layers(&mut self) -> Result<Probe> {
         if self.probe_set.is_empty() {
-            self.rollouts.set_adapter(None)?;
+            if let Some(rollouts) = self.source.rollouts() {
+                rollouts.set_adapter(None)?;
+            }
             let answers = self.answers();
-            self.rollouts.set_adapter(Some(self.lora.live(self.model)?))?;
+            if let Some(rollouts) = self.source.rollouts() {
+                rollouts.set_adapter(Some(self.learner.lora.live(self.model)?))?;
+            }
             self.probe_set = answers?;
         }
         self.end_rollouts()?;
         let c = &self.config;
         let (layer, norm) = (c.internal_layer(self.model.config().n_layer), c.final_norm);
-        let (engine, budget) = (&mut self.engine, c.micro_batch_tokens());
-        let lora = Some(&self.lora);
+        let (learner, budget) = (&mut self.learner, c.micro_batch_tokens());
+        let (engine, lora) = (&mut learner.engine, Some(&learner.lora));
         let probe =
             analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)?;
         self.end_updates()?;

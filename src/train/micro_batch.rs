@@ -21,6 +21,19 @@ pub struct MicroBatch {
     pub responses: Vec<(usize, usize)>,
 }
 
+impl MicroBatch {
+    /// Scores only those tokens of a response, by its index and the token's, that are wanted.
+    pub fn keep(&mut self, wanted: impl Fn(usize, usize) -> bool) {
+        let mut scored = std::mem::take(&mut self.batch.scored).into_iter();
+        for (index, n) in &mut self.responses {
+            let own = scored.by_ref().take(*n).enumerate();
+            let before = self.batch.scored.len();
+            self.batch.scored.extend(own.filter(|(t, _)| wanted(*index, *t)).map(|(_, s)| s));
+            *n = self.batch.scored.len() - before;
+        }
+    }
+}
+
 /// Packs groups in their order. A group that does not fit the rest of a micro batch begins the next; one
 /// beyond the whole budget is cut between completions, each part with its own copy of the prompt. A single
 /// completion beyond the budget gets a micro batch of its own.

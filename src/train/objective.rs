@@ -1,115 +1,249 @@
-//! Algorithms by name: each is a choice of orthogonal settings, and every one of those can be set apart.
+//! Objectives: from the scores of a micro batch to a loss and the cotangents of its log-probs.
 //!
-//! | name | baseline | ratio | surrogate | clip | aggregation | sampling | source |
-//! |---|---|---|---|---|---|---|---|
-//! | `grpo` | group-std | token | clip | 0.2, 0.2 | token-mean | | PAPER section 2 |
-//! | `rloo` | leave-one-out | token | clip | 0.2, 0.2 | token-mean | | arXiv 2402.14740 |
-//! | `reinforce++` | batch | token | clip | 0.2, 0.2 | token-mean | | arXiv 2501.03262 |
-//! | `reinforce++-baseline` | group-batch | token | clip | 0.2, 0.2 | token-mean | | arXiv 2501.03262 |
-//! | `dr-grpo` | group | token | clip | 0.2, 0.2 | constant | | arXiv 2503.20783 |
-//! | `dapo` | group-std | token | clip | 0.2, 0.28 | token-mean | equal groups replaced | arXiv 2503.14476 |
-//! | `gspo` | group-std | sequence | clip | 3e-4, 4e-4 | sequence-mean | | arXiv 2507.18071 |
-//! | `cispo` | group-std | token | cispo | none, 0.2 | token-mean | | arXiv 2506.13585 |
-//! | `ppo` | value | token | clip | 0.2, 0.2 | token-mean | | arXiv 1707.06347 |
-//! | `bupo` | those of `--objective`, first for the internal policy of a layer, then for the model's | | | | | | PAPER section 2 |
+//! | objective | loss | cotangent of a token's log-prob |
+//! |---|---|---|
+//! | policy gradient | `loss.rs` | `weight dL/dlogp` |
+//! | imitation (SFT) | `-sum_t w_t logp_t / sum_t w_t` | `-w_t / sum w` |
+//! | pairs | mean over pairs of `preference.rs` | the pair's `dL/ds_c` or `dL/ds_r` |
+//! | labelled (KTO) | mean over completions of `preference.rs` | the completion's `dL/ds` |
+//! | distillation | `sum_t w_t D_t / sum_t w_t` | `w_t / sum w`, of the divergence D_t |
 //!
-//! Departures: RLOO keeps PPO's clip, as the paper's reference code does, for there are several updates per
-//! rollout batch; the upper clip of CISPO is not given in its paper; DAPO's soft punishment of length is a part
-//! of the reward (`--reward "math + overlong:2048"`); dual clip (`--clip-c`) holds for all that clip.
+//! Sums go over the learnt tokens of a whole mini batch, whatever micro batches it is cut into.
 
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use super::TrainConfig;
+use super::advantage::{Baseline, Gae};
+use super::algorithm::Algorithm;
+use super::learner::{Response, ResponseGroup, Tally};
+use super::loss::{Aggregation, LossConfig, TokenContext, response_loss};
+use super::preference::{KtoConfig, Likelihood, PairConfig, PairLoss};
+use super::record::Phase;
+use crate::ops::DistillSpec;
 
-use super::advantage::Baseline;
-use super::loss::{Aggregation, Ratio, Surrogate};
-
-/// The algorithm of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Algorithm {
-    /// Internal layer policy first, then the final policy.
-    Bupo,
-    /// Group-relative policy optimisation.
-    Grpo,
-    /// Leave-one-out baseline.
-    Rloo,
-    /// Rewards normalised over the batch.
-    #[value(name = "reinforce++")]
-    #[serde(rename = "reinforce++")]
-    ReinforcePlusPlus,
-    /// The same after the group's mean.
-    #[value(name = "reinforce++-baseline")]
-    #[serde(rename = "reinforce++-baseline")]
-    ReinforcePlusPlusBaseline,
-    /// GRPO without its two biases.
-    DrGrpo,
-    /// Higher upper clip, groups without signal replaced.
-    Dapo,
-    /// Ratio of whole responses.
-    Gspo,
-    /// Clipped weight, every token keeps its gradient.
-    Cispo,
-    /// Value head and GAE.
-    Ppo,
+/// What a run optimises, all settings given.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Objective {
+    /// Sampled completions with advantages.
+    PolicyGradient(PolicyGradient),
+    /// Given completions.
+    Imitation,
+    /// Pairs of completions, the chosen one first.
+    Pairs(PairConfig),
+    /// Completions that are wanted or not.
+    Labelled(KtoConfig),
+    /// A teacher's distributions.
+    Distill(DistillSpec),
 }
 
-/// What an algorithm's name stands for.
+/// Settings of the policy gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Defaults {
-    /// What rewards are compared with.
-    pub baseline: Baseline,
-    /// Whose ratio.
-    pub ratio: Ratio,
-    /// What is done with it.
-    pub surrogate: Surrogate,
+pub struct PolicyGradient {
+    /// Token loss.
+    pub loss: LossConfig,
     /// From token losses to one number.
     pub aggregation: Aggregation,
-    /// The ratio may fall to 1 - this.
-    pub clip_low: f32,
-    /// The ratio may rise to 1 + this.
-    pub clip_high: f32,
-    /// Times that groups without signal are replaced.
-    pub resample: u64,
+    /// Limit of response length, for the constant aggregation.
+    pub max_response: usize,
+    /// Cap of truncated importance sampling; 0 is off.
+    pub tis_cap: f32,
+    /// What rewards are compared with.
+    pub baseline: Baseline,
+    /// Of a value head.
+    pub gae: Gae,
 }
 
-impl Algorithm {
-    /// The word on the command line and in `config.toml`.
-    pub fn name(self) -> String {
-        let value = self.to_possible_value().expect("none is skipped");
-        value.get_name().to_owned()
+/// What a mini batch is in all.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Tokens, each by its weight.
+    pub tokens: f64,
+    /// Completions.
+    pub responses: usize,
+    /// Prompts.
+    pub groups: usize,
+    /// KTO's z0, nats.
+    pub z0: f64,
+}
+
+/// A response of a micro batch with one score for each of its learnt tokens: log-probs, or divergences from a teacher.
+#[derive(Clone, Copy, Debug)]
+pub struct Scored<'s> {
+    /// The response.
+    pub response: &'s Response,
+    /// Its scores.
+    pub scores: &'s [f32],
+}
+
+impl Objective {
+    /// The objective of a phase.
+    pub fn new(c: &TrainConfig, phase: Phase) -> Objective {
+        let rows = &c.rows;
+        let beta = rows.beta(c.algo) as f64;
+        let pairs = |loss| Objective::Pairs(PairConfig { loss, beta });
+        match c.algo {
+            Algorithm::Sft => Objective::Imitation,
+            Algorithm::Dpo => pairs(PairLoss::Dpo(rows.dpo_loss, rows.label_smoothing as f64)),
+            Algorithm::Orpo => pairs(PairLoss::Orpo),
+            Algorithm::Simpo => pairs(PairLoss::Simpo(rows.simpo_gamma as f64)),
+            Algorithm::Kto => Objective::Labelled(KtoConfig {
+                beta,
+                desirable: rows.desirable_weight as f64,
+                undesirable: rows.undesirable_weight as f64,
+            }),
+            Algorithm::Distill => Objective::Distill(DistillSpec {
+                kind: rows.divergence,
+                beta: rows.jsd_beta,
+                inv_temperature: 1.0 / c.sampling.temperature,
+            }),
+            _ => Objective::PolicyGradient(PolicyGradient {
+                loss: c.loss(),
+                aggregation: c.aggregation(),
+                max_response: c.max_response,
+                // Rollouts are the final policy's: their log-probs say nothing of an internal one.
+                tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
+                baseline: c.baseline(),
+                gae: c.gae(),
+            }),
+        }
     }
 
-    /// The settings of this row of the table; those of GRPO for BuPO.
-    pub fn defaults(self) -> Defaults {
-        let grpo = Defaults {
-            baseline: Baseline::GroupStd,
-            ratio: Ratio::Token,
-            surrogate: Surrogate::Clip,
-            aggregation: Aggregation::TokenMean,
-            clip_low: 0.2,
-            clip_high: 0.2,
-            resample: 0,
-        };
+    /// Whether log-probs under a reference are needed.
+    pub fn has_reference(&self) -> bool {
         match self {
-            Algorithm::Bupo | Algorithm::Grpo => grpo,
-            Algorithm::Rloo => Defaults { baseline: Baseline::LeaveOneOut, ..grpo },
-            Algorithm::ReinforcePlusPlus => Defaults { baseline: Baseline::Batch, ..grpo },
-            Algorithm::ReinforcePlusPlusBaseline => {
-                Defaults { baseline: Baseline::GroupBatch, ..grpo }
-            }
-            Algorithm::DrGrpo => {
-                Defaults { baseline: Baseline::Group, aggregation: Aggregation::Constant, ..grpo }
-            }
-            Algorithm::Dapo => Defaults { clip_high: 0.28, resample: 10, ..grpo },
-            Algorithm::Gspo => Defaults {
-                ratio: Ratio::Sequence,
-                aggregation: Aggregation::SequenceMean,
-                clip_low: 3e-4,
-                clip_high: 4e-4,
-                ..grpo
-            },
-            Algorithm::Cispo => Defaults { surrogate: Surrogate::Cispo, clip_low: 1.0, ..grpo },
-            Algorithm::Ppo => Defaults { baseline: Baseline::Value, ..grpo },
+            Objective::PolicyGradient(p) => p.loss.kl_coef > 0.0,
+            Objective::Pairs(pairs) => pairs.has_reference(),
+            Objective::Labelled(_) => true,
+            Objective::Imitation | Objective::Distill(_) => false,
         }
+    }
+
+    /// What a mini batch is in all, but for z0.
+    pub fn totals(&self, groups: &[ResponseGroup]) -> Totals {
+        let responses = || groups.iter().flat_map(|g| &g.responses);
+        Totals {
+            tokens: responses().map(Response::weight).sum(),
+            responses: responses().count(),
+            groups: groups.len(),
+            z0: 0.0,
+        }
+    }
+
+    /// The part of the mini batch's loss that these responses have, and the cotangents of their scores, one after
+    /// another. Pairs are whole.
+    pub fn loss(
+        &self,
+        totals: &Totals,
+        scored: &[Scored<'_>],
+        tally: &mut Tally,
+    ) -> (f64, Vec<f32>) {
+        let mut cotangents = Vec::new();
+        let mut loss = 0.0;
+        match self {
+            Objective::PolicyGradient(settings) => {
+                for one in scored {
+                    loss += settings.loss(totals, one, tally, &mut cotangents);
+                }
+            }
+            Objective::Imitation | Objective::Distill(_) => {
+                // Log-probs are to rise, divergences to fall.
+                let sign = if *self == Objective::Imitation { -1.0 } else { 1.0 };
+                for Scored { response, scores } in scored {
+                    let weights =
+                        response.learnt_weights().map(|w| sign * w as f64 / totals.tokens);
+                    for (weight, &score) in weights.zip(*scores) {
+                        loss += weight * score as f64;
+                        cotangents.push(weight as f32);
+                    }
+                }
+            }
+            Objective::Pairs(pairs) => {
+                for pair in scored.chunks(2) {
+                    let [chosen, rejected] = [0, 1].map(|i| pair[i].likelihood());
+                    let weight = pair[0].response.row_weight() / totals.groups as f64;
+                    let outcome = pairs.loss(&chosen, &rejected);
+                    loss += weight * outcome.loss;
+                    for (one, gradient) in pair.iter().zip(outcome.gradient) {
+                        let each = (weight * gradient) as f32;
+                        cotangents.extend(std::iter::repeat_n(each, one.scores.len()));
+                    }
+                    let [up, down] = outcome.rewards;
+                    tally.note("rewards/chosen", up);
+                    tally.note("rewards/rejected", down);
+                    tally.note("rewards/margins", up - down);
+                    tally.note("rewards/accuracies", (up > down) as u8 as f64);
+                    tally.note("logps/chosen", chosen.policy);
+                    tally.note("logps/rejected", rejected.policy);
+                }
+            }
+            Objective::Labelled(kto) => {
+                for one in scored {
+                    let (likelihood, wanted) = (one.likelihood(), one.response.label);
+                    let weight = one.response.row_weight() / totals.responses as f64;
+                    let (value, gradient, reward) = kto.loss(&likelihood, wanted, totals.z0);
+                    loss += weight * value;
+                    let each = (weight * gradient) as f32;
+                    cotangents.extend(std::iter::repeat_n(each, one.scores.len()));
+                    let [rewards, logps] = match wanted {
+                        true => ["rewards/chosen", "logps/chosen"],
+                        false => ["rewards/rejected", "logps/rejected"],
+                    };
+                    tally.note(rewards, reward);
+                    tally.note(logps, likelihood.policy);
+                }
+            }
+        }
+        (loss, cotangents)
+    }
+}
+
+impl PolicyGradient {
+    fn loss(
+        &self,
+        totals: &Totals,
+        Scored { response, scores: new }: &Scored<'_>,
+        tally: &mut Tally,
+        cotangents: &mut Vec<f32>,
+    ) -> f64 {
+        let n = new.len();
+        let weight = self.weight(n, totals);
+        let contexts: Vec<TokenContext> =
+            (0..n).map(|t| context(response, t, new[t], self.tis_cap)).collect();
+        let mut loss = 0.0;
+        for (t, token) in response_loss(&self.loss, &contexts, new).iter().enumerate() {
+            loss += weight as f64 * token.loss as f64;
+            cotangents.push(weight * token.gradient);
+            tally.clipped += token.clipped as usize;
+            tally.kl += token.kl as f64;
+            tally.drift += response.apart(t, contexts[t].old).abs() as f64;
+        }
+        loss
+    }
+
+    /// Weight of each token of a response of `length`.
+    pub fn weight(&self, length: usize, totals: &Totals) -> f32 {
+        let (tokens, responses) = (totals.tokens as usize, totals.responses);
+        self.aggregation.weight(length, tokens, responses, self.max_response)
+    }
+}
+
+impl Scored<'_> {
+    fn likelihood(&self) -> Likelihood {
+        let sum = |values: &[f32]| values.iter().map(|&x| x as f64).sum();
+        Likelihood {
+            policy: sum(self.scores),
+            reference: self.response.base.as_deref().map_or(0.0, sum),
+            tokens: self.scores.len(),
+        }
+    }
+}
+
+/// What is known of a response's token t; `new` stands for an `old` that was not taken.
+fn context(response: &Response, t: usize, new: f32, tis_cap: f32) -> TokenContext {
+    let old = response.old.as_ref().map_or(new, |old| old[t]);
+    let apart = response.apart(t, old);
+    TokenContext {
+        advantage: response.advantages[t],
+        old,
+        base: response.base.as_ref().map(|base| base[t]),
+        importance: if tis_cap > 0.0 { apart.exp().min(tis_cap) } else { 1.0 },
     }
 }

@@ -32,6 +32,8 @@ pub struct AdamWConfig {
     pub slow_above: usize,
     /// ..learn with the learning rate times this.
     pub slow_factor: f32,
+    /// Factor of the learning rate of B (LoRA+, arXiv 2402.12354).
+    pub b_factor: f32,
 }
 
 impl Default for AdamWConfig {
@@ -46,6 +48,7 @@ impl Default for AdamWConfig {
             freeze_layers: 0,
             slow_above: usize::MAX,
             slow_factor: 1.0,
+            b_factor: 1.0,
         }
     }
 }
@@ -109,6 +112,8 @@ impl AdamW {
             let layer = lora.tensor_layer(i);
             let slow = layer > self.config.slow_above;
             let learning_rate = learning_rate * if slow { self.config.slow_factor } else { 1.0 };
+            // A and B of each weight in turn.
+            let learning_rate = learning_rate * if i % 2 == 1 { self.config.b_factor } else { 1.0 };
             let t = self.steps[layer - 1];
             let step = AdamWStep { learning_rate, beta1, beta2, eps, weight_decay, clip, t };
             let (p, g) = (lora.tensors().get(i), gradients.get(i));

@@ -7,11 +7,13 @@
 use serde::Serialize;
 
 use super::memory::{available_bytes, resident_besides};
-use super::{Algorithm, Baseline, TrainConfig, new_critic};
+use super::start::new_critic;
+use super::teacher::TeacherModel;
+use super::{Algorithm, Baseline, Reference, TrainConfig};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
 use crate::model::{Activations, Largest, Lora, Model, activations, kept_bytes};
-use crate::ops::logprob_tiles_bytes;
+use crate::ops::{distill_tiles_bytes, logprob_tiles_bytes};
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
 
@@ -52,12 +54,58 @@ pub struct Plan {
     pub limit_bytes: Option<u64>,
 }
 
+/// What a run computes with, beside its settings.
+pub(super) struct Workload<'w> {
+    /// Whether completions are sampled.
+    pub samples: bool,
+    /// Tokens of the longest prompt with all of its completions, and of these alone.
+    pub group_tokens: usize,
+    pub group_scored: usize,
+    /// Prompts that are scored at once before the first update.
+    pub measured: usize,
+    /// The teacher of a distillation.
+    pub teacher: Option<&'w TeacherModel<'w>>,
+}
+
+impl<'w> Workload<'w> {
+    /// Of settings; `longest`: tokens of the longest row, where rows are given.
+    pub fn of(
+        c: &TrainConfig,
+        samples: bool,
+        longest: Option<usize>,
+        teacher: Option<&'w TeacherModel<'w>>,
+    ) -> Workload<'w> {
+        let sampled = (c.max_prompt + c.group * c.max_response, c.group * c.max_response);
+        let (group_tokens, group_scored) = longest.map_or(sampled, |n| (n, n));
+        // Of a mini batch; of the rest that is scored before the updates, or of all groups, where all are.
+        let all = c.kl_coef > 0.0 || c.baseline() == Baseline::Value || !c.algo.is_rewarded();
+        let measured = match all {
+            true => c.prompts_per_step,
+            false => c.mini_batch().max(c.prompts_per_step - c.mini_batch()),
+        };
+        Workload { samples, group_tokens, group_scored, measured, teacher }
+    }
+
+    /// Of settings whose rows nobody has read.
+    pub fn guess(c: &TrainConfig, teacher: Option<&'w TeacherModel<'w>>) -> Workload<'w> {
+        let samples = c.algo.is_rewarded() || c.algo == Algorithm::Distill;
+        let longest = (!samples).then(|| c.rows.max_length.unwrap_or(c.micro_batch_tokens()));
+        Workload::of(c, samples, longest, teacher)
+    }
+}
+
 impl Plan {
-    /// Reckons a run of these settings on an open model.
+    /// Reckons a run of these settings on an open model; rows, which are not read for it, are taken to be as long as
+    /// they may be.
     ///
     /// # Errors
     /// Settings that do not fit the model, or an adapter that cannot be read.
     pub fn new(model: &Model, config: &TrainConfig) -> Result<Plan> {
+        let teacher = TeacherModel::open(model, config)?;
+        Plan::of(model, config, &Workload::guess(config, teacher.as_ref()))
+    }
+
+    pub(super) fn of(model: &Model, config: &TrainConfig, workload: &Workload<'_>) -> Result<Plan> {
         let c = config.clone().resolved(model.config().n_layer);
         let m = model.config();
         let rank = match &c.adapter {
@@ -71,18 +119,14 @@ impl Plan {
         let sizes = options.sizes(model.engine())?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
-        // The largest micro batch: of a mini batch; of the rest that is scored before the updates, or of all
-        // groups, where all are.
-        let groups = match c.kl_coef > 0.0 || c.baseline() == Baseline::Value {
-            true => c.prompts_per_step,
-            false => c.mini_batch().max(c.prompts_per_step - c.mini_batch()),
-        };
-        let group_tokens = c.max_prompt + c.group * c.max_response;
+        // The largest micro batch.
+        let &Workload { group_tokens, group_scored, measured, .. } = workload;
+        let groups = measured.max(c.mini_batch());
         let tokens = c.micro_batch_tokens().min(groups * group_tokens);
         let trained = c.micro_batch_tokens().min(c.mini_batch() * group_tokens);
-        let scored = tokens.min(groups * c.group * c.max_response);
+        let scored = tokens.min(groups * group_scored);
         let largest = Largest { tokens, trained, scored };
-        let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
+        let internal_only = c.steps <= c.internal_steps();
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
         let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
         let again = acts(false)?;
@@ -92,7 +136,8 @@ impl Plan {
         let weights: u64 = files.map(|f| f.len()).sum();
         let part =
             |name, bytes: usize, what, advice| Part { name, bytes: bytes as u64, what, advice };
-        let program = resident_besides(model.files());
+        let teacher_files = workload.teacher.map_or(&[][..], |teacher| teacher.own_files());
+        let program = resident_besides(&[model.files(), teacher_files].concat());
         let limit_bytes = match c.memory {
             Some(size) => Some(size.0),
             None => available_bytes().map(|free| free + program),
@@ -105,18 +150,39 @@ impl Plan {
                 format!("{} layers, one copy, mapped", m.n_layer),
                 "use a smaller quantisation",
             ),
-            part(
+        ];
+        if workload.samples {
+            parts.push(part(
                 "kv cache",
                 sizes.n_seq * sizes.sequence_bytes,
                 format!("{} sequences of {} tokens, F16", sizes.n_seq, sizes.n_ctx_seq),
                 "lower --kv-mib or --max-response",
-            ),
-            part(
+            ));
+            parts.push(part(
                 "decoding",
                 decoding_bytes(model, &c, running, sizes.n_batch, threads),
                 format!("llama.cpp's graph, logits of {running} sequences, sampling"),
                 "lower --kv-mib or --max-prompt",
-            ),
+            ));
+        }
+        let mut tiles = logprob_tiles_bytes(m.n_embd, scored, threads);
+        if let Some(teacher) = workload.teacher {
+            tiles = tiles.max(distill_tiles_bytes(m.n_embd, scored, threads));
+            let files = teacher_files.iter().filter_map(|f| std::fs::metadata(f).ok());
+            let weights: u64 = files.map(|f| f.len()).sum();
+            let width = teacher.config().n_embd;
+            let deep = teacher.config().n_layer;
+            let forward = Largest { tokens, trained: 1, scored };
+            let acts = activations(teacher, &c.targets, 1, deep, forward, false)?;
+            // Its last hidden states lie in host memory, too.
+            parts.push(part(
+                "teacher",
+                weights as usize + activation_bytes(acts) + 8 * width * tokens,
+                format!("weights and a forward of {deep} layers"),
+                "use a smaller teacher",
+            ));
+        }
+        parts.extend([
             part(
                 ACTIVATIONS,
                 activation_bytes(again),
@@ -125,7 +191,7 @@ impl Plan {
             ),
             part(
                 "logprob tiles",
-                logprob_tiles_bytes(m.n_embd, scored, threads),
+                tiles,
                 format!("{threads} threads, never the vocabulary whole"),
                 "lower --threads",
             ),
@@ -135,7 +201,15 @@ impl Plan {
                 format!("rank {rank}: masters, gradients, two moments, F32"),
                 "lower --rank",
             ),
-        ];
+        ]);
+        if c.rows.reference == Reference::Start {
+            parts.push(part(
+                "reference",
+                adapter,
+                "the adapter it began from".into(),
+                "lower --rank",
+            ));
+        }
         if let Some(critic) = new_critic(&c, model)? {
             parts.push(part(
                 "critic",

@@ -133,7 +133,7 @@ mod tests {
         config.check().unwrap();
         assert_eq!(
             (config.internal_layer, config.internal_steps),
-            (Some(LayerChoice::Layer(6)), 30)
+            (Some(LayerChoice::Layer(6)), Some(30))
         );
         assert_eq!((config.steps, config.prompts_per_step, config.mini_batch), (5, 128, Some(32)));
         assert_eq!((config.max_prompt, config.max_response), (1024, 8192));
@@ -148,7 +148,7 @@ mod tests {
         config.check().unwrap();
         assert_eq!(
             (config.internal_layer, config.internal_steps),
-            (Some(LayerChoice::Layer(27)), 20)
+            (Some(LayerChoice::Layer(27)), Some(20))
         );
         assert_eq!((config.max_response, config.prompts.template.as_str()), (3072, "octothinker"));
         model.n_layer = 8;

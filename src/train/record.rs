@@ -4,8 +4,14 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::critic::explained_variance;
+use super::evaluate::HeldOut;
+use super::learner::{Response, Tally};
+use super::source::{Batch, Source};
+use super::{Sample, Trainer};
 use crate::analysis::Probe;
 use crate::eval::Report;
+use crate::model::Policy;
 
 /// Which policy a step optimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -26,6 +32,49 @@ pub struct StepRecord {
     pub phase: Phase,
     /// Layer whose policy is optimised.
     pub layer: usize,
+    /// Of sampled and rewarded completions; none of given rows and teachers.
+    #[serde(flatten)]
+    pub rollout: Option<RolloutRecord>,
+    /// Mean entropy of the optimised policy on the tokens that were trained on, nats.
+    pub entropy_nats: Option<f32>,
+    /// Mean loss of the mini batches.
+    pub loss: Option<f32>,
+    /// What the objective says of itself, by the field's names: rewards/chosen, rewards/margins, ..
+    #[serde(flatten)]
+    pub objective: serde_json::Map<String, serde_json::Value>,
+    /// Mean global norm of the gradients before clipping.
+    pub gradient_norm: Option<f32>,
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Rows or prompts gone through, in epochs, where there is an end to them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<f32>,
+    /// Tokens that were trained on.
+    pub trained_tokens: usize,
+    /// Optimiser steps done.
+    pub updates: u64,
+    /// Optimiser steps skipped because the gradient was not finite.
+    pub updates_skipped: u64,
+    /// Tokens through forward and backward per second of update.
+    pub update_tokens_per_s: f32,
+    /// Seconds of the step.
+    pub seconds: f32,
+    /// Accuracy on held-out problems, when it was measured at this step.
+    pub accuracy: Option<f32>,
+    /// Loss on held-out rows, when it was measured at this step.
+    #[serde(flatten)]
+    pub held_out: Option<HeldOut>,
+    /// What the layers think, when it was looked at after this step (--entropy-every).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probe: Option<Probe>,
+    /// All figures of that evaluation.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<Report>,
+}
+
+/// What a step says of the completions that it sampled and judged.
+#[derive(Clone, Debug, Serialize)]
+pub struct RolloutRecord {
     /// Mean reward of the step's completions.
     pub reward: f32,
     /// Mean of each part of the reward before its weight, where there are several.
@@ -39,14 +88,8 @@ pub struct StepRecord {
     pub response_tokens: f32,
     /// Share of completions that hit the length limit.
     pub truncated: f32,
-    /// Mean entropy of the optimised policy on the tokens that were trained on, nats.
-    pub entropy_nats: Option<f32>,
-    /// Mean loss of the mini batches.
-    pub loss: Option<f32>,
     /// Share of tokens whose ratio was clipped.
     pub clip_fraction: Option<f32>,
-    /// Mean global norm of the gradients before clipping.
-    pub gradient_norm: Option<f32>,
     /// Mean |logp_rollout - logp_train| of the final policy, nats; none in the internal phase, where
     /// nothing above the layer is computed.
     pub drift_nats: Option<f32>,
@@ -58,26 +101,93 @@ pub struct StepRecord {
     /// Share of the variance of returns that the value head explains, before the step's updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explained_variance: Option<f32>,
-    /// Learning rate.
-    pub learning_rate: f32,
-    /// Optimiser steps done.
-    pub updates: u64,
-    /// Optimiser steps skipped because the gradient was not finite.
-    pub updates_skipped: u64,
     /// Sampled tokens per second of rollout.
     pub rollout_tokens_per_s: f32,
-    /// Tokens through forward and backward per second of update.
+}
+
+/// What is known when a step is done.
+pub(super) struct Done<'d> {
+    pub step: u64,
+    pub phase: Phase,
+    pub policy: Policy,
+    pub batch: &'d Batch,
+    pub tally: &'d Tally,
+    pub learning_rate: f32,
+    pub rollout_seconds: f32,
     pub update_tokens_per_s: f32,
-    /// Seconds of the step.
     pub seconds: f32,
-    /// Accuracy on held-out problems, when it was measured at this step.
-    pub accuracy: Option<f32>,
-    /// What the layers think, when it was looked at after this step (--entropy-every).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub probe: Option<Probe>,
-    /// All figures of that evaluation.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub evaluation: Option<Report>,
+}
+
+impl Trainer<'_> {
+    /// The line of a step, but for what is measured after it.
+    pub(super) fn record(&self, done: Done<'_>) -> StepRecord {
+        let (tally, c) = (done.tally, &self.config);
+        let per_update =
+            |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
+        let epoch = self.source.epoch_len().filter(|_| !c.algo.is_rewarded());
+        let objective = tally.means().map(|(name, mean)| (name.to_string(), mean.into()));
+        StepRecord {
+            step: done.step,
+            phase: done.phase,
+            layer: done.policy.depth(),
+            rollout: self.rollout_record(&done),
+            entropy_nats: per_token(tally, tally.entropy),
+            loss: per_update(tally.loss),
+            objective: objective.collect(),
+            gradient_norm: per_update(tally.gradient_norm),
+            learning_rate: done.learning_rate,
+            epoch: epoch.map(|n| {
+                let rows = done.step * c.prompts_per_step as u64;
+                let rows = c.rows.epochs.map_or(rows, |epochs| rows.min(epochs * n as u64));
+                rows as f32 / n as f32
+            }),
+            trained_tokens: tally.tokens,
+            updates: self.counters.updates,
+            updates_skipped: self.counters.skipped,
+            update_tokens_per_s: done.update_tokens_per_s,
+            seconds: done.seconds,
+            accuracy: None,
+            held_out: None,
+            evaluation: None,
+            probe: None,
+        }
+    }
+
+    /// What is said of completions that were sampled and judged.
+    fn rollout_record(&self, done: &Done<'_>) -> Option<RolloutRecord> {
+        let Source::Judged(judged) = &self.source else { return None };
+        let (tally, Batch { groups, samples, sampled_tokens }) = (done.tally, done.batch);
+        let mean =
+            |f: &dyn Fn(&Sample) -> f32| samples.iter().map(f).sum::<f32>() / samples.len() as f32;
+        let per_update =
+            |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
+        let with_signal = groups.iter().filter(|g| g.responses.iter().any(Response::has_signal));
+        Some(RolloutRecord {
+            reward: mean(&|s| s.reward),
+            reward_parts: judged.mean_parts(samples),
+            groups_with_signal: with_signal.count() as f32 / groups.len() as f32,
+            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.config.group,
+            response_tokens: mean(&|s| s.tokens as f32),
+            truncated: mean(&|s| s.truncated as u8 as f32),
+            clip_fraction: per_token(tally, tally.clipped as f64),
+            drift_nats: match done.phase {
+                Phase::Final => per_token(tally, tally.drift),
+                Phase::Internal => None,
+            },
+            kl_nats: match self.config.kl_coef > 0.0 {
+                true => per_token(tally, tally.kl),
+                false => None,
+            },
+            value_loss: self.learner.critic.as_ref().and_then(|_| per_update(tally.value_loss)),
+            explained_variance: explained_variance(groups),
+            rollout_tokens_per_s: *sampled_tokens as f32 / done.rollout_seconds,
+        })
+    }
+}
+
+/// The mean over the tokens of a step; none where there were none.
+fn per_token(tally: &Tally, sum: f64) -> Option<f32> {
+    (tally.tokens > 0).then(|| (sum / tally.tokens as f64) as f32)
 }
 
 /// The end of a run.
@@ -87,6 +197,12 @@ pub struct Summary {
     pub accuracy_before: Option<f32>,
     /// Held-out accuracy after the last step; none also when the run was stopped.
     pub accuracy_after: Option<f32>,
+    /// Loss on held-out rows before the first step; none without them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss_before: Option<f64>,
+    /// The same after the last step; none also when the run was stopped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_loss_after: Option<f64>,
     /// Steps done.
     pub steps: u64,
     /// Seconds of the run, both evaluations and the time before a resume included.

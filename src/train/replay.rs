@@ -4,8 +4,9 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 
-use super::update::{Learner, Response, ResponseGroup, Tally, UpdateConfig};
-use super::{Trainer, assign};
+use super::Trainer;
+use super::learner::{Response, ResponseGroup, Tally, UpdateConfig};
+use super::objective::{Objective, PolicyGradient};
 use crate::data::{CompletionContent, RolloutRow};
 use crate::ggml::TensorSet;
 use crate::model::Lora;
@@ -36,31 +37,28 @@ impl Trainer<'_> {
     /// A row without reward, tokens outside the vocabulary, a gradient that is not finite.
     pub fn replay(&mut self, rows: &[RolloutRow], dump: Option<&Path>) -> Result<Replay> {
         let (phase, policy) = self.phase(1)?;
+        let c = &self.config;
+        let config = self.update_config(phase, policy);
+        let Objective::PolicyGradient(settings) = config.objective else {
+            return Err(Error::invalid(
+                "--rollouts",
+                "an --algo that learns from rewards",
+                c.algo.name(),
+                "give the rows with --data",
+            ));
+        };
         let mut groups: Vec<ResponseGroup> =
             rows.iter().map(|row| self.response_group(row)).collect::<Result<_>>()?;
-        let c = &self.config;
-        // Given rows say nothing of the engine that sampled them.
-        let config = UpdateConfig { tis_cap: 0.0, ..self.update_config(phase, policy) };
+        // Given rows say nothing of the engine that sampled them, and are one mini batch.
+        let settings = PolicyGradient { tis_cap: 0.0, ..settings };
+        let objective = Objective::PolicyGradient(settings);
+        let config = UpdateConfig { objective, mini_batch: groups.len(), ..config };
         let learning_rate = c.lr * c.schedule.factor(1, c.steps, c.warmup);
-        let mut learner = Learner {
-            model: self.model,
-            lora: &mut self.lora,
-            engine: &mut self.engine,
-            gradients: &mut self.gradients,
-            optimizer: &mut self.optimizer,
-            critic: self.critic.as_mut(),
-        };
-        if learner.critic.is_some() {
-            learner.fill_old(&mut groups, &config)?;
-        }
-        assign(&mut groups, self.config.baseline(), self.config.gae());
-        if config.loss.kl_coef > 0.0 {
-            learner.fill_base(&mut groups, &config)?;
-        }
+        self.learner.prepare(&mut groups, &config)?;
         let mut tally = Tally::default();
-        let applied = learner.update(&groups, &config, learning_rate, &mut tally)?;
+        let applied = self.learner.update(&groups, &config, learning_rate, &mut tally)?;
         if let Some(path) = dump {
-            dump_gradients(&self.lora, &self.gradients, path)?;
+            dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;
         }
         if !applied {
             return Err(Error::engine(

@@ -40,11 +40,12 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 11] = [
+const HARMLESS: [&str; 12] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
     "eval-every",
+    "early-stop",
     "entropy-every",
     "checkpoint-every",
     "keep-checkpoints",
@@ -56,7 +57,7 @@ const HARMLESS: [&str; 11] = [
 /// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
 const HARMLESS_WITHOUT_PROGRAM: [&str; 2] = ["reward-workers", "reward-timeout"];
 /// Settings that the adapter of a checkpoint has already.
-const SETTLED: [&str; 4] = ["adapter", "rank", "alpha", "targets"];
+const SETTLED: [&str; 5] = ["adapter", "rank", "alpha", "rslora", "targets"];
 
 /// The settings that differ, by name. Whatever is not known to be harmless is not.
 fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {

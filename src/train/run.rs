@@ -7,7 +7,8 @@ use std::time::Instant;
 use super::checkpoint::{self, Parts};
 use super::resume::{Resume, model_path};
 use super::run_dir::{RunConfig, RunDir};
-use super::{Observer, Sample, StepRecord, Summary, TrainConfig, Trainer};
+use super::source::Source;
+use super::{Observer, Reference, Sample, StepRecord, Summary, TrainConfig, Trainer};
 use crate::gguf::{Value, sha256};
 use crate::{Error, Result};
 
@@ -62,6 +63,7 @@ impl Trainer<'_> {
     }
 
     fn run_kept(&mut self, mut keeper: Keeper, observer: &mut dyn Observer) -> Result<Summary> {
+        self.notes.drain(..).for_each(|note| observer.note(&note));
         let (start, before) = (Instant::now(), self.seconds);
         let mut outcome = self.run_steps(&mut keeper, start, observer);
         self.seconds = before + start.elapsed().as_secs_f64();
@@ -69,14 +71,17 @@ impl Trainer<'_> {
         if !self.mid_step
             && let Err(error) = self.keep(&mut keeper)
         {
-            let word = format!("the adapter after step {} was not kept: {error}", self.steps_done);
+            let word = format!(
+                "the adapter after step {} was not kept: {error}",
+                self.counters.steps_done
+            );
             observer.note(&word);
             if outcome.is_ok() || matches!(outcome, Err(Error::Interrupted)) {
                 outcome = Err(error);
             }
         }
-        let (accuracy_after, interrupted) = match outcome {
-            Ok(accuracy) => (accuracy, false),
+        let (score_after, interrupted) = match outcome {
+            Ok(score) => (score, false),
             Err(Error::Interrupted) => (None, true),
             Err(error) => return Err(self.with_way_on(error, &keeper)),
         };
@@ -84,11 +89,16 @@ impl Trainer<'_> {
         if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
             observer.note(&word);
         }
+        let rewarded = self.config.algo.is_rewarded();
+        let score_before = Some(self.score_before).filter(|score| !score.is_nan());
+        let accuracy = |score: Option<f64>| score.filter(|_| rewarded).map(|score| score as f32);
+        let loss = |score: Option<f64>| score.filter(|_| !rewarded);
         let summary = Summary {
-            accuracy_before: (!self.accuracy_before.is_nan())
-                .then_some(self.accuracy_before as f32),
-            accuracy_after,
-            steps: self.steps_done,
+            accuracy_before: accuracy(score_before),
+            accuracy_after: accuracy(score_after),
+            eval_loss_before: loss(score_before),
+            eval_loss_after: loss(score_after),
+            steps: self.counters.steps_done,
             seconds: self.seconds,
             peak_bytes: super::memory::peak_bytes(),
             gpu_peak_bytes: gpu.map(|(_, used)| used),
@@ -105,7 +115,7 @@ impl Trainer<'_> {
     /// Says in an error how the run goes on.
     fn with_way_on(&self, error: Error, keeper: &Keeper) -> Error {
         let Some(step) = keeper.kept else { return error };
-        let place = format!("training after step {}", self.steps_done);
+        let place = format!("training after step {}", self.counters.steps_done);
         let way = format!(
             "the checkpoint of step {step} is sound: bupo-gguf train --resume {}",
             keeper.dir.path().display()
@@ -118,32 +128,38 @@ impl Trainer<'_> {
         keeper: &mut Keeper,
         start: Instant,
         observer: &mut dyn Observer,
-    ) -> Result<Option<f32>> {
+    ) -> Result<Option<f64>> {
         let before = self.seconds;
-        if self.steps_done == 0 && self.accuracy_before.is_nan() {
-            let accuracy = self.accuracy("before", observer)?;
-            self.accuracy_before = accuracy.map_or(f64::NAN, f64::from);
+        if self.counters.steps_done == 0 && self.score_before.is_nan() {
+            let score = self.held_out_score("before", observer)?;
+            self.score_before = score.unwrap_or(f64::NAN);
         }
-        observer.note(&match self.accuracy_before {
-            a if a.is_nan() => {
-                "no held-out problems: give some with --eval-data to see the accuracy".into()
-            }
-            a => format!("accuracy before: {a:.3} on {} held-out problems", self.held_out.len()),
-        });
-        if let (0, Some(why)) = (self.steps_done, &self.config.internal_layer_why) {
+        observer.note(&self.words_before());
+        if let (0, Some(why)) = (self.counters.steps_done, &self.config.internal_layer_why) {
             let layer = self.config.internal_layer(self.model.config().n_layer);
             observer.note(&format!("internal layer {layer}, {why}"));
         }
-        for step in self.steps_done + 1..=self.config.steps {
+        for step in self.counters.steps_done + 1..=self.config.steps {
+            let patience = self.config.early_stop;
+            if patience > 0 && self.without_gain >= patience as f64 {
+                observer.note(&format!(
+                    "stopped after step {}: {patience} evaluations without a better one than {:.4}",
+                    step - 1,
+                    self.best_score
+                ));
+                break;
+            }
             let (mut record, samples) = self.guarded_step(step, observer)?;
-            let silent = record.groups_with_signal == 0.0;
-            self.silent_steps = if silent { self.silent_steps + 1 } else { 0 };
+            let silent = record.rollout.as_ref().is_some_and(|r| r.groups_with_signal == 0.0);
+            self.counters.silent_steps = if silent { self.counters.silent_steps + 1 } else { 0 };
             let mut interrupted = false;
             if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
-                match self.evaluate("held-out", observer) {
-                    Ok(report) => {
+                let evaluated = self.evaluate("held-out", observer);
+                match evaluated.and_then(|report| Ok((report, self.held_out_rows()?))) {
+                    Ok((report, rows)) => {
                         record.accuracy = report.as_ref().map(|r| r.avg_at_k as f32);
                         record.evaluation = report;
+                        record.held_out = rows;
                     }
                     Err(Error::Interrupted) => interrupted = true,
                     Err(error) => return Err(error),
@@ -157,13 +173,14 @@ impl Trainer<'_> {
                     Err(error) => return Err(error),
                 }
             }
-            (self.steps_done, self.mid_step) = (step, false);
+            (self.counters.steps_done, self.mid_step) = (step, false);
             self.seconds = before + start.elapsed().as_secs_f64();
             keeper.dir.metrics(&record)?;
             for sample in &samples {
                 keeper.dir.completion(sample)?;
             }
             keeper.dir.flush()?;
+            self.keep_best(&record, keeper)?;
             let due = self.config.checkpoint_every;
             if due > 0
                 && step % due == 0
@@ -180,7 +197,25 @@ impl Trainer<'_> {
                 return Err(Error::Interrupted);
             }
         }
-        self.accuracy("after", observer)
+        self.held_out_score("after", observer)
+    }
+
+    /// How good it is before the first step.
+    fn words_before(&self) -> String {
+        let problems = match &self.source {
+            Source::Judged(judged) => judged.held_out.len(),
+            _ => 0,
+        };
+        match (self.score_before, self.config.algo.is_rewarded()) {
+            (a, true) if a.is_nan() => {
+                "no held-out problems: give some with --eval-data to see the accuracy".into()
+            }
+            (a, true) => format!("accuracy before: {a:.3} on {problems} held-out problems"),
+            (l, false) if l.is_nan() => {
+                "no held-out rows: give some with --eval-data to see the loss on them".into()
+            }
+            (l, false) => format!("loss before: {l:.4} on {} held-out rows", self.held_out.len()),
+        }
     }
 
     /// A step whose panic, in whichever thread, is an error: the run ends as with any other.
@@ -199,6 +234,21 @@ impl Trainer<'_> {
         })
     }
 
+    /// Writes `adapter-best.gguf` where an evaluation of the step was the best so far.
+    fn keep_best(&mut self, record: &StepRecord, keeper: &Keeper) -> Result<()> {
+        let (score, is_better) = match (&record.accuracy, &record.held_out) {
+            (Some(accuracy), _) => (*accuracy as f64, *accuracy as f64 > self.best_score),
+            (None, Some(rows)) => (rows.eval_loss, rows.eval_loss < self.best_score),
+            (None, None) => return Ok(()),
+        };
+        if !is_better && !self.best_score.is_nan() {
+            self.without_gain += 1.0;
+            return Ok(());
+        }
+        (self.best_score, self.without_gain) = (score, 0.0);
+        self.save(&keeper.dir.best_adapter())
+    }
+
     /// Writes `adapter.gguf` and, where checkpoints are wanted, the one of this step.
     fn keep(&mut self, keeper: &mut Keeper) -> Result<()> {
         if keeper.dir.is_lost() {
@@ -207,7 +257,7 @@ impl Trainer<'_> {
         }
         let adapter = keeper.dir.adapter();
         self.save(&adapter)?;
-        let step = self.steps_done;
+        let step = self.counters.steps_done;
         if self.config.checkpoint_every == 0 || keeper.kept == Some(step) {
             return keeper.dir.flush();
         }
@@ -233,10 +283,18 @@ impl Trainer<'_> {
             .filter(|t| t.is_file())
             .into_iter()
             .collect();
+        let teacher = self.learner.teacher.as_ref().map_or(Vec::new(), |t| t.files().to_vec());
+        let reference: Vec<_> = match c.rows.reference {
+            Reference::Start => c.adapter.iter().cloned().collect(),
+            Reference::Base => Vec::new(),
+        };
         for (name, files) in [
             ("data", data),
             ("tokenizer", c.prompts.tokenizer.iter().cloned().collect()),
             ("template", template),
+            ("teacher", teacher),
+            ("teacher-adapter", c.rows.teacher_adapter.iter().cloned().collect()),
+            ("reference", reference),
         ] {
             let sums = files.iter().map(|p| sha256(p)).collect::<Result<Vec<_>>>()?;
             if !sums.is_empty() {
@@ -247,19 +305,22 @@ impl Trainer<'_> {
     }
 
     fn give_up_if_hopeless(&self, record: &StepRecord) -> Result<()> {
-        if self.skipped_in_row >= SKIPS_MAX {
+        if self.counters.skipped_in_row >= SKIPS_MAX {
             return Err(Error::engine(
                 format!("training at step {}", record.step),
                 format!("{SKIPS_MAX} updates in a row had a gradient that is not finite"),
                 "lower --lr, or check the model file",
             ));
         }
-        if self.silent_steps >= SILENT_STEPS_MAX && record.reward < 1.0 {
+        if let Some(rollout) = &record.rollout
+            && self.counters.silent_steps >= SILENT_STEPS_MAX
+            && rollout.reward < 1.0
+        {
             return Err(Error::engine(
                 format!("training at step {}", record.step),
                 format!(
                     "in {SILENT_STEPS_MAX} steps all completions of each prompt had equal rewards (mean {})",
-                    record.reward
+                    rollout.reward
                 ),
                 "nothing can be learnt from that: use easier problems, a larger --group, or look at completions.jsonl",
             ));
@@ -271,7 +332,7 @@ impl Trainer<'_> {
     pub fn save_to(&mut self, folder: &Path) -> Result<()> {
         RunDir::check(folder)?;
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        self.steps_done = 1;
+        self.counters.steps_done = 1;
         self.save(&folder.join("adapter.gguf"))
     }
 
@@ -288,10 +349,10 @@ impl Trainer<'_> {
                 "bupo.internal_layer".into(),
                 Value::U32(c.internal_layer(self.model.config().n_layer) as u32),
             ),
-            ("bupo.internal_steps".into(), Value::U64(c.internal_steps)),
-            ("bupo.steps".into(), Value::U64(self.steps_done)),
+            ("bupo.internal_steps".into(), Value::U64(c.internal_steps())),
+            ("bupo.steps".into(), Value::U64(self.counters.steps_done)),
             ("bupo.seed".into(), Value::U64(c.seed)),
         ];
-        self.lora.save(self.model, path, extra)
+        self.learner.lora.save(self.model, path, extra)
     }
 }

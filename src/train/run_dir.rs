@@ -186,6 +186,11 @@ impl RunDir {
         self.path.join("adapter.gguf")
     }
 
+    /// Where the best adapter of the evaluations between steps lies.
+    pub fn best_adapter(&self) -> PathBuf {
+        self.path.join("adapter-best.gguf")
+    }
+
     /// Where checkpoints lie.
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join("checkpoints")

@@ -10,8 +10,8 @@
 
 use serde::Serialize;
 
-use super::plan::fitting;
-use super::{Algorithm, TrainConfig};
+use super::TrainConfig;
+use super::plan::{Workload, fitting};
 use crate::ggml::{ByteSize, Device, DeviceChoice};
 use crate::gguf::AdapterFile;
 use crate::model::{Largest, LayerConfig, Lora, Model, activations, kept_bytes};
@@ -61,6 +61,14 @@ impl GpuPlan {
     /// [`Error::Invalid`] where the budget is more than the GPU has free, or too little: what is needed for what, and
     /// which option would fit.
     pub fn new(model: &Model, config: &TrainConfig) -> Result<Option<GpuPlan>> {
+        GpuPlan::of(model, config, &Workload::guess(config, None))
+    }
+
+    pub(super) fn of(
+        model: &Model,
+        config: &TrainConfig,
+        workload: &Workload<'_>,
+    ) -> Result<Option<GpuPlan>> {
         let free = model.engine().free_before();
         let Some(budget) = config.vram.map(|size| size.0).or(free) else { return Ok(None) };
         if let Some(free) = free.filter(|free| budget > *free) {
@@ -73,7 +81,7 @@ impl GpuPlan {
                 "leave it out to take all of that",
             ));
         }
-        let demand = Demand::new(model, config)?;
+        let demand = Demand::new(model, config, workload)?;
         match demand.fit(budget)? {
             Ok(plan) => Ok(Some(plan)),
             Err(least) => {
@@ -91,9 +99,9 @@ impl GpuPlan {
     }
 
     /// The settings with what was chosen.
-    pub fn apply(&self, config: &mut TrainConfig) {
+    pub(super) fn apply(&self, config: &mut TrainConfig, samples: bool) {
         config.micro_batch_tokens = Some(self.micro_batch_tokens);
-        config.kv_mib = Some(self.kv_mib);
+        config.kv_mib = samples.then_some(self.kv_mib);
     }
 
     /// The plan in one line.
@@ -166,19 +174,24 @@ struct Demand<'m> {
     model: &'m Model,
     config: TrainConfig,
     rank: usize,
+    samples: bool,
+    /// Tokens of the longest given row.
+    longest_row: Option<usize>,
 }
 
 impl<'m> Demand<'m> {
-    fn new(model: &'m Model, config: &TrainConfig) -> Result<Demand<'m>> {
+    fn new(model: &'m Model, config: &TrainConfig, workload: &Workload<'_>) -> Result<Demand<'m>> {
         let rank = match &config.adapter {
             Some(path) => AdapterFile::read(path)?.pairs.first().map_or(config.rank, |p| p.rank),
             None => config.rank,
         };
-        Ok(Demand { model, config: config.clone(), rank })
+        let samples = workload.samples;
+        let longest_row = (!samples).then_some(workload.group_tokens);
+        Ok(Demand { model, config: config.clone(), rank, samples, longest_row })
     }
 
     fn longest(&self) -> usize {
-        self.config.max_prompt + self.config.max_response
+        self.longest_row.unwrap_or(self.config.max_prompt + self.config.max_response)
     }
 
     /// Layers whose weights lie on the GPU; llama.cpp counts the output as one more, the first to go there.
@@ -219,6 +232,9 @@ impl<'m> Demand<'m> {
     /// Keys and values of `n_seq` sequences, and llama.cpp's graph: the FFN is its widest place, logits of all
     /// sequences stand in it, and once more for drawing.
     fn rollout(&self, n_seq: usize) -> Result<u64> {
+        if !self.samples {
+            return Ok(0);
+        }
         let m = self.model.config();
         let sizes = self.sizes(usize::MAX)?;
         let n_batch = sizes.n_batch.max(n_seq);
@@ -231,7 +247,7 @@ impl<'m> Demand<'m> {
 
     fn depth(&self) -> usize {
         let (c, n_layer) = (&self.config, self.model.config().n_layer);
-        let internal_only = c.algo == Algorithm::Bupo && c.steps <= c.internal_steps;
+        let internal_only = c.steps <= c.internal_steps();
         if internal_only { c.internal_layer(n_layer) } else { n_layer }
     }
 
@@ -283,7 +299,8 @@ impl<'m> Demand<'m> {
             None => largest(1, most, 1, |n| Ok(self.rollout(n)? <= room))?,
         };
         let groups = c.mini_batch().max(c.prompts_per_step - c.mini_batch());
-        let all = groups * (c.max_prompt + c.group * c.max_response);
+        let sampled = c.max_prompt + c.group * c.max_response;
+        let all = groups * self.longest_row.unwrap_or(sampled);
         let longest = self.longest();
         let micro_batch_tokens = match c.micro_batch_tokens {
             Some(tokens) => tokens,
@@ -316,8 +333,7 @@ impl<'m> Demand<'m> {
     /// Options, each of which alone would make the run fit.
     fn what_would_fit(&self, budget: u64) -> Result<String> {
         let fits = |change: &dyn Fn(&mut TrainConfig)| -> Result<bool> {
-            let mut other =
-                Demand { model: self.model, config: self.config.clone(), rank: self.rank };
+            let mut other = Demand { config: self.config.clone(), ..*self };
             change(&mut other.config);
             other.rank = if other.config.adapter.is_some() { self.rank } else { other.config.rank };
             Ok(other.least()?.bytes() <= budget)
@@ -458,7 +474,8 @@ mod tests {
             let placement = Placement { device, gpu_layers: None };
             let model = Model::open_on(std::path::Path::new(file), placement).unwrap();
             let config = TrainConfig { precise, ..TrainConfig::default() };
-            let demand = Demand::new(&model, &config).unwrap();
+            let workload = Workload::guess(&config, None);
+            let demand = Demand::new(&model, &config, &workload).unwrap();
             let lora = Lora::new(&model, &config.targets, config.rank, 32.0, 1).unwrap();
             let mut gradients = lora.zeros_like().unwrap();
             let pool = std::sync::Arc::new(crate::ggml::ThreadPool::new(1).unwrap());

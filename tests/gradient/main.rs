@@ -13,6 +13,7 @@
 //! has its own bound.
 
 mod attention;
+mod distill;
 mod divergence;
 mod harness;
 mod linear;

@@ -14,13 +14,14 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 12] = [
+const KERNELS: [&str; 13] = [
     "activations",
     "linear",
     "logits",
     "logprob",
     "policies",
     "divergence",
+    "distill",
     "attention",
     "norm",
     "glu",

@@ -99,7 +99,10 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         return Err(Error::invalid(place, "at least one step", "none", "wait for the first step"));
     };
     let mut completions: Vec<Value> = Vec::new();
-    for row in read("completions.jsonl")? {
+    let completions_path = folder.join("completions.jsonl");
+    // Given rows sample none.
+    let rows = completions_path.exists().then(|| read("completions.jsonl")).transpose()?;
+    for row in rows.into_iter().flatten() {
         let row = Value::Object(row?.object);
         if completions.last().is_some_and(|before| before.get("step") != row.get("step")) {
             completions.clear();
@@ -120,11 +123,14 @@ pub fn of_run(folder: &Path) -> Result<Page> {
     let ends = accuracy.first().zip(accuracy.last()).filter(|(a, b)| a.0 < b.0);
     let accuracy = ends.map(|((_, a), (_, b))| ("held-out accuracy".into(), from_to(*a, *b, 3)));
     let figures = [
+        ("loss", "loss", 4),
         ("reward", "reward", 3),
         ("response length, tokens", "response_tokens", 1),
         ("entropy, nats", "entropy_nats", 3),
         ("gradient norm", "gradient_norm", 3),
     ];
+    let known = |key: &str| Steps::number(last, key).is_some();
+    let figures = figures.into_iter().filter(|(_, key, _)| known(key));
     let figures = figures.map(|(name, key, digits)| (name.into(), fact(key, digits)));
     let mut page = Page {
         title: format!("Training {model}"),
@@ -155,11 +161,13 @@ pub fn of_run(folder: &Path) -> Result<Page> {
         );
         (title, format!("{}\n\nright answer: {}", text(c, "completion"), text(c, "answer")))
     });
-    page.sections.push(Section {
-        title: "Completions of the last step".into(),
-        text: "Of each problem the first of the highest reward and, where rewards differ, the first of the lowest.".into(),
-        parts: vec![Part::Texts(shown.collect())],
-    });
+    if !completions.is_empty() {
+        page.sections.push(Section {
+            title: "Completions of the last step".into(),
+            text: "Of each problem the first of the highest reward and, where rewards differ, the first of the lowest.".into(),
+            parts: vec![Part::Texts(shown.collect())],
+        });
+    }
     page.sections.push(Section {
         title: "Settings".into(),
         text: String::new(),
@@ -207,7 +215,30 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
     type Curve = (&'static str, &'static str, usize);
     // Name, title, unit, caption, whether zero matters, curves.
     type Row = (&'static str, &'static str, &'static str, &'static str, bool, &'static [Curve]);
-    let charts: [Row; 8] = [
+    let charts: [Row; 11] = [
+        (
+            "margins",
+            "Implicit rewards",
+            "of a preference",
+            "Log-ratios to the reference, times beta, of chosen and rejected completions, and what is between them.",
+            true,
+            &[
+                ("chosen", "rewards/chosen", 0),
+                ("rejected", "rewards/rejected", 1),
+                ("margin", "rewards/margins", 6),
+            ],
+        ),
+        (
+            "preferred",
+            "Preferences that are right",
+            "share of pairs",
+            "Pairs whose chosen completion has the higher implicit reward.",
+            true,
+            &[
+                ("training", "rewards/accuracies", 0),
+                ("held-out rows", "eval_rewards/accuracies", 1),
+            ],
+        ),
         (
             "reward",
             "Reward",
@@ -219,6 +250,14 @@ fn over_steps(steps: &Steps) -> Vec<Part> {
                 ("held-out accuracy", "accuracy", 1),
                 ("groups with signal", "groups_with_signal", 6),
             ],
+        ),
+        (
+            "loss",
+            "Loss",
+            "of the objective",
+            "Mean over the step's mini batches, and on held-out rows where it was measured.",
+            false,
+            &[("loss", "loss", 0), ("held-out rows", "eval_loss", 1)],
         ),
         (
             "length",

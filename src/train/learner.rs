@@ -1,0 +1,441 @@
+//! The learner: scores mini batches, walks back, steps. What the losses are is the objective's affair.
+
+use std::collections::BTreeMap;
+
+use super::advantage::assign;
+use super::critic::Critic;
+use super::micro_batch::{Group, MicroBatch, pack};
+use super::objective::{Objective, Scored};
+use super::optimizer::AdamW;
+use super::teacher::Teacher;
+use crate::Result;
+use crate::ggml::TensorSet;
+use crate::model::{Engine, Lora, Model, Policy};
+
+/// A completion as training sees it.
+#[derive(Clone, Debug, Default)]
+pub struct Response {
+    /// Its tokens, not empty.
+    pub tokens: Vec<i32>,
+    /// What each token counts, 0 for one that is not learnt; empty where all count 1.
+    pub weights: Vec<f32>,
+    /// Whether it is wanted, of labelled rows.
+    pub label: bool,
+    /// Log-probs that the rollout engine sampled them with.
+    pub rollout: Vec<f32>,
+    /// Reward.
+    pub reward: f32,
+    /// Advantage of each token.
+    pub advantages: Vec<f32>,
+    /// Log-probs under the policy before the step's first update; none until they are needed.
+    pub old: Option<Vec<f32>>,
+    /// Log-probs under the reference: the base model, unless it is said otherwise.
+    pub base: Option<Vec<f32>>,
+    /// Values at each token before the step's first update, with a critic.
+    pub values: Vec<f32>,
+    /// What the values should have been.
+    pub returns: Vec<f32>,
+}
+
+impl Response {
+    /// Whether any token has an advantage.
+    pub fn has_signal(&self) -> bool {
+        self.advantages.iter().any(|&a| a != 0.0)
+    }
+
+    /// Whether token t is learnt.
+    pub fn learns(&self, t: usize) -> bool {
+        self.weights.get(t).is_none_or(|&w| w != 0.0)
+    }
+
+    /// Weights of the learnt tokens.
+    pub fn learnt_weights(&self) -> impl Iterator<Item = f32> + '_ {
+        let all = (0..self.tokens.len()).map(|t| self.weights.get(t).copied().unwrap_or(1.0));
+        all.filter(|&w| w != 0.0)
+    }
+
+    /// Sum of its tokens' weights.
+    pub fn weight(&self) -> f64 {
+        self.learnt_weights().map(f64::from).sum()
+    }
+
+    /// What the response counts as a whole.
+    pub fn row_weight(&self) -> f64 {
+        self.weights.first().map_or(1.0, |&w| w as f64)
+    }
+
+    /// How far a log-prob before the update is from the rollout engine's, nats.
+    pub(super) fn apart(&self, t: usize, old: f32) -> f32 {
+        self.rollout.get(t).map_or(0.0, |rollout| old - rollout)
+    }
+}
+
+/// A prompt and the responses to it.
+#[derive(Clone, Debug, Default)]
+pub struct ResponseGroup {
+    /// Prompt tokens.
+    pub prompt: Vec<i32>,
+    /// Responses; of a pair the chosen one and the rejected one.
+    pub responses: Vec<Response>,
+}
+
+impl ResponseGroup {
+    /// Tokens that a batch takes for it.
+    pub fn n_tokens(&self) -> usize {
+        crate::model::Batch::group_len(
+            self.prompt.len(),
+            self.responses.iter().map(|r| r.tokens.len()),
+        )
+    }
+}
+
+/// What does not change during a step.
+#[derive(Clone, Copy, Debug)]
+pub struct UpdateConfig {
+    /// The optimised policy.
+    pub policy: Policy,
+    /// What is optimised.
+    pub objective: Objective,
+    /// Temperature of log-probs.
+    pub temperature: f32,
+    /// Prompts of a mini batch.
+    pub mini_batch: usize,
+    /// Tokens per micro batch.
+    pub micro_batch_tokens: usize,
+}
+
+/// Sums over the tokens of mini batches.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Tokens that were scored.
+    pub tokens: usize,
+    /// Loss of each mini batch, added up.
+    pub loss: f64,
+    /// Entropies, nats.
+    pub entropy: f64,
+    /// Clipped tokens.
+    pub clipped: usize,
+    /// KL estimates, nats.
+    pub kl: f64,
+    /// |log-prob of rollout - log-prob before the update|, nats.
+    pub drift: f64,
+    /// Mini batches.
+    pub updates: usize,
+    /// Gradient norms, added up.
+    pub gradient_norm: f64,
+    /// Updates skipped for a gradient that was not finite.
+    pub skipped: usize,
+    /// Loss of the critic in each mini batch, added up.
+    pub value_loss: f64,
+    /// Sum and number of what an objective says of itself, by the field's names.
+    notes: BTreeMap<&'static str, (f64, usize)>,
+}
+
+impl Tally {
+    /// Takes a value into the mean of this name.
+    pub fn note(&mut self, name: &'static str, value: f64) {
+        let (sum, n) = self.notes.entry(name).or_default();
+        *sum += value;
+        *n += 1;
+    }
+
+    /// The means.
+    pub fn means(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
+        self.notes.iter().map(|(name, (sum, n))| (*name, sum / *n as f64))
+    }
+}
+
+/// Whose log-probs are measured.
+#[derive(Clone, Copy, PartialEq)]
+enum Whose {
+    Policy,
+    Reference,
+}
+
+/// What is done with a mini batch.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    /// Its gradient is added.
+    Train,
+    /// It is scored and no more.
+    Score,
+}
+
+/// What an update works on; built once.
+pub struct Learner<'m> {
+    /// Model.
+    pub model: &'m Model,
+    /// Adapter.
+    pub lora: Lora,
+    /// Computes.
+    pub engine: Engine,
+    /// Accumulated gradients.
+    pub gradients: TensorSet,
+    /// Optimiser.
+    pub optimizer: AdamW,
+    /// Value heads, for PPO.
+    pub critic: Option<Critic>,
+    /// The reference's adapter; none is the base model.
+    pub reference: Option<Lora>,
+    /// Of a distillation.
+    pub teacher: Option<Teacher<'m>>,
+}
+
+/// What a forward says of a response before an update.
+#[derive(Clone, Default)]
+struct Measured {
+    logprobs: Vec<f32>,
+    values: Vec<f32>,
+}
+
+impl Learner<'_> {
+    /// Log-probs under the policy or the reference, and values of the responses that will be computed (see
+    /// [`Learner::update`]), in their order; the others' stay empty.
+    fn measure(
+        &mut self,
+        groups: &[ResponseGroup],
+        config: &UpdateConfig,
+        whose: Whose,
+    ) -> Result<Vec<Measured>> {
+        let (policy, depth) = (config.policy, config.policy.depth());
+        let packed = self.pack(groups, config)?;
+        let mut out = vec![Measured::default(); groups.iter().map(|g| g.responses.len()).sum()];
+        for micro in packed {
+            let lora = match whose {
+                Whose::Policy => Some(&self.lora),
+                Whose::Reference => self.reference.as_ref(),
+            };
+            self.engine.forward(self.model, lora, &micro.batch, depth)?;
+            let scores =
+                self.engine.score(self.model, &micro.batch, policy, config.temperature, false)?;
+            let values = match &mut self.critic {
+                Some(critic) => {
+                    let residual = self.engine.residual(depth, micro.batch.len());
+                    critic.values(depth, &residual, &micro.batch.scored)
+                }
+                None => Vec::new(),
+            };
+            let mut at = 0;
+            for (response, n) in micro.responses {
+                out[response].logprobs = scores.logprobs[at..at + n].to_vec();
+                out[response].values = values.get(at..at + n).unwrap_or_default().to_vec();
+                at += n;
+            }
+        }
+        Ok(out)
+    }
+
+    /// What an objective wants to know of a step's groups before the first update: old log-probs, values and
+    /// advantages of a policy gradient, log-probs under the reference.
+    pub fn prepare(&mut self, groups: &mut [ResponseGroup], config: &UpdateConfig) -> Result<()> {
+        if let Objective::PolicyGradient(settings) = config.objective {
+            if self.critic.is_some() {
+                self.fill_old(groups, config)?;
+                assign(groups, settings.baseline, settings.gae);
+            } else {
+                assign(groups, settings.baseline, settings.gae);
+                // Before the first update the policy is the one that `old` means, so the first mini batch
+                // needs no pass of its own for it.
+                let first = config.mini_batch.min(groups.len());
+                self.fill_old(&mut groups[first..], config)?;
+            }
+        }
+        if config.objective.has_reference() {
+            self.fill_reference(groups, config)?;
+        }
+        Ok(())
+    }
+
+    /// Sets `old`, where there is none yet, and `values` of all responses from the current adapter.
+    fn fill_old(&mut self, groups: &mut [ResponseGroup], config: &UpdateConfig) -> Result<()> {
+        let measured = self.measure(groups, config, Whose::Policy)?;
+        let responses = groups.iter_mut().flat_map(|g| &mut g.responses);
+        for (response, now) in responses.zip(measured) {
+            response.old.get_or_insert(now.logprobs);
+            response.values = now.values;
+        }
+        Ok(())
+    }
+
+    /// Sets `base` of all responses.
+    fn fill_reference(
+        &mut self,
+        groups: &mut [ResponseGroup],
+        config: &UpdateConfig,
+    ) -> Result<()> {
+        let measured = self.measure(groups, config, Whose::Reference)?;
+        let responses = groups.iter_mut().flat_map(|g| &mut g.responses);
+        responses.zip(measured).for_each(|(response, base)| response.base = Some(base.logprobs));
+        Ok(())
+    }
+
+    fn pack(&self, groups: &[ResponseGroup], config: &UpdateConfig) -> Result<Vec<MicroBatch>> {
+        let all = match config.objective {
+            Objective::PolicyGradient(_) => {
+                config.objective.has_reference() || self.critic.is_some()
+            }
+            _ => true,
+        };
+        let wanted = |r: &Response| all || r.has_signal();
+        let mut index = 0;
+        let mut packable = Vec::with_capacity(groups.len());
+        for group in groups {
+            let first = index;
+            index += group.responses.len();
+            let completions: Vec<_> = group
+                .responses
+                .iter()
+                .enumerate()
+                .filter(|(_, r)| wanted(r))
+                .map(|(i, r)| (first + i, r.tokens.as_slice()))
+                .collect();
+            packable.push(Group { prompt: &group.prompt, completions });
+        }
+        let mut packed = pack(&packable, config.micro_batch_tokens, self.model.config().n_vocab)?;
+        let responses: Vec<&Response> = groups.iter().flat_map(|g| &g.responses).collect();
+        packed.iter_mut().for_each(|micro| micro.keep(|index, t| responses[index].learns(t)));
+        Ok(packed)
+    }
+
+    /// Scores a mini batch by the objective, and adds its gradient where it is a [`Pass::Train`]. Returns its loss.
+    ///
+    /// Of a policy gradient a response without advantage adds nothing to the gradient (unless there is a KL penalty
+    /// or a critic) and is not computed, though its tokens count in the mean. Responses whose `old` is none are
+    /// taken at ratio 1: the policy has not changed since they were sampled.
+    fn run(
+        &mut self,
+        groups: &[ResponseGroup],
+        config: &UpdateConfig,
+        pass: Pass,
+        tally: &mut Tally,
+    ) -> Result<f32> {
+        let responses: Vec<&Response> = groups.iter().flat_map(|g| &g.responses).collect();
+        let mut totals = config.objective.totals(groups);
+        if let Objective::Labelled(_) = config.objective {
+            totals.z0 = self.mismatched_kl(groups, config)?;
+            tally.note("kl", totals.z0);
+        }
+        let (policy, depth) = (config.policy, config.policy.depth());
+        let mut loss = 0.0;
+        for micro in self.pack(groups, config)? {
+            let (model, batch) = (self.model, &micro.batch);
+            match pass {
+                Pass::Train => self.engine.forward_to_train(model, &self.lora, batch, depth)?,
+                Pass::Score => self.engine.forward(model, Some(&self.lora), batch, depth)?,
+            }
+            let (scores, entropies) = match (config.objective, &mut self.teacher) {
+                (Objective::Distill(spec), Some(teacher)) => {
+                    let hidden = teacher.hidden(batch)?;
+                    let d = self.engine.diverge(model, batch, policy, &hidden, spec)?;
+                    (d.nats, d.entropies)
+                }
+                _ => {
+                    let (t, keep) = (config.temperature, pass == Pass::Train);
+                    let scores = self.engine.score(model, batch, policy, t, keep)?;
+                    (scores.logprobs, scores.entropies)
+                }
+            };
+            let mut scored = Vec::with_capacity(micro.responses.len());
+            let mut rest = scores.as_slice();
+            for &(index, n) in &micro.responses {
+                let (scores, later) = rest.split_at(n);
+                rest = later;
+                scored.push(Scored { response: responses[index], scores });
+            }
+            let (part, cotangents) = config.objective.loss(&totals, &scored, tally);
+            loss += part;
+            tally.tokens += scores.len();
+            tally.entropy += entropies.iter().map(|&h| h as f64).sum::<f64>();
+            if pass == Pass::Score {
+                continue;
+            }
+            if let (Some(critic), Objective::PolicyGradient(settings)) =
+                (&mut self.critic, config.objective)
+            {
+                let targets: Vec<(f32, f32)> = scored
+                    .iter()
+                    .flat_map(|s| {
+                        let weight = settings.weight(s.scores.len(), &totals);
+                        s.response.returns.iter().map(move |&r| (weight, r))
+                    })
+                    .collect();
+                let residual = self.engine.residual(depth, batch.len());
+                tally.value_loss += critic.accumulate(depth, &residual, &batch.scored, &targets);
+            }
+            let gradients = &mut self.gradients;
+            self.engine.backward(model, &self.lora, gradients, batch, policy, &cotangents)?;
+        }
+        tally.loss += loss;
+        Ok(loss as f32)
+    }
+
+    /// The loss of groups under the current adapter, which stays as it is: the mean over mini batches of what an
+    /// update would say, weighted by their tokens.
+    pub fn score(
+        &mut self,
+        groups: &mut [ResponseGroup],
+        config: &UpdateConfig,
+        tally: &mut Tally,
+    ) -> Result<f64> {
+        let (mut sum, mut tokens) = (0.0, 0.0);
+        for mini in groups.chunks_mut(config.mini_batch) {
+            self.prepare(mini, config)?;
+            let weight = match config.objective {
+                Objective::Pairs(_) | Objective::Labelled(_) => mini.len() as f64,
+                _ => config.objective.totals(mini).tokens,
+            };
+            sum += weight * self.run(mini, config, Pass::Score, tally)? as f64;
+            tokens += weight;
+        }
+        Ok(sum / tokens)
+    }
+
+    /// KTO's z0: each prompt with the completion of the next row, which says how far the policy has gone from the
+    /// reference where it was not taught; 0 where there is one prompt alone.
+    fn mismatched_kl(&mut self, groups: &[ResponseGroup], config: &UpdateConfig) -> Result<f64> {
+        if groups.len() < 2 {
+            return Ok(0.0);
+        }
+        let next = groups.iter().cycle().skip(1);
+        let crossed = groups.iter().zip(next).map(|(group, next)| {
+            let other =
+                Response { tokens: next.responses[0].tokens.clone(), ..Response::default() };
+            ResponseGroup { prompt: group.prompt.clone(), responses: vec![other] }
+        });
+        let crossed: Vec<ResponseGroup> = crossed.collect();
+        let mut sum = |whose| -> Result<f64> {
+            let measured = self.measure(&crossed, config, whose)?;
+            Ok(measured.iter().flat_map(|m| &m.logprobs).map(|&l| l as f64).sum())
+        };
+        let apart = sum(Whose::Policy)? - sum(Whose::Reference)?;
+        Ok((apart / crossed.len() as f64).max(0.0))
+    }
+
+    /// One optimiser step over a mini batch. A loss or gradient that is not finite changes nothing.
+    pub fn update(
+        &mut self,
+        groups: &[ResponseGroup],
+        config: &UpdateConfig,
+        learning_rate: f32,
+        tally: &mut Tally,
+    ) -> Result<bool> {
+        self.gradients.clear();
+        let loss = self.run(groups, config, Pass::Train, tally)?;
+        let depth = config.policy.depth();
+        let applied = loss.is_finite() && {
+            let (executor, lora) = (self.engine.executor(), &mut self.lora);
+            let stepped =
+                self.optimizer.step(executor, lora, &self.gradients, depth, learning_rate)?;
+            if stepped.applied {
+                tally.gradient_norm += stepped.gradient_norm as f64;
+            }
+            stepped.applied
+        };
+        if let Some(critic) = &mut self.critic {
+            critic.step(depth);
+        }
+        tally.updates += applied as usize;
+        tally.skipped += !applied as usize;
+        Ok(applied)
+    }
+}
