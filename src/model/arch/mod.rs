@@ -89,7 +89,7 @@ impl Family {
     /// # Errors
     /// [`Error::Unsupported`].
     pub fn of_name(name: &str) -> Result<&'static Family> {
-        Family::named(name).ok_or_else(|| unsupported(name.into()))
+        Family::named(name).ok_or_else(|| unsupported(name, ""))
     }
 
     /// The architecture of a model's files.
@@ -108,16 +108,16 @@ impl Family {
             .collect();
         parts.dedup();
         let missing = match parts.is_empty() {
-            true => "the order of its norms and maps is not known here".into(),
-            false => format!("it has {}, which are not computed here", parts.join(", ")),
+            true => "; how its norms and maps are joined is not known here".to_string(),
+            false => format!("; it has {}, which are not computed here", parts.join(", ")),
         };
-        Err(unsupported(format!("{name} ({missing})")))
+        Err(unsupported(name, &missing))
     }
 }
 
-fn unsupported(got: String) -> Error {
-    let supported = FAMILIES.map(|f| f.name).join(", ");
-    Error::Unsupported { what: "architecture", got, supported }
+fn unsupported(name: &str, why: &str) -> Error {
+    let supported = format!("{}{why}", FAMILIES.map(|f| f.name).join(", "));
+    Error::Unsupported { what: "architecture", got: name.into(), supported }
 }
 
 impl std::fmt::Display for Family {
