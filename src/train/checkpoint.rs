@@ -343,6 +343,20 @@ impl Checkpoint {
         self.path.join(ADAPTER)
     }
 
+    /// A number of the state, before the state is there.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when there is none of that name.
+    pub fn number(&self, name: &str) -> Result<f64> {
+        let stored = self.meta.numbers.get(name);
+        let bits = stored.and_then(|hex| u64::from_str_radix(hex, 16).ok());
+        bits.map(f64::from_bits).ok_or_else(|| {
+            let got = stored.map_or("no such entry".into(), String::clone);
+            let advice = "the checkpoint belongs to another program version or other settings";
+            Error::invalid(format!("{}: {name}", self.path.display()), "16 hex digits", got, advice)
+        })
+    }
+
     /// Writes what the checkpoint holds into the state's places.
     ///
     /// # Errors

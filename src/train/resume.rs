@@ -197,7 +197,8 @@ impl Resume {
         let config = self.config.train.clone();
         let Some(checkpoint) = &self.checkpoint else { return Trainer::new(model, config) };
         let adapter = checkpoint.adapter();
-        let mut trainer = Trainer::with_adapter(model, config, Some(&adapter))?;
+        let began = checkpoint.number("began_unix_s")?;
+        let mut trainer = Trainer::begun(model, config, Some(&adapter), began)?;
         trainer.read_inputs()?;
         if let Some(change) = self.changed_input(&trainer)
             && !self.allow_change
@@ -207,7 +208,6 @@ impl Resume {
             return Err(Error::invalid("--resume", expected, change, advice));
         }
         checkpoint.restore(&mut trainer.state())?;
-        trainer.encoder.set_now(trainer.began as i64);
         Ok(trainer)
     }
 

@@ -14,19 +14,20 @@ use super::rows::{Reader, Rows};
 use super::source::{Prompts, Sampled, Source};
 use super::teacher::{Teacher, TeacherModel};
 use super::{
-    AdamW, Algorithm, Baseline, Counters, GpuPlan, Reference, State, TrainConfig, Trainer,
-    evaluate, vram,
+    AdamW, Algorithm, Baseline, Counters, GpuPlan, Reference, ResponseGroup, State, TrainConfig,
+    Trainer, evaluate, vram,
 };
-use crate::data::ProblemSource;
+use crate::data::{Problem, ProblemSource};
 use crate::ggml::ThreadPool;
 use crate::model::{Engine, Lora, Model, Policy};
+use crate::reward::JudgePool;
 use crate::rollout::{Encoder, RolloutOptions, Rollouts};
 use crate::{Error, Result};
 
 /// What is read of the data, before memory is planned for it.
 enum Read {
-    /// Problems, to be answered.
-    Problems,
+    /// Problems to be answered, held-out ones, and what judges the answers.
+    Problems(ProblemSource, Vec<Problem>, JudgePool),
     /// Prompts of a task, to be answered for a teacher.
     Task(ProblemSource),
     /// Rows, with completions or without.
@@ -37,7 +38,7 @@ impl Read {
     /// Whether completions are sampled.
     fn samples(&self) -> bool {
         match self {
-            Read::Problems | Read::Task(_) => true,
+            Read::Problems(..) | Read::Task(_) => true,
             Read::Rows(rows) => rows.are_prompts(),
         }
     }
@@ -62,20 +63,23 @@ impl<'m> Trainer<'m> {
     /// A setting, the data or the adapter does not fit, or memory is short.
     pub fn new(model: &'m Model, config: TrainConfig) -> Result<Trainer<'m>> {
         let adapter = config.adapter.clone();
-        Trainer::with_adapter(model, config, adapter.as_deref())
+        let now = crate::data::chat::unix_now_s() as f64;
+        Trainer::begun(model, config, adapter.as_deref(), now)
     }
 
-    /// [`Trainer::new`] with another adapter to begin from than the one in the settings.
-    pub(super) fn with_adapter(
+    /// [`Trainer::new`] of a run that `began` at this second of Unix time, with another adapter to begin from than the
+    /// one in the settings.
+    pub(super) fn begun(
         model: &'m Model,
         config: TrainConfig,
         adapter: Option<&Path>,
+        began: f64,
     ) -> Result<Trainer<'m>> {
         config.check()?;
         vram::wants_a_gpu(config.vram, model.device())?;
         let n_layer = model.config().n_layer;
         let encoder = config.prompts.encoder(model)?;
-        let began = crate::data::chat::unix_now_s() as f64;
+        // Before rows are read: a chat template may write the date.
         encoder.set_now(began as i64);
         if config.algo == Algorithm::Distill && !model.device().is_host() {
             let expected = "--device cpu: the memory of a teacher is not planned for on a GPU yet";
@@ -84,12 +88,16 @@ impl<'m> Trainer<'m> {
         }
         let teacher = TeacherModel::open(model, &config)?;
         let mut notes = Vec::new();
-        let (mut config, read, held_out) = read(model, config, &encoder, &mut notes)?;
+        let (mut config, Data { read, held_out, longest }) =
+            read_data(model, config, &encoder, &mut notes)?;
 
-        let workload = Workload::of(&config, read.samples(), longest(&read), teacher.as_ref());
+        let workload = Workload::of(&config, read.samples(), longest, teacher.as_ref());
         let gpu = GpuPlan::of(model, &config, &workload)?;
         if let Some(plan) = &gpu {
             plan.apply(&mut config, read.samples());
+        }
+        if let Some(longest) = longest {
+            config.micro_batch_tokens.get_or_insert(longest.max(4096));
         }
         let mut config = config.resolved(n_layer);
         check_layers(&config, n_layer)?;
@@ -106,27 +114,15 @@ impl<'m> Trainer<'m> {
                 "lower one of them",
             ));
         }
-        let mut judged = None;
-        if config.algo.is_rewarded() {
-            let mut problems = ProblemSource::with(&config.data, config.source())?;
-            let held_out = evaluate::held_out(&config, &problems)?;
-            let judges = config.rewards.judges(&config.data, config.max_response)?;
-            if config.drop_long_prompts {
-                problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
-            }
-            judged = Some((problems, held_out, judges));
-        }
         let mut lora = begin_from(model, &mut config, adapter)?;
         // Before anything that a plan counts is taken.
         let plan = Plan::of(model, &config, &workload)?;
-        let (memory, kept_bytes) = match &gpu {
-            Some(gpu) if !model.device().is_host() => (gpu.line(), gpu.kept_bytes as usize),
-            Some(gpu) => (plan.line(), gpu.kept_bytes as usize),
-            None => (plan.line(), plan.kept_bytes()),
-        };
-        if gpu.is_none() || model.device().is_host() {
+        let on_gpu = gpu.as_ref().filter(|_| !model.device().is_host());
+        if on_gpu.is_none() {
             plan.check()?;
         }
+        let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
+        let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
         let pool = Arc::new(ThreadPool::with(config.threads)?);
         let mut rollouts = || -> Result<Rollouts> {
             let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 };
@@ -134,18 +130,17 @@ impl<'m> Trainer<'m> {
             rollouts.set_adapter(Some(lora.live(model)?))?;
             Ok(rollouts)
         };
-        let source = match (judged, read) {
-            (Some((problems, held_out, judges)), _) => {
+        let source = match read {
+            Read::Problems(problems, held_out, judges) => {
                 Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, judges })
             }
-            (None, Read::Rows(rows)) if !rows.are_prompts() => Source::Given(rows),
-            (None, Read::Rows(rows)) => {
+            Read::Rows(rows) if !rows.are_prompts() => Source::Given(rows),
+            Read::Rows(rows) => {
                 Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Rows(rows) })
             }
-            (None, Read::Task(task)) => {
+            Read::Task(task) => {
                 Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Task(task) })
             }
-            (None, Read::Problems) => unreachable!("problems are judged"),
         };
         let mut engine = Engine::on(model.device(), pool.clone())?;
         engine.keep_up_to(kept_bytes);
@@ -242,71 +237,80 @@ impl Learner<'_> {
     }
 }
 
-/// Reads rows, or a task's prompts, and settles what depends on them; then the held-out rows.
-fn read(
+/// What was read.
+struct Data {
+    read: Read,
+    /// Held-out rows.
+    held_out: Vec<ResponseGroup>,
+    /// Tokens of the longest given row, held-out ones too; none where completions are sampled.
+    longest: Option<usize>,
+}
+
+/// Reads problems, rows, or a task's prompts, and what is held out; settles the steps of `--epochs`.
+fn read_data(
     model: &Model,
     mut config: TrainConfig,
     encoder: &Encoder<'_>,
     notes: &mut Vec<String>,
-) -> Result<(TrainConfig, Read, Vec<super::ResponseGroup>)> {
+) -> Result<(TrainConfig, Data)> {
     if config.algo.is_rewarded() {
-        return Ok((config, Read::Problems, Vec::new()));
+        let mut problems = ProblemSource::with(&config.data, config.source())?;
+        let held_out = evaluate::held_out(&config, &problems)?;
+        let judges = config.rewards.judges(&config.data, config.max_response)?;
+        if config.drop_long_prompts {
+            problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
+        }
+        let read = Read::Problems(problems, held_out, judges);
+        return Ok((config, Data { read, held_out: Vec::new(), longest: None }));
     }
     let m = model.config();
     let (n_vocab, n_ctx_train) = (m.n_vocab, m.n_ctx_train);
-    let reader = |config| Reader { config, encoder, n_vocab, n_ctx_train };
+    let reader = Reader { config: &config, encoder, n_vocab, n_ctx_train };
+    let held_out = held_out_rows(&reader, notes)?;
     let is_task = crate::data::source::files(&config.data)?.is_empty();
-    let read = match is_task && config.algo == Algorithm::Distill {
-        true => Read::Task(ProblemSource::with(&config.data, config.source())?),
-        false => Read::Rows(reader(&config).read(&config.data, notes)?),
-    };
-    let mut held_out = Vec::new();
-    if let Some(files) = &config.eval_data {
-        let place = |note: String| format!("--eval-data: {note}");
-        let mut more = Vec::new();
-        let rows = reader(&config).read(files, &mut more)?;
-        notes.extend(more.into_iter().map(place));
-        if rows.are_prompts() {
-            let expected = "rows with completions";
-            let advice = "held-out rows are scored, not answered: give completions";
-            return Err(Error::invalid("--eval-data", expected, "prompts alone", advice));
+    if is_task && config.algo == Algorithm::Distill {
+        if config.rows.epochs.is_some() {
+            let advice = "say how many --steps; a task has no end";
+            return Err(Error::invalid("--epochs", "rows of a file", config.data, advice));
         }
-        held_out = rows.sample(config.eval_problems);
+        let read = Read::Task(ProblemSource::with(&config.data, config.source())?);
+        return Ok((config, Data { read, held_out, longest: None }));
     }
-    if let Read::Rows(rows) = &read {
-        if let Some(epochs) = config.rows.epochs {
-            let all = epochs * rows.len() as u64;
-            config.steps = all.div_ceil(config.prompts_per_step as u64);
+    let rows = reader.read(&config.data, notes)?;
+    let mut longest = None;
+    if !rows.are_prompts() {
+        refuse_sampling(&config)?;
+        let lengths = held_out.iter().map(ResponseGroup::n_tokens);
+        let most = lengths.chain([rows.longest()]).max().unwrap_or(0);
+        if let Some(n) = config.micro_batch_tokens.filter(|n| *n < most) {
+            return Err(Error::invalid(
+                "--micro-batch-tokens",
+                format!("at least the longest row with its prompt ({most} tokens)"),
+                n.to_string(),
+                "raise it, or leave long rows out with --max-length",
+            ));
         }
-        if !rows.are_prompts() {
-            refuse_sampling(&config)?;
-            let held_out = held_out.iter().map(super::ResponseGroup::n_tokens);
-            let longest = held_out.chain([rows.longest()]).max().unwrap_or(0);
-            match config.micro_batch_tokens {
-                Some(n) if n < longest => {
-                    return Err(Error::invalid(
-                        "--micro-batch-tokens",
-                        format!("at least the longest row with its prompt ({longest} tokens)"),
-                        n.to_string(),
-                        "raise it, or leave long rows out with --max-length",
-                    ));
-                }
-                given => config.micro_batch_tokens = Some(given.unwrap_or(longest.max(4096))),
-            }
-        }
-    } else if config.rows.epochs.is_some() {
-        let advice = "say how many --steps; a task has no end";
-        return Err(Error::invalid("--epochs", "rows of a file", config.data, advice));
+        longest = Some(most);
     }
-    Ok((config, read, held_out))
+    if let Some(epochs) = config.rows.epochs {
+        let all = epochs * rows.len() as u64;
+        config.steps = all.div_ceil(config.prompts_per_step as u64);
+    }
+    Ok((config, Data { read: Read::Rows(rows), held_out, longest }))
 }
 
-/// Tokens of the longest given row; none where completions are sampled.
-fn longest(read: &Read) -> Option<usize> {
-    match read {
-        Read::Rows(rows) if !rows.are_prompts() => Some(rows.longest()),
-        _ => None,
+/// The rows of `--eval-data`.
+fn held_out_rows(reader: &Reader<'_, '_>, notes: &mut Vec<String>) -> Result<Vec<ResponseGroup>> {
+    let Some(files) = &reader.config.eval_data else { return Ok(Vec::new()) };
+    let mut own = Vec::new();
+    let rows = reader.read(files, &mut own)?;
+    notes.extend(own.into_iter().map(|note| format!("--eval-data: {note}")));
+    if rows.are_prompts() {
+        let advice = "held-out rows are scored, not answered: give completions";
+        let expected = "rows with completions";
+        return Err(Error::invalid("--eval-data", expected, "prompts alone", advice));
     }
+    Ok(rows.sample(reader.config.eval_problems))
 }
 
 /// Refuses layers that do not exist or would not learn.
