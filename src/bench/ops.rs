@@ -135,8 +135,8 @@ fn weight<'m>(bench: &Bench<'m>, map: &Map) -> Tensor<'m> {
 /// The last map of layer 1 whose inputs are the residual's width: `ffn_up`, fused or not.
 fn ffn_up<'m>(bench: &Bench<'m>) -> Tensor<'m> {
     let d = bench.model.config().n_embd;
-    let maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
-    weight(bench, maps.last().expect("a layer has maps"))
+    let mut maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
+    weight(bench, maps.next_back().expect("a layer has maps"))
 }
 
 /// The model's linear maps of different sizes or types, forward and backward.
@@ -232,8 +232,8 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let target = inputs.ids(arena, T, v);
             let e_u = arena.row_range(inputs.w, 0, v);
-            let map = LogitMap::default();
-            let head = ops::linear_logprob(arena, h, e_u, Some(target), map, 1.0, gradient);
+            let head = Head::new(h, e_u, LogitMap::default());
+            let head = ops::linear_logprob(arena, head, Some(target), 1.0, gradient);
             graph.output(head.logprob);
             if let Some(gradient) = head.gradient {
                 graph.output(gradient);
@@ -343,17 +343,14 @@ fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let taken = inputs.ids(arena, T, v);
             let wanted = ops::Compare { taken: Some(taken), group: 8, top_k: 3 };
-            graph.output(ops::policies(arena, h, inputs.w, wanted, LogitMap::default()).values);
+            let head = Head::new(h, inputs.w, LogitMap::default());
+            graph.output(ops::policies(arena, head, wanted).values);
         })?,
         time(bench, format!("divergence {what}"), 2.0 * flop, w, |arena, graph, inputs| {
             let (p, q) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
             let target = inputs.ids(arena, T, v);
             let q = arena.add(q, p);
-            let [p, q] = [p, q].map(|hidden| Head {
-                hidden,
-                unembedding: inputs.w,
-                map: LogitMap::default(),
-            });
+            let [p, q] = [p, q].map(|hidden| Head::new(hidden, inputs.w, LogitMap::default()));
             let d = ops::divergence(arena, p, q, target);
             for node in [d.kl, d.logprob_p, d.logprob_q, d.agree] {
                 graph.output(node);

@@ -205,6 +205,12 @@ impl<'m> Trainer<'m> {
         let mut lora = match adapter {
             Some(path) => {
                 let lora = Lora::load(model, path)?;
+                if lora.frozen().len() == lora.slots().len() {
+                    let expected = "a pair on a map of attention or FFN";
+                    let advice = "nothing of it would be trained: train a new adapter";
+                    let got = lora.frozen().join(", ");
+                    return Err(Error::invalid(path.display().to_string(), expected, got, advice));
+                }
                 (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
                 config.targets = lora.targets();
                 lora

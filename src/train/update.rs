@@ -127,8 +127,14 @@ impl Learner<'_> {
         for micro in packed {
             let lora = adapted.then_some(&*self.lora);
             self.engine.forward(self.model, lora, &micro.batch, depth)?;
-            let scores =
-                self.engine.score(self.model, &micro.batch, policy, config.temperature, false)?;
+            let scores = self.engine.score(
+                self.model,
+                lora,
+                &micro.batch,
+                policy,
+                config.temperature,
+                false,
+            )?;
             let values = match &mut self.critic {
                 Some(critic) => {
                     let residual = self.engine.residual(depth, micro.batch.len());
@@ -204,6 +210,7 @@ impl Learner<'_> {
             self.engine.forward_to_train(self.model, self.lora, &micro.batch, depth)?;
             let scores = self.engine.score(
                 self.model,
+                Some(&*self.lora),
                 &micro.batch,
                 config.policy,
                 config.temperature,
