@@ -1,7 +1,7 @@
 //! Single operations on the model's own weights, each beside the machine's sgemm rate; on a GPU beside the roofline
 //! of its measured rates, and beside the CPU's results in F32.
 
-use super::measure::{device_rates, median_seconds, timed};
+use super::measure::{device_rates, median, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
@@ -9,7 +9,8 @@ use crate::model::Map;
 use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 6] = ["linear", "ggml", "head", "attention", "policies", "rows"];
+pub(super) const CASES: [&str; 7] =
+    ["linear", "ggml", "columns", "head", "attention", "policies", "rows"];
 
 /// Tokens.
 const T: usize = 512;
@@ -18,6 +19,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let rows = match name {
         "linear" => linear(bench)?,
         "ggml" => ggml(bench)?,
+        "columns" => columns(bench)?,
         "head" => head(bench)?,
         "attention" => attention(bench)?,
         "policies" => policies(bench)?,
@@ -216,6 +218,65 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
         rows.push(product("MUL_MAT, repacked,", repacked.tensor())?);
     }
     Ok(rows)
+}
+
+/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of the two
+/// rollouts take.
+fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let mut seen = Vec::new();
+    let mut rows = Vec::new();
+    let unembedding = bench.model.weights().unembedding();
+    let maps = bench.model.maps().iter().map(|map| weight(bench, map));
+    for w in maps.chain([unembedding]) {
+        let [k, n, ..] = w.shape();
+        if seen.contains(&(w.ty(), k, n)) {
+            continue;
+        }
+        seen.push((w.ty(), k, n));
+        for t in [1, 2, 4, 8, 16, 32, 64, 128] {
+            let own = || {
+                seconds(bench, w, |arena, graph, inputs| {
+                    let x = inputs.f32(arena, [k, t]);
+                    graph.output(ops::linear(arena, inputs.w, x, None, None));
+                })
+            };
+            let other = || {
+                seconds(bench, w, |arena, graph, inputs| {
+                    let x = inputs.f32(arena, [k, t]);
+                    graph.output(arena.mul_mat(inputs.w, x));
+                })
+            };
+            let (mut ours, mut ggml, mut ratio) = (vec![], vec![], vec![]);
+            for _ in 0..bench.options.reps.max(3) {
+                let (own, other) = (own()?, other()?);
+                ours.push(own);
+                ggml.push(other);
+                ratio.push(other / own);
+            }
+            rows.push(row(
+                format!("ops/columns {} {k} x {n}, {t}", w.ty()),
+                &[
+                    ("seconds", median(&mut ours)),
+                    ("ggml_seconds", median(&mut ggml)),
+                    ("ggml_over_ours", median(&mut ratio)),
+                ],
+            ));
+        }
+    }
+    Ok(rows)
+}
+
+/// Median seconds of a few runs of the graph that `build` makes.
+fn seconds(
+    bench: &Bench<'_>,
+    w: Tensor<'_>,
+    build: impl for<'a> Fn(&'a Arena, &mut Graph<'a>, &mut Inputs<'a>),
+) -> Result<f64> {
+    let mut executor = Executor::new(bench.model.device(), bench.pool.clone())?;
+    with_graph(w, &build, |graph, values| {
+        executor.run(graph, values)?;
+        median_seconds(3, || executor.run(graph, &[]).map(drop))
+    })
 }
 
 /// The log-prob head over the whole vocabulary and parts of it: its cost is linear in V.

@@ -223,7 +223,9 @@ impl<'m> Trainer<'m> {
             None => Plan::new(model, &config)?.kept_bytes(),
         };
         let pool = Arc::new(ThreadPool::with(config.threads)?);
-        let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 };
+        let wanted = config.prompts_per_step * config.group;
+        let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 }
+            .at_most(wanted.max(held_out.len() * config.eval_samples), model.engine())?;
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
         let mut engine = Engine::on(model.device(), pool)?;
