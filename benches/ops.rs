@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bupo_gguf::bench::{packed, pairs};
 use bupo_gguf::ggml::{Arena, Executor, Graph, Input, Tensor, ThreadPool, Type};
-use bupo_gguf::ops::{self, Activation, AttentionSpec, LogitMap, LowRank};
+use bupo_gguf::ops::{self, Activation, AttentionSpec, Head, LogitMap, LowRank};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -200,8 +200,8 @@ fn logprob(c: &mut Criterion) {
                 let h = inputs.f32(arena, [d, t]);
                 let e_u = inputs.weight(arena, ty, [d, v]);
                 let target = inputs.ids(arena, t, v);
-                let map = LogitMap::default();
-                let head = ops::linear_logprob(arena, h, e_u, Some(target), map, 1.0, gradient);
+                let head = Head::new(h, e_u, LogitMap::default());
+                let head = ops::linear_logprob(arena, head, Some(target), 1.0, gradient);
                 graph.output(head.logprob);
             });
         }

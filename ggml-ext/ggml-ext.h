@@ -60,15 +60,18 @@ struct bupo_linear_params {
     uint32_t add;      // the last source is a tensor of dst's shape to be added
 };
 
-// logits = softcap tanh(z / softcap), z = scale * (unembedding . hidden state); without a softcap logits = z.
+// logits = softcap tanh(z / softcap), z = scale * (E_u h + low_scale * B u); without a softcap logits = z.
 struct bupo_logit_map {
-    float scale;
-    float softcap; // 0: none
+    float    scale;
+    float    softcap;  // 0: none
+    uint32_t low_rank; // which source is B [r, V], and the next one u [r, T], both F32; 0: no such term
+    float    low_scale;
 };
 
 struct bupo_logprob_params {
     uint32_t              op;
     float                 inv_temperature; // 1/T, of the logits after the softcap
+    uint32_t              targets;         // source 2 has them
     uint32_t              gradient;        // also the gradient of the log-prob by the hidden state
     struct bupo_logit_map map;
 };

@@ -15,7 +15,7 @@ fn gradients(
 ) -> (Vec<f32>, Work) {
     engine.take_work();
     engine.forward_to_train(&golden.model, lora, batch, policy.depth()).unwrap();
-    let scores = engine.score(&golden.model, batch, policy, 1.0, true).unwrap();
+    let scores = engine.score(&golden.model, Some(lora), batch, policy, 1.0, true).unwrap();
     let cotangents: Vec<f32> = (0..scores.logprobs.len()).map(|i| (i % 7) as f32 - 3.0).collect();
     let mut sums = lora.zeros_like().unwrap();
     engine.backward(&golden.model, lora, &mut sums, batch, policy, &cotangents).unwrap();

@@ -11,6 +11,7 @@ use bupo_gguf::export::{AdapterSpec, Adapters, PeftBase, lora_of, read_peft, wri
 use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, AdapterPair, GgufFile};
 use bupo_gguf::model::{Batch, ComparedModel, Lora, Model, Policy, compare};
+use bupo_gguf::rollout::{Request, RolloutOptions, Rollouts, Sampling};
 use common::{ARCHS, Golden, folder_of, golden_dir, relative_error};
 use program::text;
 use serde_json::Value;
@@ -36,7 +37,7 @@ fn logprobs(model: &Model, lora: Option<&Lora>, tokens: &[i32]) -> Vec<f32> {
     batch.push_group(&tokens[..1], &[&tokens[1..]], model.config().n_vocab).unwrap();
     let policy = Policy::full(model.config().n_layer);
     engine.forward(model, lora, &batch, policy.depth()).unwrap();
-    engine.score(model, &batch, policy, 1.0, false).unwrap().logprobs
+    engine.score(model, lora, &batch, policy, 1.0, false).unwrap().logprobs
 }
 
 fn golden_layers(case: &str) -> usize {
@@ -105,6 +106,96 @@ fn what_peft_wrote_gives_pytorchs_logprobs() {
         assert!(error < 1e-4, "{case}: {error}");
         assert!(relative_error(&without, &expected) > 0.05, "{case}: the adapter has a say");
     }
+}
+
+/// A pair on the unembedding is the merged unembedding, for every policy and in every gradient; rollouts decode with
+/// it; and models that tie the unembedding refuse it.
+#[test]
+fn a_pair_on_the_unembedding_is_the_merged_unembedding() {
+    let golden = Golden::load("llama-f32");
+    let mut file = golden.adapter_with_head();
+    let mut lora = Lora::from_file(&golden.model, file.clone(), "with head").unwrap();
+    assert_eq!(lora.frozen(), ["output.weight"]);
+    assert_eq!(lora.targets(), golden.lora().targets());
+    let n_layer = golden.model.config().n_layer;
+
+    let dir = tempfile::tempdir().unwrap();
+    let (head, merged) = (dir.path().join("head.gguf"), dir.path().join("merged.gguf"));
+    let own = file.pairs.len() - 1;
+    AdapterFile { pairs: file.pairs.split_off(own), ..file.clone() }.write(&head).unwrap();
+    let base = golden_dir().join("llama-f32.gguf");
+    run(&["export", text(&base), "--adapter", text(&head), "--out", text(&merged)]).unwrap();
+    let merged = Model::open(&merged).unwrap();
+    let rest = Lora::from_file(&merged, file, "without head").unwrap();
+
+    let mut batch = Batch::default();
+    for row in golden.rollouts() {
+        let completions: Vec<&[i32]> = row.completions.iter().map(Vec::as_slice).collect();
+        batch.push_group(&row.prompt, &completions, golden.model.config().n_vocab).unwrap();
+    }
+    let cotangents: Vec<f32> = (0..batch.scored.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut plain = None;
+    for policy in [Policy::full(n_layer), Policy::internal(2, n_layer, false).unwrap()] {
+        let results = [(&golden.model, &lora), (&merged, &rest)].map(|(model, lora)| {
+            let mut engine = golden.engine();
+            let mut gradients = lora.zeros_like().unwrap();
+            engine.forward(model, Some(lora), &batch, policy.depth()).unwrap();
+            let scores = engine.score(model, Some(lora), &batch, policy, 0.8, true).unwrap();
+            engine.backward(model, lora, &mut gradients, &batch, policy, &cotangents).unwrap();
+            let gradients: Vec<f32> =
+                (0..rest.tensors().len()).flat_map(|i| gradients.values(i).to_vec()).collect();
+            (scores.logprobs, scores.entropies, gradients)
+        });
+        let [(logprobs, entropies, gradients), (of_merged, entropies_of_merged, want)] = &results;
+        for (what, got, want) in [
+            ("log-probs", logprobs, of_merged),
+            ("entropies", entropies, entropies_of_merged),
+            ("gradients", gradients, want),
+        ] {
+            let error = relative_error(got, want);
+            println!("{error:.1e} of 2e-5  {what} of layer {}", policy.depth());
+            assert!(error < 2e-5, "{what} of layer {}: {error}", policy.depth());
+        }
+        plain.get_or_insert(logprobs.clone());
+    }
+    let mut engine = golden.engine();
+    let policy = Policy::full(n_layer);
+    engine.forward(&golden.model, Some(&lora), &batch, n_layer).unwrap();
+    let without = engine.score(&golden.model, None, &batch, policy, 0.8, false).unwrap().logprobs;
+    let change = relative_error(&plain.unwrap(), &without);
+    assert!(change > 0.01, "the pair has a say: {change}");
+
+    // Rollouts decode with it.
+    let pool = std::sync::Arc::new(bupo_gguf::ggml::ThreadPool::new(2).unwrap());
+    let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 26 };
+    let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+    rollouts.set_adapter(Some(lora.live(&golden.model).unwrap())).unwrap();
+    let prompt = golden.rollouts()[0].prompt.clone();
+    let request = Request { prompt_tokens: prompt.clone(), n: 4, seed_stream: 3, max_tokens: 12 };
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let sampled = rollouts
+        .generate(&[request], &Sampling::default(), 1, &mut |_| (), &stop)
+        .unwrap()
+        .remove(0);
+    let tokens: Vec<&[i32]> = sampled.iter().map(|c| c.tokens.as_slice()).collect();
+    let mut batch = Batch::default();
+    batch.push_group(&prompt, &tokens, golden.model.config().n_vocab).unwrap();
+    engine.forward(&golden.model, Some(&lora), &batch, n_layer).unwrap();
+    let ours = engine.score(&golden.model, Some(&lora), &batch, policy, 1.0, false).unwrap();
+    let theirs: Vec<f32> = sampled.iter().flat_map(|c| c.logprobs.clone()).collect();
+    // The cache of rollouts is F16, whose rounding (2^-11) is the bound's origin.
+    let drift = relative_error(&ours.logprobs, &theirs);
+    println!("{drift:.1e} of 5e-3  drift of rollouts");
+    assert!(drift < 5e-3, "{drift}");
+
+    // A tied model's unembedding is its embedding.
+    let tied = Golden::load("qwen2-f32");
+    let (n_in, n_out) = (tied.model.config().n_embd, tied.model.config().n_vocab);
+    let mut file = AdapterFile::read(&tied.lora_path()).unwrap();
+    let (a, b) = (vec![0.1; n_in], vec![0.1; n_out]);
+    file.pairs.push(AdapterPair { weight: "output.weight".into(), rank: 1, n_in, n_out, a, b });
+    let error = Lora::from_file(&tied.model, file, "tied").err().unwrap().to_string();
+    assert!(error.contains("tied to the token embedding"), "{error}");
 }
 
 #[test]
@@ -301,7 +392,7 @@ fn divergence_is_what_its_formula_says() {
             .map(|target| {
                 let mut batch = batch.clone();
                 batch.scored.iter_mut().for_each(|s| s.target = target);
-                let scores = engine.score(&golden.model, &batch, policy, 1.0, false).unwrap();
+                let scores = engine.score(&golden.model, lora, &batch, policy, 1.0, false).unwrap();
                 scores.logprobs.iter().map(|x| *x as f64).collect()
             })
             .collect()

@@ -203,7 +203,7 @@ fn check_phase(golden: &Golden, phase: &str, tolerance: f32, whose: Logprobs) {
         batch.push_group(&row.prompt, &completions, golden.model.config().n_vocab).unwrap();
     }
     engine.forward(&golden.model, Some(&lora), &batch, policy.depth()).unwrap();
-    let scores = engine.score(&golden.model, &batch, policy, 1.0, true).unwrap();
+    let scores = engine.score(&golden.model, Some(&lora), &batch, policy, 1.0, true).unwrap();
 
     let logprobs: Vec<f32> = common::nested_floats(&reference["logprobs"]);
     let error = relative_error(&scores.logprobs, &logprobs);

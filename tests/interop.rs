@@ -21,7 +21,11 @@ fn stock_llama_cpp_gives_the_trainers_logprobs() {
     let further = ARCHS.into_iter().filter(|case| case.ends_with("f32"));
     for case in ["qwen3-f32", "llama-f32", "qwen2-f32"].into_iter().chain(further) {
         let golden = Golden::load(case);
-        let (mut engine, mut lora) = (golden.engine(), golden.lora());
+        // With a pair on the unembedding, where it is not the embedding.
+        let mut lora = Lora::from_file(&golden.model, golden.adapter_with_head(), case).unwrap();
+        let heads = golden.model.weights().find("output.weight").iter().count();
+        assert_eq!(lora.frozen(), ["output.weight"][..heads], "{case}");
+        let mut engine = golden.engine();
         let row = &golden.rollouts()[0];
         let completion = row.completions.last().unwrap().as_slice();
         let mut batch = Batch::default();
@@ -31,24 +35,31 @@ fn stock_llama_cpp_gives_the_trainers_logprobs() {
         // A real optimiser step, so that what is written is not what was read.
         let mut gradients = lora.zeros_like().unwrap();
         engine.forward(&golden.model, Some(&lora), &batch, policy.depth()).unwrap();
-        engine.score(&golden.model, &batch, policy, 1.0, true).unwrap();
+        engine.score(&golden.model, Some(&lora), &batch, policy, 1.0, true).unwrap();
         let cotangents = vec![-1.0; completion.len()];
         engine.backward(&golden.model, &lora, &mut gradients, &batch, policy, &cotangents).unwrap();
         let config = AdamWConfig::default();
         let mut optimizer = AdamW::new(&lora, policy.depth(), config).unwrap();
         let step = optimizer.step(engine.executor(), &mut lora, &gradients, policy.depth(), 1e-2);
         assert!(step.unwrap().applied);
+        for i in (0..lora.tensors().len()).rev().take(2 * heads) {
+            assert!(
+                gradients.values(i).iter().all(|g| *g == 0.0),
+                "{case}: the head is not trained"
+            );
+        }
 
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("adapter.gguf");
         lora.save(&golden.model, &path, Vec::new()).unwrap();
         engine.forward(&golden.model, Some(&lora), &batch, policy.depth()).unwrap();
-        let ours = engine.score(&golden.model, &batch, policy, 1.0, false).unwrap().logprobs;
+        let ours =
+            engine.score(&golden.model, Some(&lora), &batch, policy, 1.0, false).unwrap().logprobs;
 
         let tokens = [row.prompt.as_slice(), completion].concat();
         let model = common::folder_of(case).join(format!("{case}.gguf"));
         engine.forward(&golden.model, None, &batch, policy.depth()).unwrap();
-        let base = engine.score(&golden.model, &batch, policy, 1.0, false).unwrap().logprobs;
+        let base = engine.score(&golden.model, None, &batch, policy, 1.0, false).unwrap().logprobs;
         for (what, ours, adapter) in [("base", base, None), ("adapter", ours, Some(&*path))] {
             let logits = stock::logits(&backend, &model, adapter, &tokens);
             let stock = stock::logprobs(&logits, &tokens, row.prompt.len());

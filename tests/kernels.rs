@@ -129,16 +129,33 @@ fn logprob() {
         let h: Vec<f32> = random.normal(d * t).iter().map(|x| gain * x).collect();
         let mut target = random.below(t, v);
         target[0] = v as i32 - 1;
-        let sources = [Source::f32(&h, &[d, t]), e_u, Source::I32(target)];
+        let mut beside = Random::new(18);
+        let (b, u) = (beside.normal(5 * v), beside.normal(5 * t));
+        let sources = [
+            Source::f32(&h, &[d, t]),
+            e_u,
+            Source::I32(target),
+            Source::f32(&b, &[5, v]),
+            Source::f32(&u, &[5, t]),
+        ];
         let what = format!("logprob {ty} D={d} V={v} T={t} {map:?}");
         let inverse = 1.0 / temperature;
         agree_within(
             &what,
             &sources,
             |arena, s| {
-                let all = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, true);
-                let plain = ops::linear_logprob(arena, s[0], s[1], None, map, inverse, false);
-                vec![all.logprob, all.lse, all.entropy, all.gradient.unwrap(), plain.entropy]
+                let head = Head::new(s[0], s[1], map);
+                let all = ops::linear_logprob(arena, head, Some(s[2]), inverse, true);
+                let plain = ops::linear_logprob(arena, head, None, inverse, false);
+                let low = Some(LowRank { factor: s[3], input: s[4], scale: 0.3 });
+                let head = Head { low, ..head };
+                let with = ops::linear_logprob(arena, head, Some(s[2]), inverse, true);
+                let less = ops::linear_logprob(arena, head, None, inverse, false);
+                let mut outputs =
+                    vec![all.logprob, all.lse, all.entropy, all.gradient.unwrap(), plain.entropy];
+                outputs.extend([with.logprob, with.lse, with.entropy, less.entropy]);
+                outputs.extend([with.gradient.unwrap(), with.gradient_low.unwrap()]);
+                outputs
             },
             // An entropy near 0 is a small difference of large sums.
             [PRECISE, 2.0 * ROUNDED],
@@ -162,15 +179,25 @@ fn policies() {
         let h: Vec<f32> = random.normal(d * n).iter().map(|x| gain * x).collect();
         let mut taken = random.below(n, v);
         taken[0] = v as i32 - 1;
-        let sources = [Source::f32(&h, &[d, n]), e_u, Source::I32(taken)];
+        let mut beside = Random::new(18);
+        let (b, u) = (beside.normal(3 * v), beside.normal(3 * n));
+        let sources = [
+            Source::f32(&h, &[d, n]),
+            e_u,
+            Source::I32(taken),
+            Source::f32(&b, &[3, v]),
+            Source::f32(&u, &[3, n]),
+        ];
         let what =
             format!("policies {ty} D={d} V={v} {groups} groups of {group}, top {top_k}, {map:?}");
-        for with_taken in [true, false] {
+        for (with_taken, with_low) in [(true, false), (false, false), (true, true), (false, true)] {
             let run = |device| {
                 run_on(device, &sources, |arena, s| {
                     let taken = with_taken.then_some(s[2]);
                     let wanted = ops::Compare { taken, group, top_k };
-                    vec![ops::policies(arena, s[0], s[1], wanted, map).values]
+                    let low = with_low.then_some(LowRank { factor: s[3], input: s[4], scale: 0.3 });
+                    let head = Head { low, ..Head::new(s[0], s[1], map) };
+                    vec![ops::policies(arena, head, wanted).values]
                 })
             };
             let want = run(Device::Cpu);
@@ -211,7 +238,7 @@ fn policies_that_are_equal_have_no_divergence() {
     let compare = ops::Compare { taken: None, group: 4, top_k: 2 };
     let sources = [Source::f32(&h, &[d, 4]), e_u];
     let got = run_on(device(false), &sources, |arena, s| {
-        vec![ops::policies(arena, s[0], s[1], compare, PLAIN).values]
+        vec![ops::policies(arena, Head::new(s[0], s[1], PLAIN), compare).values]
     });
     let answers = ops::Answers::new(got[0].clone(), 2);
     for c in 0..4 {
@@ -239,17 +266,27 @@ fn divergence() {
         let (h_p, h_q) = (hidden(d_p), hidden(d_q));
         let mut target = random.below(t, v);
         target[0] = v as i32 - 1;
-        let sources = [h_p, e_p, h_q, e_q, Source::I32(target)];
+        let mut beside = Random::new(18);
+        let (b, u) = (beside.normal(4 * v), beside.normal(4 * t));
+        let (b, u) = (Source::f32(&b, &[4, v]), Source::f32(&u, &[4, t]));
+        let sources = [h_p, e_p, h_q, e_q, Source::I32(target), b, u];
         let what = format!("divergence {p_ty} {q_ty} V={v} T={t} {p_map:?} {q_map:?}");
         agree_within(
             &what,
             &sources,
             |arena, s| {
-                let p = Head { hidden: s[0], unembedding: s[1], map: p_map };
-                let q = Head { hidden: s[2], unembedding: s[3], map: q_map };
+                let p = Head::new(s[0], s[1], p_map);
+                let q = Head::new(s[2], s[3], q_map);
                 let d = ops::divergence(arena, p, q, s[4]);
                 let same = ops::divergence(arena, p, p, s[4]);
-                vec![d.kl, d.logprob_p, d.logprob_q, d.agree, same.kl]
+                let low = Some(LowRank { factor: s[5], input: s[6], scale: 0.3 });
+                let q = Head { low, ..q };
+                let with = ops::divergence(arena, p, q, s[4]);
+                let turned = ops::divergence(arena, q, p, s[4]);
+                let mut outputs = vec![d.kl, d.logprob_p, d.logprob_q, d.agree, same.kl];
+                outputs.extend([with.kl, with.logprob_p, with.logprob_q, with.agree]);
+                outputs.extend([turned.kl, turned.logprob_p, turned.agree]);
+                outputs
             },
             [PRECISE; 2],
         );
@@ -281,7 +318,8 @@ fn distill() {
         // The same log-sum-exps on both devices: where factors are rounded, so are they.
         let lse = run_on(Device::Cpu, &sources, |arena, s| {
             let of = |i: usize, map| {
-                ops::linear_logprob(arena, s[2 * i], s[2 * i + 1], None, map, 0.8, false).lse
+                ops::linear_logprob(arena, Head::new(s[2 * i], s[2 * i + 1], map), None, 0.8, false)
+                    .lse
             };
             vec![of(0, p_map), of(1, q_map)]
         });
@@ -292,8 +330,8 @@ fn distill() {
                 &what,
                 &sources,
                 |arena, s| {
-                    let p = Head { hidden: s[0], unembedding: s[1], map: p_map };
-                    let q = Head { hidden: s[2], unembedding: s[3], map: q_map };
+                    let p = Head::new(s[0], s[1], p_map);
+                    let q = Head::new(s[2], s[3], q_map);
                     let spec = ops::DistillSpec { kind, beta, inv_temperature: 0.8 };
                     let d = ops::distill(arena, p, q, [s[4], s[5]], spec);
                     vec![d.divergence, d.gradient]

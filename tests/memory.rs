@@ -170,7 +170,7 @@ fn no_dequantised_matrix_and_no_logits_buffer() {
     slab();
     LARGEST.store(0, Ordering::Relaxed);
     engine.forward(&model, Some(&lora), &batch, policy.depth()).unwrap();
-    let scores = engine.score(&model, &batch, policy, 1.0, true).unwrap();
+    let scores = engine.score(&model, Some(&lora), &batch, policy, 1.0, true).unwrap();
     let cotangents = vec![1.0; scores.logprobs.len()];
     engine.backward(&model, &lora, &mut gradients, &batch, policy, &cotangents).unwrap();
 
@@ -211,7 +211,7 @@ fn a_weight_is_dequantised_once_per_pass() {
                 let before = ops::dequantised();
                 engine.forward_to_train(&model, &lora, &batch, policy.depth()).unwrap();
                 let forward = ops::dequantised();
-                let scores = engine.score(&model, &batch, policy, 1.0, true).unwrap();
+                let scores = engine.score(&model, Some(&lora), &batch, policy, 1.0, true).unwrap();
                 let scored = ops::dequantised();
                 let cotangents = vec![1.0; scores.logprobs.len()];
                 engine
@@ -242,7 +242,8 @@ fn head_bytes(threads: usize, v: usize, t: usize) -> usize {
         let target = arena.input("target", Type::I32, &[t]);
         // What a softcap needs beside is in the bound.
         let map = LogitMap { softcap: Some(30.0), ..LogitMap::default() };
-        let head = ops::linear_logprob(&arena, h, e_u, Some(target), map, 1.0, true);
+        let head = ops::Head::new(h, e_u, map);
+        let head = ops::linear_logprob(&arena, head, Some(target), 1.0, true);
         graph.output(head.gradient.unwrap());
         let values: Vec<f32> = (0..D * t).map(|i| (i % 13) as f32 / 13.0).collect();
         let blocks = q8_0(D * v);

@@ -44,7 +44,7 @@ fn both_logprobs(path: &Path) -> (Vec<f32>, Vec<f32>) {
     let policy = Policy::full(model.config().n_layer);
     let mut engine = Engine::new(pool.clone()).unwrap();
     engine.forward(&model, None, &batch, policy.depth()).unwrap();
-    let ours = engine.score(&model, &batch, policy, 1.0, false).unwrap().logprobs;
+    let ours = engine.score(&model, None, &batch, policy, 1.0, false).unwrap().logprobs;
 
     // Longer than the context of the scaling's origin, so that YaRN has its say.
     let options = ContextOptions { n_ctx_seq: 128, n_seq: 1, n_batch: 1, kv_f32: true };

@@ -95,7 +95,7 @@ fn ours(model: &Path, adapter: Option<&Path>, tokens: &[i32], n: usize) -> Vec<f
     batch.push_group(&tokens[..n], &[&tokens[n..]], model.config().n_vocab).unwrap();
     let policy = Policy::full(model.config().n_layer);
     engine.forward(&model, lora.as_ref(), &batch, policy.depth()).unwrap();
-    engine.score(&model, &batch, policy, 1.0, false).unwrap().logprobs
+    engine.score(&model, lora.as_ref(), &batch, policy, 1.0, false).unwrap().logprobs
 }
 
 /// Largest and mean distance.

@@ -42,7 +42,7 @@ fn every_type_loads_and_gives_finite_gradients() {
             [Policy::full(config.n_layer), Policy::internal(2, config.n_layer, false).unwrap()]
         {
             engine.forward(&model, Some(&lora), &batch, policy.depth()).unwrap();
-            let scores = engine.score(&model, &batch, policy, 1.0, true).unwrap();
+            let scores = engine.score(&model, Some(&lora), &batch, policy, 1.0, true).unwrap();
             // Neither uniform (ln 2048 = 7.6 nats) nor certain.
             let mean = scores.entropies.iter().sum::<f32>() / scores.entropies.len() as f32;
             assert!((0.5..7.55).contains(&mean), "{name}: entropy {mean}");

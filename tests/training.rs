@@ -178,7 +178,8 @@ fn rollout_logprobs_are_the_trainers() {
         batch.push_group(&prompt, &tokens, golden.model.config().n_vocab).unwrap();
         let policy = Policy::full(golden.model.config().n_layer);
         engine.forward(&golden.model, Some(&lora), &batch, policy.depth()).unwrap();
-        let ours = engine.score(&golden.model, &batch, policy, temperature, false).unwrap();
+        let ours =
+            engine.score(&golden.model, Some(&lora), &batch, policy, temperature, false).unwrap();
         let theirs: Vec<f32> = sampled[0].iter().flat_map(|c| c.logprobs.clone()).collect();
         let error = relative_error(&ours.logprobs, &theirs);
         assert!(error < 5e-3, "temperature {temperature}: {error}");
@@ -203,7 +204,7 @@ fn shared_prefixes_change_nothing_but_the_work() {
     let mut results = Vec::new();
     for batch in [&shared, &apart] {
         engine.forward(&golden.model, Some(&lora), batch, policy.depth()).unwrap();
-        let scores = engine.score(&golden.model, batch, policy, 1.0, true).unwrap();
+        let scores = engine.score(&golden.model, Some(&lora), batch, policy, 1.0, true).unwrap();
         let cotangents: Vec<f32> = (0..scores.logprobs.len()).map(|i| (i as f32).sin()).collect();
         let mut gradients = lora.zeros_like().unwrap();
         engine.backward(&golden.model, &lora, &mut gradients, batch, policy, &cotangents).unwrap();
@@ -241,7 +242,7 @@ fn the_internal_phase_builds_nothing_above_its_layer() {
     batch.push_group(&[1, 2, 3], &[&[4, 5]], model.config().n_vocab).unwrap();
     let policy = Policy::internal(3, 8, false).unwrap();
     engine.forward(&model, Some(&lora), &batch, policy.depth()).unwrap();
-    engine.score(&model, &batch, policy, 1.0, true).unwrap();
+    engine.score(&model, Some(&lora), &batch, policy, 1.0, true).unwrap();
     let mut gradients = lora.zeros_like().unwrap();
     engine.backward(&model, &lora, &mut gradients, &batch, policy, &[1.0, 1.0]).unwrap();
     let work = engine.take_work();

@@ -267,6 +267,11 @@ inline float * data_of(const ggml_tensor * tensor) {
     return static_cast<float *>(tensor->data);
 }
 
+// Adds alpha * low_scale * B u, where a head has such a term, to the products of rows [vocab, vocab + width) with columns
+// [first, first + n): `width` of each column after the other.
+void add_low_rank(Device & device, const ggml_tensor * dst, const bupo_logit_map & map, int64_t vocab, int64_t width, int64_t first,
+                  int64_t n, float alpha, float * products);
+
 // Logits of the scaled products in `logits`, in place.
 void cap_logits(Device & device, const bupo_logit_map & map, float * logits, size_t n);
 

@@ -123,6 +123,7 @@ void run_divergence(Device & device, ggml_tensor * dst, const bupo_divergence_pa
                 Product product = { width, n, d };
                 product.alpha = map.scale;
                 device.multiply(product, { e_u, Kind::F32, d, true }, { data_of(h) + first * d, Kind::F32, d }, logits[side], width);
+                add_low_rank(device, dst, map, vocab, width, first, n, map.scale, logits[side]);
                 cap_logits(device, map, logits[side], (size_t) (width * n));
             }
             device.launch(absorb, (size_t) n, THREADS, (int) vocab, (int) width, (const float *) logits[0],

@@ -38,6 +38,16 @@ struct Map {
     }
 };
 
+// Sums of rows with the probabilities as weights, of E_u or of B: for each token `d` values of the running mean and of
+// the target's own row, where they are wanted.
+template <typename E> struct Means {
+    int       d;
+    const E * rows;
+    float     scale; // of the target's row
+    float *   gradient;
+    float *   mean;
+};
+
 static __global__ void start(int n, Sums * sums) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
@@ -45,11 +55,25 @@ static __global__ void start(int n, Sums * sums) {
     }
 }
 
+// Shrinks token t's running mean; adds the target's row (negative: not in this tile).
+template <typename E> static __device__ void follow(const Means<E> & means, int t, float shrink, int target, float slope) {
+    for (int i = threadIdx.x; i < means.d && means.mean; i += blockDim.x) {
+        const size_t at = (size_t) t * means.d + i;
+        if (shrink != 1.0f) {
+            means.mean[at] *= shrink;
+        }
+        if (target >= 0) {
+            means.gradient[at] = slope * means.scale * to_float(means.rows[(size_t) target * means.d + i]);
+        }
+    }
+}
+
 // Products of one tile of the vocabulary, `width` per token, become e^(l - max) times the slope of l in `p` (which may be
-// the same memory). `gradient` and `mean` (null without) get the target's embedding times its slope, and the new scale.
+// the same memory), and in `exact` unscaled, if that is not null (it may be `products`). The means get the target's row
+// times its slope, and the new scale.
 template <typename E>
-static __global__ void absorb(int d, int first, int width, Map map, const E * embeddings, const int * targets,
-                              const float * products, E * p, Sums * sums, float * gradient, float * mean) {
+static __global__ void absorb(int first, int width, Map map, const int * targets, const float * products, E * p, float * exact,
+                              Sums * sums, Means<E> own_means, Means<float> low_means) {
     const int     t      = blockIdx.x;
     const float * z      = products + (size_t) t * width;
     Sums          s      = sums[t];
@@ -72,26 +96,23 @@ static __global__ void absorb(int d, int first, int width, Map map, const E * em
         const float  e = expf(x);
         sum += (double) e;
         weight += (double) (e * x);
+        if (exact) {
+            exact[(size_t) t * width + v] = e * l.slope;
+        }
         p[(size_t) t * width + v] = from_float<E>(PROBABILITY_SCALE<E> * e * l.slope);
     }
     sum    = over_block<Sum>(sum);
     weight = over_block<Sum>(weight);
+    float shrink = 1.0f; // of the means
     if (max > s.max && s.sum > 0.0) {
         const double shift = (double) s.max - (double) max;
         const double scale = exp(shift);
         s.weighted = scale * (s.weighted + shift * s.sum);
         s.sum *= scale;
-        if (mean) {
-            for (int i = threadIdx.x; i < d; i += blockDim.x) {
-                mean[(size_t) t * d + i] *= (float) scale;
-            }
-        }
+        shrink = (float) scale;
     }
-    if (seen && gradient) {
-        for (int i = threadIdx.x; i < d; i += blockDim.x) {
-            gradient[(size_t) t * d + i] = own.slope * to_float(embeddings[(size_t) target * d + i]);
-        }
-    }
+    follow(own_means, t, shrink, seen ? target : -1, own.slope);
+    follow(low_means, t, shrink, seen ? target : -1, own.slope);
     if (threadIdx.x == 0) {
         s.max = max;
         s.sum += sum;
@@ -100,8 +121,17 @@ static __global__ void absorb(int d, int first, int width, Map map, const E * em
     }
 }
 
-static __global__ void finish(int d, float factor, bool has_targets, const Sums * sums, const float * mean, float * logprob,
-                              float * lse, float * entropy, float * gradient) {
+static __device__ void conclude(int d, float factor, float scale, int t, const float * mean, float * gradient) {
+    for (int i = threadIdx.x; i < d && mean; i += blockDim.x) {
+        const size_t at = (size_t) t * d + i;
+        gradient[at] = factor * (gradient[at] - scale * mean[at]);
+    }
+}
+
+// d and r: widths of E_u and B; their means are null where no gradient is wanted.
+static __global__ void finish(int d, int r, float factor, bool has_targets, const Sums * sums, const float * mean,
+                              const float * low_mean, float * logprob, float * lse, float * entropy, float * gradient,
+                              float * low_gradient) {
     const int  t = blockIdx.x;
     const Sums s = sums[t];
     if (threadIdx.x == 0) {
@@ -110,19 +140,17 @@ static __global__ void finish(int d, float factor, bool has_targets, const Sums 
         lse[t]     = (float) whole;
         entropy[t] = (float) (log(s.sum) - s.weighted / s.sum);
     }
-    if (mean) {
-        const float scale = (float) (1.0 / s.sum);
-        for (int i = threadIdx.x; i < d; i += blockDim.x) {
-            const size_t at = (size_t) t * d + i;
-            gradient[at] = factor * (gradient[at] - scale * mean[at]);
-        }
-    }
+    const float scale = (float) (1.0 / s.sum);
+    conclude(d, factor, scale, t, mean, gradient);
+    conclude(r, factor, scale, t, low_mean, low_gradient);
 }
 
 template <typename E> static void run(Device & device, ggml_tensor * dst, const bupo_logprob_params & params, Kind kind) {
     const ggml_tensor * h       = dst->src[0];
     const ggml_tensor * e_u     = dst->src[1];
-    const int *         targets = dst->src[2] ? static_cast<const int *>(dst->src[2]->data) : nullptr;
+    const int *         targets = params.targets ? static_cast<const int *>(dst->src[2]->data) : nullptr;
+    const ggml_tensor * b       = params.map.low_rank ? dst->src[params.map.low_rank] : nullptr;
+    const int64_t       r       = b ? b->ne[0] : 0;
     const int64_t       d       = h->ne[0];
     const int64_t       n       = h->ne[1];
     const int64_t       v       = e_u->ne[1];
@@ -137,6 +165,9 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
         const int *         own      = targets ? targets + first : nullptr;
         float *             gradient = params.gradient ? out + 3 * n + first * d : nullptr;
         float *             mean     = params.gradient ? device.floats((size_t) (d * t)) : nullptr;
+        const bool          low      = params.gradient && b;
+        float *             low_gradient = low ? out + (3 + d) * n + first * r : nullptr;
+        float *             low_mean     = low ? device.floats((size_t) (r * t)) : nullptr;
         Sums *              sums     = static_cast<Sums *>(device.scratch((size_t) t * sizeof(Sums)));
         const Values        in       = device.activations(data_of(h) + first * d, (size_t) (d * t), kind);
         const Factor        hidden   = { in.data, kind, d, false, 0, in.shrink };
@@ -144,6 +175,9 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
         device.launch(start, blocks_for((size_t) t), THREADS, (int) t, sums);
         if (mean) {
             device.zero(mean, (size_t) (d * t) * sizeof(float));
+        }
+        if (low) {
+            device.zero(low_mean, (size_t) (r * t) * sizeof(float));
         }
         for (int64_t vocab = 0; vocab < v; vocab += v_step) {
             const Device::Scope vocab_tile(device);
@@ -154,17 +188,28 @@ template <typename E> static void run(Device & device, ggml_tensor * dst, const 
             Product product = { width, t, d };
             product.alpha = map.softcap > 0.0f ? params.map.scale : factor;
             device.multiply(product, { rows, kind, d, true }, hidden, logits, width);
-            device.launch(absorb<E>, (size_t) t, THREADS, (int) d, (int) vocab, (int) width, map, (const E *) rows, own,
-                          (const float *) logits, p, sums, gradient, mean);
+            add_low_rank(device, dst, params.map, vocab, width, first, t, product.alpha, logits);
+            const float *      factors = low ? data_of(b) + vocab * r : nullptr; // [r, width]
+            const Means<E>     own_means = { (int) d, (const E *) rows, 1.0f, gradient, mean };
+            const Means<float> low_means = { (int) r, factors, params.map.low_scale, low_gradient, low_mean };
+            device.launch(absorb<E>, (size_t) t, THREADS, (int) vocab, (int) width, map, own, (const float *) logits, p,
+                          low ? logits : nullptr, sums, own_means, low_means);
             if (mean) {
                 Product running = { d, t, width };
                 running.alpha = 1.0f / PROBABILITY_SCALE<E>;
                 running.beta  = 1.0f;
                 device.multiply(running, { rows, kind, d }, { p, kind, width }, mean, d);
             }
+            if (low) {
+                Product running = { r, t, width };
+                running.alpha = params.map.low_scale;
+                running.beta  = 1.0f;
+                device.multiply(running, { factors, Kind::F32, r }, { logits, Kind::F32, width }, low_mean, r);
+            }
         }
-        device.launch(finish, (size_t) t, threads_for(d), (int) d, factor, own != nullptr, (const Sums *) sums,
-                      (const float *) mean, out + first, out + n + first, out + 2 * n + first, gradient);
+        device.launch(finish, (size_t) t, threads_for(d), (int) d, (int) r, factor, own != nullptr, (const Sums *) sums,
+                      (const float *) mean, (const float *) low_mean, out + first, out + n + first, out + 2 * n + first, gradient,
+                      low_gradient);
     }
 }
 

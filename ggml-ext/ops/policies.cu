@@ -37,7 +37,8 @@ constexpr int FIXED = 7; // values of a column before its likeliest tokens
 
 } // namespace
 
-static __global__ void taken_logits(int d, float scale, const float * row, const float * h, float * out) {
+// Adds to what is there with `add`.
+static __global__ void taken_logits(int d, float scale, bool add, const float * row, const float * h, float * out) {
     const float * x   = h + (size_t) blockIdx.x * d;
     float         sum = 0.0f;
     for (int i = threadIdx.x; i < d; i += blockDim.x) {
@@ -45,7 +46,7 @@ static __global__ void taken_logits(int d, float scale, const float * row, const
     }
     sum = over_block<Sum>(sum);
     if (threadIdx.x == 0) {
-        out[blockIdx.x] = scale * sum;
+        out[blockIdx.x] = scale * sum + (add ? out[blockIdx.x] : 0.0f);
     }
 }
 
@@ -200,8 +201,15 @@ void run_taken_logits(Device & device, ggml_tensor * dst, const bupo_taken_logit
         }
         const Device::Scope scope(device);
         const float *       row = static_cast<const float *>(device.rows(e_u, ids[c], 1, Kind::F32));
-        device.launch(taken_logits, end - c, threads_for(d), (int) d, params.map.scale, row,
+        device.launch(taken_logits, end - c, threads_for(d), (int) d, params.map.scale, false, row,
                       (const float *) data_of(h) + c * (size_t) d, data_of(dst) + c);
+        if (params.map.low_rank) {
+            const ggml_tensor * b = dst->src[params.map.low_rank];
+            const ggml_tensor * u = dst->src[params.map.low_rank + 1];
+            const size_t        r = (size_t) b->ne[0];
+            device.launch(taken_logits, end - c, threads_for((int64_t) r), (int) r, params.map.scale * params.map.low_scale, true,
+                          (const float *) data_of(b) + (size_t) ids[c] * r, (const float *) data_of(u) + c * r, data_of(dst) + c);
+        }
         c = end;
     }
     cap_logits(device, params.map, data_of(dst), ids.size());
@@ -239,6 +247,7 @@ void run_policies(Device & device, ggml_tensor * dst, const bupo_policies_params
             Product             product = { width, n, d };
             product.alpha = params.map.scale;
             device.multiply(product, { rows, Kind::F32, d, true }, hidden, logits, width);
+            add_low_rank(device, dst, params.map, vocab, width, first, n, params.map.scale, logits);
             cap_logits(device, params.map, logits, (size_t) (width * n));
             device.launch(absorb, (size_t) n, THREADS, group, (int) vocab, (int) width, (const float *) logits,
                           taken ? taken + first : nullptr, logit ? logit + first : nullptr, (const Sums *) sums[0], sums[1]);

@@ -65,7 +65,7 @@ pub fn measure(
     let mut input = walk.hidden();
     put(0, &seen(engine, model, input.clone(), look)?);
     while let Some(taps) = walk.next(engine)? {
-        layers.push(inside(engine, model, &input, &taps, &taken, look)?);
+        layers.push(inside(engine, model, lora, &input, &taps, &taken, look)?);
         put(layers.len(), &seen(engine, model, taps.layer_out.clone(), look)?);
         input = taps.layer_out;
     }
@@ -73,7 +73,7 @@ pub fn measure(
     let repeated: Vec<i32> = taken.iter().flat_map(|&t| std::iter::repeat_n(t, group)).collect();
     let top_k = look.policy_top_k(model.config().n_vocab);
     let question = Question { taken: Some(&repeated), group, top_k };
-    let answers = engine.policies(model, &policies, &question)?;
+    let answers = engine.policies(model, lora, &policies, &question)?;
     for (l, layer) in layers.iter_mut().enumerate() {
         for (i, m) in layer.iter_mut().enumerate() {
             let (below, own, last) = (i * group + l, i * group + l + 1, i * group + n_layer + 1);
@@ -107,6 +107,7 @@ fn seen(engine: &mut Engine, model: &Model, hidden: Vec<f32>, look: Look) -> Res
 fn inside(
     engine: &mut Engine,
     model: &Model,
+    lora: Option<&Lora>,
     input: &[f32],
     taps: &LayerTaps,
     taken: &[i32],
@@ -118,7 +119,7 @@ fn inside(
     let repeated = taken.repeat(4);
     let wanted = (look.top_k > 0).then_some(repeated.as_slice());
     let question = Question { taken: wanted, group: 1, top_k: look.top_k };
-    let answers = engine.policies(model, &columns, &question)?;
+    let answers = engine.policies(model, lora, &columns, &question)?;
     let token = |tap: &[f32], i: usize| -> Vec<f32> { tap[i * d..][..d].to_vec() };
     let measured = (0..s).map(|i| {
         let (residual, attn, ffn) =

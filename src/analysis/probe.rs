@@ -146,7 +146,8 @@ fn later(
     for i in 0..rows.len() {
         columns.iter().for_each(|column| hidden.extend_from_slice(&column[i * d..][..d]));
     }
-    let answers = engine.policies(model, &hidden, &Question { taken: None, group, top_k: 0 })?;
+    let answers =
+        engine.policies(model, lora, &hidden, &Question { taken: None, group, top_k: 0 })?;
     for i in 0..rows.len() {
         for (m, sum) in kl_later.iter_mut().enumerate() {
             *sum += answers.kl_from(i * group + m) as f64;

@@ -142,8 +142,8 @@ pub struct Answerer<'m> {
     model: &'m Model,
     pool: Arc<ThreadPool>,
     answering: Answering,
-    // With the context it was made for.
-    rollouts: Option<(usize, Rollouts)>,
+    // With the longest sequence and the number of prompts that it was made for.
+    rollouts: Option<(usize, usize, Rollouts)>,
 }
 
 impl<'m> Answerer<'m> {
@@ -162,16 +162,18 @@ impl<'m> Answerer<'m> {
     ) -> Result<Vec<Vec<i32>>> {
         let longest = prompts.iter().map(|(_, p)| p.len()).max().unwrap_or(0);
         let n_ctx_seq = longest + self.answering.max_response;
-        if self.rollouts.as_ref().is_none_or(|(room, _)| *room < n_ctx_seq) {
+        if self.rollouts.as_ref().is_none_or(|&(room, n, _)| room < n_ctx_seq || n < prompts.len())
+        {
             self.rollouts = None; // give its memory back first
             let options = RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES };
+            let options = options.at_most(prompts.len(), self.model.engine())?;
             let mut rollouts = Rollouts::new(self.model.engine(), &self.pool, options)?;
             if let Some(lora) = lora {
                 rollouts.set_adapter(Some(lora.live(self.model)?))?;
             }
-            self.rollouts = Some((n_ctx_seq, rollouts));
+            self.rollouts = Some((n_ctx_seq, prompts.len(), rollouts));
         }
-        let (_, rollouts) = self.rollouts.as_mut().expect("just made");
+        let (.., rollouts) = self.rollouts.as_mut().expect("just made");
         let requests: Vec<Request> = prompts
             .iter()
             .map(|(row, prompt)| Request {

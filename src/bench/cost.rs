@@ -96,7 +96,8 @@ fn head(bench: &Bench<'_>, v: usize, t: usize) -> Result<Duration> {
     let h = arena.input("h", Type::F32, &[d, t]);
     let target = arena.input("target", Type::I32, &[t]);
     let part = arena.row_range(unembedding, 0, v);
-    let head = ops::linear_logprob(&arena, h, part, Some(target), LogitMap::default(), 1.0, true);
+    let head = ops::Head::new(h, part, LogitMap::default());
+    let head = ops::linear_logprob(&arena, head, Some(target), 1.0, true);
     graph.output(head.logprob);
     if let Some(gradient) = head.gradient {
         graph.output(gradient);

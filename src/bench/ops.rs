@@ -1,7 +1,7 @@
 //! Single operations on the model's own weights, each beside the machine's sgemm rate; on a GPU beside the roofline
 //! of its measured rates, and beside the CPU's results in F32.
 
-use super::measure::{device_rates, median_seconds, timed};
+use super::measure::{device_rates, median, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
@@ -9,7 +9,8 @@ use crate::model::Map;
 use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 6] = ["linear", "ggml", "head", "attention", "policies", "rows"];
+pub(super) const CASES: [&str; 7] =
+    ["linear", "ggml", "columns", "head", "attention", "policies", "rows"];
 
 /// Tokens.
 const T: usize = 512;
@@ -18,6 +19,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
     let rows = match name {
         "linear" => linear(bench)?,
         "ggml" => ggml(bench)?,
+        "columns" => columns(bench)?,
         "head" => head(bench)?,
         "attention" => attention(bench)?,
         "policies" => policies(bench)?,
@@ -135,8 +137,8 @@ fn weight<'m>(bench: &Bench<'m>, map: &Map) -> Tensor<'m> {
 /// The last map of layer 1 whose inputs are the residual's width: `ffn_up`, fused or not.
 fn ffn_up<'m>(bench: &Bench<'m>) -> Tensor<'m> {
     let d = bench.model.config().n_embd;
-    let maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
-    weight(bench, maps.last().expect("a layer has maps"))
+    let mut maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
+    weight(bench, maps.next_back().expect("a layer has maps"))
 }
 
 /// The model's linear maps of different sizes or types, forward and backward.
@@ -218,6 +220,65 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of the two
+/// rollouts take.
+fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    let mut seen = Vec::new();
+    let mut rows = Vec::new();
+    let unembedding = bench.model.weights().unembedding();
+    let maps = bench.model.maps().iter().map(|map| weight(bench, map));
+    for w in maps.chain([unembedding]) {
+        let [k, n, ..] = w.shape();
+        if seen.contains(&(w.ty(), k, n)) {
+            continue;
+        }
+        seen.push((w.ty(), k, n));
+        for t in [1, 2, 4, 8, 16, 32, 64, 128] {
+            let own = || {
+                seconds(bench, w, |arena, graph, inputs| {
+                    let x = inputs.f32(arena, [k, t]);
+                    graph.output(ops::linear(arena, inputs.w, x, None, None));
+                })
+            };
+            let other = || {
+                seconds(bench, w, |arena, graph, inputs| {
+                    let x = inputs.f32(arena, [k, t]);
+                    graph.output(arena.mul_mat(inputs.w, x));
+                })
+            };
+            let (mut ours, mut ggml, mut ratio) = (vec![], vec![], vec![]);
+            for _ in 0..bench.options.reps.max(3) {
+                let (own, other) = (own()?, other()?);
+                ours.push(own);
+                ggml.push(other);
+                ratio.push(other / own);
+            }
+            rows.push(row(
+                format!("ops/columns {} {k} x {n}, {t}", w.ty()),
+                &[
+                    ("seconds", median(&mut ours)),
+                    ("ggml_seconds", median(&mut ggml)),
+                    ("ggml_over_ours", median(&mut ratio)),
+                ],
+            ));
+        }
+    }
+    Ok(rows)
+}
+
+/// Median seconds of a few runs of the graph that `build` makes.
+fn seconds(
+    bench: &Bench<'_>,
+    w: Tensor<'_>,
+    build: impl for<'a> Fn(&'a Arena, &mut Graph<'a>, &mut Inputs<'a>),
+) -> Result<f64> {
+    let mut executor = Executor::new(bench.model.device(), bench.pool.clone())?;
+    with_graph(w, &build, |graph, values| {
+        executor.run(graph, values)?;
+        median_seconds(3, || executor.run(graph, &[]).map(drop))
+    })
+}
+
 /// The log-prob head over the whole vocabulary and parts of it: its cost is linear in V.
 fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let w = bench.model.weights().unembedding();
@@ -232,8 +293,8 @@ fn head(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let target = inputs.ids(arena, T, v);
             let e_u = arena.row_range(inputs.w, 0, v);
-            let map = LogitMap::default();
-            let head = ops::linear_logprob(arena, h, e_u, Some(target), map, 1.0, gradient);
+            let head = Head::new(h, e_u, LogitMap::default());
+            let head = ops::linear_logprob(arena, head, Some(target), 1.0, gradient);
             graph.output(head.logprob);
             if let Some(gradient) = head.gradient {
                 graph.output(gradient);
@@ -343,17 +404,14 @@ fn policies(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let h = inputs.f32(arena, [d, T]);
             let taken = inputs.ids(arena, T, v);
             let wanted = ops::Compare { taken: Some(taken), group: 8, top_k: 3 };
-            graph.output(ops::policies(arena, h, inputs.w, wanted, LogitMap::default()).values);
+            let head = Head::new(h, inputs.w, LogitMap::default());
+            graph.output(ops::policies(arena, head, wanted).values);
         })?,
         time(bench, format!("divergence {what}"), 2.0 * flop, w, |arena, graph, inputs| {
             let (p, q) = (inputs.f32(arena, [d, T]), inputs.f32(arena, [d, T]));
             let target = inputs.ids(arena, T, v);
             let q = arena.add(q, p);
-            let [p, q] = [p, q].map(|hidden| Head {
-                hidden,
-                unembedding: inputs.w,
-                map: LogitMap::default(),
-            });
+            let [p, q] = [p, q].map(|hidden| Head::new(hidden, inputs.w, LogitMap::default()));
             let d = ops::divergence(arena, p, q, target);
             for node in [d.kl, d.logprob_p, d.logprob_q, d.agree] {
                 graph.output(node);

@@ -120,10 +120,10 @@ impl<'b> Pass<'b> {
         let Pass { model, lora, gradients, engine } = self;
         if !backward {
             engine.forward(model, Some(lora), batch, policy.depth())?;
-            return engine.score(model, batch, policy, 1.0, false).map(drop);
+            return engine.score(model, Some(lora), batch, policy, 1.0, false).map(drop);
         }
         engine.forward_to_train(model, lora, batch, policy.depth())?;
-        engine.score(model, batch, policy, 1.0, true)?;
+        engine.score(model, Some(lora), batch, policy, 1.0, true)?;
         // Signs in turn, as advantages have them.
         let n = batch.scored.len();
         let cotangents: Vec<f32> =

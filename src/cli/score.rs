@@ -80,7 +80,8 @@ pub fn run(args: ScoreArgs) -> Result<()> {
         let mut batch = Batch::default();
         batch.push_group(&prompt, &slices, model.config().n_vocab).map_err(place)?;
         engine.forward(&model, lora.as_ref(), &batch, policy.depth())?;
-        let scores = engine.score(&model, &batch, policy, args.temperature, false)?;
+        let scores =
+            engine.score(&model, lora.as_ref(), &batch, policy, args.temperature, false)?;
         let mut at = 0;
         for (j, tokens) in completions.iter().enumerate() {
             let part = at..at + tokens.len();

@@ -107,6 +107,7 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     if let Some(path) = &args.rollouts {
         let rows = read_rollouts(path)?;
         let mut trainer = Trainer::new(&model, args.config.clone())?;
+        say_frozen(&trainer);
         let replay = trainer.replay(&rows, args.dump_gradients.as_deref())?;
         if let Some(out) = &args.config.out {
             trainer.save_to(out)?;
@@ -122,6 +123,15 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
 }
 
+/// Says which pairs of the adapter take part and stay as they are.
+fn say_frozen(trainer: &Trainer) {
+    let frozen = trainer.lora().frozen();
+    if !frozen.is_empty() {
+        let names = frozen.join(", ");
+        eprintln!("adapter: {names} applied and kept as it is, only attention and FFN are trained");
+    }
+}
+
 /// Runs with a person watching, who may stop it, and prints the summary.
 fn watched<'m>(
     trainer: &mut Trainer<'m>,
@@ -129,6 +139,7 @@ fn watched<'m>(
     run: impl FnOnce(&mut Trainer<'m>, &mut Watch) -> Result<Summary>,
 ) -> Result<()> {
     stop_on_signal(trainer.stop_flag())?;
+    say_frozen(trainer);
     let mut watch = Watch::new(trainer);
     let summary = run(trainer, &mut watch)?;
     watch.finish();

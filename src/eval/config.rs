@@ -46,7 +46,7 @@ pub struct EvalConfig {
     /// How tokens are drawn.
     #[command(flatten)]
     pub sampling: Sampling,
-    /// Memory for the KV cache, MiB; sets how many sequences run at once
+    /// Memory for the KV cache at most, MiB; sets how many sequences run at once
     #[arg(long, default_value_t = 1024, value_name = "MIB", help_heading = "Sampling")]
     pub kv_mib: usize,
 
@@ -127,6 +127,7 @@ impl EvalConfig {
         let pool = Arc::new(ThreadPool::with(self.threads)?);
         let options =
             RolloutOptions { n_ctx_seq: max_prompt + max_response, kv_bytes: self.kv_mib << 20 };
+        let options = options.at_most(problems.len() * self.samples, model.engine())?;
         let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
         if let Some(lora) = &mut lora {
             rollouts.set_adapter(Some(lora.live(model)?))?;

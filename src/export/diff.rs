@@ -292,7 +292,8 @@ impl Side<'_> {
             let got = format!("{longest} and {max_response}");
             return Err(Error::invalid("data", expected, got, "lower --max-response"));
         }
-        let options = RolloutOptions { n_ctx_seq: longest + max_response, kv_bytes: KV_BYTES };
+        let options = RolloutOptions { n_ctx_seq: longest + max_response, kv_bytes: KV_BYTES }
+            .at_most(problems.len() * config.samples, self.model.engine())?;
         let mut rollouts = Rollouts::new(self.model.engine(), pool, options)?;
         if let Some(lora) = &mut live {
             rollouts.set_adapter(Some(lora.live(self.model)?))?;

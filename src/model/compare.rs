@@ -3,7 +3,7 @@
 use super::{Batch, Engine, Lora, Model};
 use crate::Result;
 use crate::ggml::{Arena, Graph, Input, Type};
-use crate::ops::{self, Head};
+use crate::ops;
 
 /// One of two models that are compared: with its own engine, so that both keep their activations.
 pub struct ComparedModel<'c> {
@@ -39,11 +39,9 @@ pub fn compare(p: &mut ComparedModel, q: &mut ComparedModel, batch: &Batch) -> R
     let arena = Arena::new(32);
     let mut graph = Graph::new(&arena);
     let target = arena.input("targets", Type::I32, &[s]);
-    let inputs = [p.model, q.model].map(|model| {
-        let config = model.config();
-        let x = arena.input("hidden", Type::F32, &[config.n_embd, s]);
-        let hidden = model.final_norm(&arena, x);
-        (x, Head { hidden, unembedding: model.weights().unembedding(), map: config.logits })
+    let inputs = [(p.model, p.lora), (q.model, q.lora)].map(|(model, lora)| {
+        let x = arena.input("hidden", Type::F32, &[model.config().n_embd, s]);
+        (x, model.head(&arena, model.final_norm(&arena, x), lora))
     });
     let d = ops::divergence(&arena, inputs[0].1, inputs[1].1, target);
     let nodes = [d.kl, d.logprob_p, d.logprob_q, d.agree];

@@ -70,13 +70,10 @@ impl Engine {
         let given = arena.input("teacher", Type::F32, &[teacher.model.config().n_embd, s]);
         let heads = [(model, hidden), (teacher.model, teacher.model.final_norm(&arena, given))]
             .map(|(model, hidden)| {
-                let unembedding = model.weights().unembedding();
-                Head { hidden, unembedding, map: model.config().logits }
+                Head::new(hidden, model.weights().unembedding(), model.config().logits)
             });
-        let known = heads.map(|Head { hidden, unembedding, map }| {
-            let inverse = spec.inv_temperature;
-            ops::linear_logprob(&arena, hidden, unembedding, None, map, inverse, false)
-        });
+        let known =
+            heads.map(|head| ops::linear_logprob(&arena, head, None, spec.inv_temperature, false));
         let [student, teacher_head] = heads;
         let lse = known.map(|of| of.lse);
         let distilled = ops::distill(&arena, student, teacher_head, lse, spec);

@@ -244,10 +244,11 @@ impl Engine {
     }
 
     /// Log-probs and entropies of the scored tokens under `policy`, from the last [`Engine::forward`]
-    /// (of this batch, at least as deep). With `keep`, what the backward needs is kept.
+    /// (of this batch with this adapter, at least as deep). With `keep`, what the backward needs is kept.
     pub fn score(
         &mut self,
         model: &Model,
+        lora: Option<&Lora>,
         batch: &Batch,
         policy: Policy,
         temperature: f32,
@@ -269,18 +270,11 @@ impl Engine {
         if policy.has_norm() {
             hidden = model.final_norm(&arena, hidden);
         }
-        let head = ops::linear_logprob(
-            &arena,
-            hidden,
-            model.weights().unembedding(),
-            Some(target),
-            model.config().logits,
-            1.0 / temperature,
-            keep,
-        );
+        let head = model.head(&arena, hidden, lora);
+        let head = ops::linear_logprob(&arena, head, Some(target), 1.0 / temperature, keep);
         graph.output(head.logprob);
         graph.output(head.entropy);
-        if let Some(gradient) = head.gradient {
+        if let Some(gradient) = model.head_back(&arena, lora, &head) {
             graph.store(gradient, arena.row_range(kept.head.get(0), 0, s));
         }
         let inputs = [(row_ids, Input::I32(&rows)), (target, Input::I32(&targets))];

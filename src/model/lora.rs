@@ -34,14 +34,17 @@ const NAMES: [(&str, &str, bool); 9] = [
 /// What stands for every map of attention and FFN.
 const ALL: &str = "all";
 
-/// A linear map of a layer that can carry an adapter.
+/// The unembedding of models that do not tie it, as a map.
+const UNEMBEDDING: &str = "output";
+
+/// A linear map that can carry an adapter: of a layer, or the unembedding.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Map {
-    /// Layer, from 1.
+    /// Layer, from 1; the unembedding stands behind the last.
     pub layer: usize,
-    /// The middle of its GGUF name: `blk.3.` here `.weight`.
+    /// The middle of its GGUF name: `blk.3.` here `.weight`; or `output`.
     pub name: String,
-    /// The word on the command line; none for maps outside of attention and FFN.
+    /// The word on the command line; none for maps outside of attention and FFN, which are not trained.
     pub target: Option<&'static str>,
     /// Inputs, ne0.
     pub n_in: usize,
@@ -64,8 +67,16 @@ impl Map {
         }
     }
 
-    /// `blk.{layer - 1}.{name}.weight`; layers count from 1.
+    /// The unembedding `[D, V]` of a model of `n_layer` layers.
+    pub(super) fn unembedding(n_layer: usize, [d, v]: [usize; 2]) -> Map {
+        Map::new(n_layer + 1, UNEMBEDDING, false, d, v)
+    }
+
+    /// `blk.{layer - 1}.{name}.weight`, layers counting from 1, or `output.weight`.
     pub fn weight(&self) -> String {
+        if self.name == UNEMBEDDING {
+            return format!("{UNEMBEDDING}.weight");
+        }
         format!("blk.{}.{}.weight", self.layer - 1, self.name)
     }
 
@@ -179,6 +190,13 @@ impl<'a> Adapter<'a> {
     }
 }
 
+impl Lora {
+    /// The pair on the unembedding of a model of `n_layer` layers, if it is adapted. Training leaves it as it is.
+    pub(super) fn head_pair(&self, n_layer: usize) -> Option<Pair<'_>> {
+        Adapter { lora: self, gradients: None }.pair(n_layer + 1, UNEMBEDDING)
+    }
+}
+
 /// An adapter with F32 masters.
 pub struct Lora {
     // Dropped before the tensors it borrows.
@@ -269,7 +287,14 @@ impl Lora {
         for pair in file.pairs {
             let place = format!("{place}: {}", pair.weight);
             let Some(slot) = model.maps().iter().find(|map| map.weight() == pair.weight) else {
-                let expected = "a linear weight of a layer of this model";
+                if pair.weight == "output.weight" {
+                    let expected = format!("an unembedding of its own in {}", model.name());
+                    let got = "one that is tied to the token embedding";
+                    let advice =
+                        "an adapter of lm_head would change both: train it without lm_head";
+                    return Err(Error::invalid(place, expected, got, advice));
+                }
+                let expected = "a linear weight of this model";
                 let advice = "use the model that the adapter was trained on";
                 return Err(Error::invalid(place, expected, "an unknown tensor", advice));
             };
@@ -350,6 +375,11 @@ impl Lora {
     /// `alpha / rank`, or 1 for an alpha of 0, as llama.cpp reads it.
     pub fn scale(&self) -> f32 {
         if self.alpha == 0.0 { 1.0 } else { self.alpha / self.rank as f32 }
+    }
+
+    /// The pairs that training leaves as they are, by the names of their weights: those on maps that no target stands for.
+    pub fn frozen(&self) -> Vec<String> {
+        self.slots.iter().filter(|slot| slot.target.is_none()).map(Map::weight).collect()
     }
 
     /// The targets that any layer adapts.

@@ -37,14 +37,14 @@ pub(crate) use precheck::check_any as check_values;
 pub use taps::{LayerTaps, Question, Walk};
 pub use weights::Weights;
 
-use lora::Adapter;
+use lora::{Adapter, Pair};
 use tape::{LAYER_NODES, Parts, Tape, Taps, Var};
 
 use crate::ggml::{Arena, Device, Tensor, Type};
 use crate::gguf::GgufSet;
 use crate::llama;
 pub use crate::llama::Placement;
-use crate::ops;
+use crate::ops::{self, Head, Logprob, LowRank};
 use crate::{Error, Result};
 
 /// The small model inside the program, by this name on the command line.
@@ -145,7 +145,8 @@ impl Model {
     }
 
     /// Runs every layer's forward without computing: all tensors that it reads must be there and fit, and none
-    /// may be left over that llama.cpp would compute with. Gives the linear maps, by layer and in the order of one.
+    /// may be left over that llama.cpp would compute with. Gives the linear maps, by layer and in the order of one, and
+    /// at last the unembedding where it is not the embedding.
     ///
     /// # Errors
     /// [`Error::Invalid`] naming a tensor that is missing or does not fit, [`Error::Unsupported`] one too many.
@@ -161,7 +162,9 @@ impl Model {
                 // What is before the layers and after them.
                 let (d, v) = (self.config.n_embd, self.config.n_vocab);
                 tape.global("token_embd.weight", &[d, v]);
-                tape.find_global("output.weight", &[d, v]);
+                if tape.find_global("output.weight", &[d, v]).is_some() {
+                    maps.push(Map::unembedding(self.config.n_layer, [d, v]));
+                }
                 tape.global("output_norm.weight", &[d]);
             } else {
                 let x = tape.leaf(arena.tensor(Type::F32, &[self.config.n_embd, batch.len()]));
@@ -226,7 +229,8 @@ impl Model {
         Weights::new(&self.engine, &self.index)
     }
 
-    /// The linear maps of all layers, those that can carry an adapter, by layer and in the order of one.
+    /// The linear maps that can carry an adapter, by layer and in the order of one; at last the unembedding where it is
+    /// not the embedding.
     pub fn maps(&self) -> &[Map] {
         &self.maps
     }
@@ -252,6 +256,37 @@ impl Model {
     /// The norm before the unembedding, of hidden states `[D, T]`.
     fn final_norm<'a>(&'a self, arena: &'a Arena, hidden: Tensor<'a>) -> Tensor<'a> {
         ops::rms_norm(arena, hidden, self.weights().output_norm(), self.config.rms_eps)
+    }
+
+    /// What makes logits of hidden states `[D, T]`, the adapter's term included.
+    fn head<'a>(
+        &'a self,
+        arena: &'a Arena,
+        hidden: Tensor<'a>,
+        lora: Option<&'a Lora>,
+    ) -> Head<'a> {
+        let pair = lora.and_then(|lora| lora.head_pair(self.config.n_layer));
+        let low = pair.map(|Pair { a, b, scale, .. }| LowRank {
+            factor: b,
+            input: ops::linear(arena, a, hidden, None, None), // [r, T]
+            scale,
+        });
+        Head { low, ..Head::new(hidden, self.weights().unembedding(), self.config.logits) }
+    }
+
+    /// d logprob / d hidden, `[D, T]`, of what [`Model::head`] made.
+    fn head_back<'a>(
+        &'a self,
+        arena: &'a Arena,
+        lora: Option<&'a Lora>,
+        scored: &Logprob<'a>,
+    ) -> Option<Tensor<'a>> {
+        let own = scored.gradient?;
+        let pair = lora.and_then(|lora| lora.head_pair(self.config.n_layer));
+        let (Some(du), Some(Pair { a, .. })) = (scored.gradient_low, pair) else {
+            return Some(own);
+        };
+        Some(ops::linear_back(arena, a, du, None, Some(own)))
     }
 
     /// Says how long the contexts are that the model decodes in, so that training computes as rollouts do: some

@@ -113,10 +113,12 @@ pub struct Question<'q> {
 }
 
 impl Engine {
-    /// The policies of hidden states `[D, C]` at temperature 1: `softmax(h E_u^T)`, as they stand.
+    /// The policies of hidden states `[D, C]` at temperature 1: `softmax(h E_u^T)`, as they stand; E_u with the
+    /// adapter's term, where it has one.
     pub fn policies(
         &mut self,
         model: &Model,
+        lora: Option<&Lora>,
         hidden: &[f32],
         question: &Question<'_>,
     ) -> Result<Answers> {
@@ -132,8 +134,7 @@ impl Engine {
             node
         });
         let wanted = Compare { taken, group: question.group, top_k: question.top_k };
-        let (e_u, map) = (model.weights().unembedding(), model.config().logits);
-        let node = ops::policies(&arena, h, e_u, wanted, map).values;
+        let node = ops::policies(&arena, model.head(&arena, h, lora), wanted).values;
         graph.output(node);
         let computed = self.executor().run(&graph, &inputs)?;
         Ok(Answers::new(computed.f32(node), question.top_k))

@@ -30,10 +30,10 @@ use ggml_sys as sys;
 use serde::{Deserialize, Serialize};
 
 use super::exp::{exp, softcap};
-use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::{Weight, steps};
-use super::logits::{Head, LogitMap};
-use super::rows::{check_head, partition};
+use super::gemm::with_scratch;
+use super::linear::steps;
+use super::logits::{Head, RawHead};
+use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -106,11 +106,14 @@ pub fn distill<'a>(
     lse: [Tensor<'a>; 2],
     spec: DistillSpec,
 ) -> Distilled<'a> {
+    const OP: &str = "distill";
     let [d, t, ..] = student.hidden.shape();
+    let mut sources = [student, teacher].map(|head| head.sources(OP)).concat();
     for head in [student, teacher] {
-        check_head("distill", head.hidden, head.unembedding);
-        assert!(head.hidden.shape()[1] == t, "distill: {t} tokens, and {:?}", head.hidden);
+        assert!(head.hidden.shape()[1] == t, "{OP}: {t} tokens, and {:?}", head.hidden);
+        assert!(head.low.is_none(), "{OP}: adapters on the unembedding are refused before");
     }
+    sources.extend(lse);
     let [v, v_teacher] = [student, teacher].map(|head| head.unembedding.shape()[1]);
     assert_eq!(v, v_teacher, "distill: one vocabulary");
     for lse in lse {
@@ -127,13 +130,11 @@ pub fn distill<'a>(
             },
             beta: spec.beta,
             inv_temperature: spec.inv_temperature,
-            student: student.map.params(),
-            teacher: teacher.map.params(),
+            student: student.params(OP, &mut sources),
+            teacher: teacher.params(OP, &mut sources),
         },
         tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
     };
-    let sources =
-        [student.hidden, student.unembedding, teacher.hidden, teacher.unembedding, lse[0], lse[1]];
     // One result: T divergences, then [D, T].
     let all = arena.custom([t * (1 + d), 1, 1, 1], &sources, kernel, params);
     Distilled { divergence: arena.part(all, 0, [t, 1]), gradient: arena.part(all, t, [d, t]) }
@@ -141,18 +142,13 @@ pub fn distill<'a>(
 
 /// Hidden states, unembedding and log-sum-exps of one model.
 struct Side {
-    d: usize,
-    h: *const f32,
-    unembedding: Weight,
-    map: LogitMap,
+    head: RawHead,
     lse: *const f32,
 }
 
 struct Job {
     student: Side,
     teacher: Side,
-    t: usize,
-    v: usize,
     kind: DivergenceKind,
     beta: f32,
     inv_temperature: f32,
@@ -170,19 +166,13 @@ unsafe extern "C" fn kernel(
     let (params, job) = unsafe {
         let params = &*userdata.cast::<Params>();
         debug_assert_eq!(params.c.op, sys::BUPO_OP_DISTILL);
-        let src = &(*dst).src;
-        let side = |i: usize, lse: usize, map| Side {
-            d: (*src[i]).ne[0] as usize,
-            h: (*src[i]).data.cast(),
-            unembedding: Weight::new(src[i + 1]),
-            map: LogitMap::from_params(map),
-            lse: (*src[lse]).data.cast(),
+        let side = |first: usize, lse: usize, map| Side {
+            head: RawHead::new(dst, first, map),
+            lse: (*(*dst).src[lse]).data.cast(),
         };
         let job = Job {
             student: side(0, 4, params.c.student),
             teacher: side(2, 5, params.c.teacher),
-            t: (*src[0]).ne[1] as usize,
-            v: (*src[1]).ne[1] as usize,
             kind: match params.c.divergence {
                 sys::BUPO_REVERSE_KL => DivergenceKind::Reverse,
                 sys::BUPO_FORWARD_KL => DivergenceKind::Forward,
@@ -195,9 +185,10 @@ unsafe extern "C" fn kernel(
         (params, job)
     };
     for (tile, slots) in params.tiles.iter().enumerate() {
-        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.t);
+        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.student.head.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
-        let partial = unsafe { job.partial(tokens.clone(), partition(job.v, ith, nth)) };
+        let partial =
+            unsafe { job.partial(tokens.clone(), partition(job.student.head.v, ith, nth)) };
         let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         slots.resize_with(nth as usize, || None);
         slots[ith as usize] = Some(partial);
@@ -210,24 +201,9 @@ unsafe extern "C" fn kernel(
 }
 
 impl Side {
-    /// Products `z = scale E h` of `tokens` for rows `vs`: `(v, t)`, one token's in a row of memory.
-    ///
-    /// # Safety
-    /// Both ranges lie within the sources; `z` has room for the results, `e` is a tile of rows `vs`.
-    unsafe fn products(&self, tokens: &Range<usize>, e: Matrix<*const f32>, z: &mut [f32]) {
-        let n = tokens.len();
-        let width = z.len() / n;
-        // SAFETY: by contract.
-        unsafe {
-            let h = Matrix::new(self.h.add(tokens.start * self.d), 1, self.d); // (d, t)
-            let l = Matrix::new(z.as_mut_ptr(), 1, width); // (v, t)
-            gemm([width, n, self.d], l, false, e, h, self.map.scale);
-        }
-    }
-
     /// The tempered logit of a product, and its derivative.
     fn logit(&self, z: f32, inv_temperature: f32) -> (f32, f32) {
-        let (l, w) = self.map.softcap.map_or((z, 1.0), |c| softcap(z, c));
+        let (l, w) = self.head.map.softcap.map_or((z, 1.0), |c| softcap(z, c));
         (inv_temperature * l, w)
     }
 }
@@ -238,7 +214,8 @@ impl Job {
     /// # Safety
     /// Both ranges lie within the sources, which are live.
     unsafe fn partial(&self, tokens: Range<usize>, vocab: Range<usize>) -> Partial {
-        let (d, n) = (self.student.d, tokens.len());
+        let (student, teacher) = (&self.student.head, &self.teacher.head);
+        let (d, n) = (student.d, tokens.len());
         let has_mean = self.kind != DivergenceKind::Forward;
         let mut sums = Partial {
             value: vec![0.0; n],
@@ -246,8 +223,7 @@ impl Job {
             first: vec![0.0; d * n],
             second: vec![0.0; if has_mean { d * n } else { 0 }],
         };
-        let scratch = |side: &Side| side.unembedding.scratch(VOCAB_STEP, side.d);
-        let rows = scratch(&self.student).max(scratch(&self.teacher));
+        let rows = student.scratch(VOCAB_STEP).max(teacher.scratch(VOCAB_STEP));
         with_scratch(rows + 2 * VOCAB_STEP * n, |scratch| {
             let (rows, products) = scratch.split_at_mut(rows);
             let (p, q) = products.split_at_mut(VOCAB_STEP * n);
@@ -257,10 +233,10 @@ impl Job {
                 // SAFETY: by contract; the teacher's tile is done with before the student's takes its place, which
                 // the two sums read once more.
                 unsafe {
-                    let e = self.teacher.unembedding.tile(vs.clone(), 0..self.teacher.d, rows);
-                    self.teacher.products(&tokens, e, q);
-                    let e = self.student.unembedding.tile(vs, 0..d, rows); // (v, d)
-                    self.student.products(&tokens, e, p);
+                    let e = teacher.tile(vs.clone(), rows);
+                    teacher.multiply(e, &vs, tokens.clone(), q, teacher.map.scale);
+                    let e = student.tile(vs.clone(), rows); // (v, d)
+                    student.multiply(e, &vs, tokens.clone(), p, student.map.scale);
                     for (t, (p, q)) in
                         p.chunks_exact_mut(width).zip(q.chunks_exact_mut(width)).enumerate()
                     {
@@ -270,13 +246,9 @@ impl Job {
                         sums.value[t] += value;
                         sums.mean[t] += mean;
                     }
-                    let e = Matrix::new(e.data, e.column, e.row); // (d, v)
-                    let first = Matrix::new(sums.first.as_mut_ptr(), 1, d); // (d, t)
-                    gemm([d, n, width], first, true, e, Matrix::new(q.as_ptr(), 1, width), 1.0);
+                    student.add_rows(e, &vs, q, &mut sums.first);
                     if has_mean {
-                        let second = Matrix::new(sums.second.as_mut_ptr(), 1, d);
-                        let p = Matrix::new(p.as_ptr(), 1, width);
-                        gemm([d, n, width], second, true, e, p, 1.0);
+                        student.add_rows(e, &vs, p, &mut sums.second);
                     }
                 }
             }
@@ -331,8 +303,8 @@ impl Job {
     /// # Safety
     /// `tokens` lies within the sources, and nobody else writes these results.
     unsafe fn finish(&self, tokens: Range<usize>, partials: &[Partial]) {
-        let d = self.student.d;
-        let factor = self.student.map.scale * self.inv_temperature;
+        let RawHead { d, t, map, .. } = self.student.head;
+        let factor = map.scale * self.inv_temperature;
         for (i, token) in tokens.enumerate() {
             let sum =
                 |of: fn(&Partial) -> &Vec<f64>| partials.iter().map(|p| of(p)[i]).sum::<f64>();
@@ -340,7 +312,7 @@ impl Job {
             // SAFETY: by contract; `out` has T values, then D for each token.
             let out = unsafe {
                 *self.out.add(token) = value as f32;
-                std::slice::from_raw_parts_mut(self.out.add(self.t + token * d), d)
+                std::slice::from_raw_parts_mut(self.out.add(t + token * d), d)
             };
             out.fill(0.0);
             for part in partials {

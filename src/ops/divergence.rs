@@ -17,10 +17,10 @@ use std::sync::Mutex;
 use ggml_sys as sys;
 
 use super::exp::exp;
-use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::{Weight, steps};
-use super::logits::{Head, LogitMap};
-use super::rows::{check_head, partition};
+use super::gemm::with_scratch;
+use super::linear::steps;
+use super::logits::{Head, RawHead};
+use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -78,22 +78,21 @@ pub fn divergence<'a>(
     target: Tensor<'a>,
 ) -> Divergence<'a> {
     let t = p.hidden.shape()[1];
-    for head in [p, q] {
-        check_head("divergence", head.hidden, head.unembedding);
-        assert!(head.hidden.shape()[1] == t, "divergence: {t} tokens, and {:?}", head.hidden);
-    }
+    const OP: &str = "divergence";
+    let mut sources = [p, q].map(|head| head.sources(OP)).concat();
+    assert!(q.hidden.shape()[1] == t, "{OP}: {t} tokens, and {:?}", q.hidden);
     let [v_p, v_q] = [p, q].map(|head| head.unembedding.shape()[1]);
-    assert_eq!(v_p, v_q, "divergence: one vocabulary");
-    assert!(target.ty() == Type::I32 && target.len() == t, "divergence: {target:?}");
+    assert_eq!(v_p, v_q, "{OP}: one vocabulary");
+    assert!(target.ty() == Type::I32 && target.len() == t, "{OP}: {target:?}");
+    sources.push(target);
     let params = Params {
         c: sys::bupo_divergence_params {
             op: sys::BUPO_OP_DIVERGENCE,
-            p: p.map.params(),
-            q: q.map.params(),
+            p: p.params(OP, &mut sources),
+            q: q.params(OP, &mut sources),
         },
         tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
     };
-    let sources = [p.hidden, p.unembedding, q.hidden, q.unembedding, target];
     let all = arena.custom([4 * t, 1, 1, 1], &sources, kernel, params);
     Divergence {
         kl: arena.part(all, 0, [t, 1]),
@@ -103,19 +102,9 @@ pub fn divergence<'a>(
     }
 }
 
-/// Hidden states and unembedding of one model.
-struct Model {
-    d: usize,
-    h: *const f32,
-    unembedding: Weight,
-    map: LogitMap,
-}
-
 struct Job {
-    p: Model,
-    q: Model,
-    t: usize,
-    v: usize,
+    p: RawHead,
+    q: RawHead,
     targets: *const i32,
     out: *mut f32,
 }
@@ -126,32 +115,23 @@ unsafe extern "C" fn kernel(
     nth: c_int,
     userdata: *mut c_void,
 ) {
-    // SAFETY: `divergence` made this node: h_p, e_p, h_q, e_q, targets as checked there, dst with room for
+    // SAFETY: `divergence` made this node: the sources of two heads, targets as checked there, dst with room for
     // 4 T results, Params as userdata.
     let (params, job) = unsafe {
         let params = &*userdata.cast::<Params>();
         debug_assert_eq!(params.c.op, sys::BUPO_OP_DIVERGENCE);
-        let src = &(*dst).src;
-        let model = |i: usize, map| Model {
-            d: (*src[i]).ne[0] as usize,
-            h: (*src[i]).data.cast(),
-            unembedding: Weight::new(src[i + 1]),
-            map: LogitMap::from_params(map),
-        };
         let job = Job {
-            p: model(0, params.c.p),
-            q: model(2, params.c.q),
-            t: (*src[0]).ne[1] as usize,
-            v: (*src[1]).ne[1] as usize,
-            targets: (*src[4]).data.cast(),
+            p: RawHead::new(dst, 0, params.c.p),
+            q: RawHead::new(dst, 2, params.c.q),
+            targets: (*(*dst).src[4]).data.cast(),
             out: (*dst).data.cast(),
         };
         (params, job)
     };
     for (tile, slots) in params.tiles.iter().enumerate() {
-        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.t);
+        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.p.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
-        let partial = unsafe { job.partial(tokens.clone(), partition(job.v, ith, nth)) };
+        let partial = unsafe { job.partial(tokens.clone(), partition(job.p.v, ith, nth)) };
         let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         slots.resize_with(nth as usize, || None);
         slots[ith as usize] = Some(partial);
@@ -163,29 +143,23 @@ unsafe extern "C" fn kernel(
     }
 }
 
-impl Model {
-    /// Logits of `tokens` for rows `vs`: `(v, t)`, one token's in a row of memory.
-    ///
-    /// # Safety
-    /// Both ranges lie within the sources; `rows` has room for a dequantised tile, `logits` for the results.
-    unsafe fn logits(
-        &self,
-        tokens: &Range<usize>,
-        vs: Range<usize>,
-        rows: &mut [f32],
-        logits: &mut [f32],
-    ) {
-        let (width, n) = (vs.len(), tokens.len());
-        debug_assert!(logits.len() >= width * n);
-        // SAFETY: by contract.
-        unsafe {
-            let e = self.unembedding.tile(vs, 0..self.d, rows); // (v, d)
-            let h = Matrix::new(self.h.add(tokens.start * self.d), 1, self.d); // (d, t)
-            let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, t)
-            gemm([width, n, self.d], l, false, e, h, self.map.scale);
-        }
-        self.map.cap(&mut logits[..width * n]);
+/// Logits of `tokens` for rows `vs`: `(v, t)`, one token's in a row of memory.
+///
+/// # Safety
+/// Both ranges lie within the head's sources; `rows` has room for a dequantised tile.
+unsafe fn logits(
+    head: &RawHead,
+    tokens: &Range<usize>,
+    vs: &Range<usize>,
+    rows: &mut [f32],
+    logits: &mut [f32],
+) {
+    // SAFETY: by contract.
+    unsafe {
+        let e = head.tile(vs.clone(), rows); // (v, d)
+        head.multiply(e, vs, tokens.clone(), logits, head.map.scale);
     }
+    head.map.cap(&mut logits[..vs.len() * tokens.len()]);
 }
 
 impl Job {
@@ -197,17 +171,16 @@ impl Job {
         let n = tokens.len();
         let side = Side { max: f32::NEG_INFINITY, best: vocab.start, sum: 0.0, target: None };
         let mut sums = vec![Partial { p: side, q: side, cross: 0.0 }; n];
-        let scratch = |m: &Model| m.unembedding.scratch(VOCAB_STEP, m.d);
-        let rows = scratch(&self.p).max(scratch(&self.q));
+        let rows = self.p.scratch(VOCAB_STEP).max(self.q.scratch(VOCAB_STEP));
         with_scratch(rows + 2 * VOCAB_STEP * n, |scratch| {
-            let (rows, logits) = scratch.split_at_mut(rows);
-            let (p, q) = logits.split_at_mut(VOCAB_STEP * n);
+            let (rows, both) = scratch.split_at_mut(rows);
+            let (p, q) = both.split_at_mut(VOCAB_STEP * n);
             for vs in steps(vocab, VOCAB_STEP) {
                 let width = vs.len();
                 // SAFETY: by contract; scratch holds a tile of E and two tiles of logits.
                 unsafe {
-                    self.p.logits(&tokens, vs.clone(), rows, p);
-                    self.q.logits(&tokens, vs.clone(), rows, q);
+                    logits(&self.p, &tokens, &vs, rows, p);
+                    logits(&self.q, &tokens, &vs, rows, q);
                 }
                 for (t, sums) in sums.iter_mut().enumerate() {
                     let column = t * width..(t + 1) * width;
@@ -242,7 +215,7 @@ impl Job {
             ];
             for (k, x) in results.into_iter().enumerate() {
                 // SAFETY: by contract; `out` has 4 T values.
-                unsafe { *self.out.add(k * self.t + token) = x as f32 };
+                unsafe { *self.out.add(k * self.p.t + token) = x as f32 };
             }
         }
     }

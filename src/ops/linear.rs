@@ -48,7 +48,12 @@ pub struct LowRank<'a> {
 
 impl<'a> LowRank<'a> {
     /// Both tensors, which must have these shapes.
-    fn sources(self, op: &str, factor: [usize; 2], input: [usize; 2]) -> [Tensor<'a>; 2] {
+    pub(super) fn sources(
+        self,
+        op: &str,
+        factor: [usize; 2],
+        input: [usize; 2],
+    ) -> [Tensor<'a>; 2] {
         f32_matrix(&format!("{op} factor"), self.factor, factor);
         f32_matrix(&format!("{op} low-rank input"), self.input, input);
         [self.factor, self.input]

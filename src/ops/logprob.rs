@@ -1,12 +1,13 @@
 //! `linear_logprob`: log-prob, log-sum-exp and entropy of a softmax over the vocabulary, straight from
 //! hidden states, and their vjp, without ever holding `[V, T]` logits.
 //!
-//! With `z_v = scale E_u[v] . h`, `l_v = z_v / T` or, with a softcap c, `l_v = c tanh(z_v / c) / T`,
+//! With `z_v = scale (E_u[v] . h + s B[v] . u)`, the second term an adapter's with u = A h where there is one, `l_v = z_v / T` or, with a softcap c, `l_v = c tanh(z_v / c) / T`,
 //! `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and `w_v = 1` or `w_v = 1 - tanh^2(z_v / c)`:
 //!
 //! ```text
 //! logprob = l_target - lse          entropy = -sum_v p_v log p_v = lse - sum_v p_v l_v
-//! d logprob / dh = (w_target E_u[target] - sum_v p_v w_v E_u[v]) scale / T
+//! d logprob / dh = (w_target E_u[target] - sum_v p_v w_v E_u[v]) scale / T        at this u
+//! d logprob / du = (w_target B[target] - sum_v p_v w_v B[v]) s scale / T
 //! ```
 //!
 //! One pass over the vocabulary in tiles does both directions: as flash attention with K = V = E_u, it
@@ -24,10 +25,10 @@ use std::sync::Mutex;
 use ggml_sys as sys;
 
 use super::exp::{exp, softcap};
-use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::{Weight, steps};
-use super::logits::LogitMap;
-use super::rows::{check_head, maximum, partition};
+use super::gemm::with_scratch;
+use super::linear::steps;
+use super::logits::{Head, RawHead};
+use super::rows::{maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -54,8 +55,10 @@ pub struct Logprob<'a> {
     pub lse: Tensor<'a>,
     /// Entropy, nats.
     pub entropy: Tensor<'a>,
-    /// d logprob / dh: `[D, T]`, when asked for.
+    /// d logprob / dh: `[D, T]`, when asked for; where there is a low-rank term, at a fixed u.
     pub gradient: Option<Tensor<'a>>,
+    /// d logprob / du: `[r, T]`, of the low-rank term's input, when asked for.
+    pub gradient_low: Option<Tensor<'a>>,
 }
 
 #[repr(C)]
@@ -73,58 +76,54 @@ struct Partial {
     weighted: Vec<f64>,
     // The target's l and w, where this part of the vocabulary holds it.
     target: Vec<Option<(f32, f32)>>,
-    // sum e^(l - max) w E_u[v]: [D, tokens]
+    // sum e^(l - max) w E_u[v], and the same of s B: [D + r, tokens]
     mean: Vec<f32>,
 }
 
-/// Log-probs of `target: [T]` I32 (in range), and entropies, of hidden states `h: [D, T]` under the
-/// unembedding `e_u: [D, V]` of any type; `inv_temperature` multiplies the logits that `map` makes.
+/// Log-probs of `target: [T]` I32 (in range), and entropies, of hidden states `[D, T]`; `inv_temperature`
+/// multiplies the logits.
 pub fn linear_logprob<'a>(
     arena: &'a Arena,
-    h: Tensor<'a>,
-    e_u: Tensor<'a>,
+    head: Head<'a>,
     target: Option<Tensor<'a>>,
-    map: LogitMap,
     inv_temperature: f32,
     gradient: bool,
 ) -> Logprob<'a> {
-    let [d, t, ..] = h.shape();
-    check_head("linear_logprob", h, e_u);
+    const OP: &str = "linear_logprob";
+    let [d, t, ..] = head.hidden.shape();
+    let r = head.low.map_or(0, |low| low.factor.shape()[0]);
     assert!(!gradient || target.is_some(), "the gradient is the target's");
-    let mut sources = vec![h, e_u];
+    let mut sources = head.sources(OP);
     if let Some(target) = target {
-        assert!(target.ty() == Type::I32 && target.len() == t, "linear_logprob: {target:?}");
+        assert!(target.ty() == Type::I32 && target.len() == t, "{OP}: {target:?}");
         sources.push(target);
     }
-    let width = if gradient { 3 + d } else { 3 };
+    let width = if gradient { 3 + d + r } else { 3 };
     let params = Params {
         c: sys::bupo_logprob_params {
             op: sys::BUPO_OP_LOGPROB,
             inv_temperature,
+            targets: target.is_some() as u32,
             gradient: gradient as u32,
-            map: map.params(),
+            map: head.params(OP, &mut sources),
         },
         tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
     };
-    // One result: T log-probs, T log-sum-exps, T entropies, then [D, T].
+    // One result: T log-probs, T log-sum-exps, T entropies, then [D, T] and [r, T].
     let all = arena.custom([t * width, 1, 1, 1], &sources, kernel, params);
     Logprob {
         logprob: arena.part(all, 0, [t, 1]),
         lse: arena.part(all, t, [t, 1]),
         entropy: arena.part(all, 2 * t, [t, 1]),
         gradient: gradient.then(|| arena.part(all, 3 * t, [d, t])),
+        gradient_low: (gradient && r > 0).then(|| arena.part(all, (3 + d) * t, [r, t])),
     }
 }
 
 /// The sources as a kernel reads them.
 struct Job {
-    d: usize,
-    t: usize,
-    v: usize,
-    h: *const f32,
-    unembedding: Weight,
+    head: RawHead,
     targets: *const i32,
-    map: LogitMap,
     inv_temperature: f32,
     gradient: bool,
     out: *mut f32,
@@ -136,20 +135,14 @@ unsafe extern "C" fn kernel(
     nth: c_int,
     userdata: *mut c_void,
 ) {
-    // SAFETY: `linear_logprob` made this node: h F32 [D, T], e_u [D, V], targets I32 [T] or null, dst
+    // SAFETY: `linear_logprob` made this node: a head's sources, targets I32 [T] where params say so, dst
     // with room for all results, Params as userdata.
     let (params, job) = unsafe {
         let params = &*userdata.cast::<Params>();
-        let src = &(*dst).src;
-        let targets = if src[2].is_null() { std::ptr::null() } else { (*src[2]).data.cast() };
+        let has_targets = params.c.targets != 0;
         let job = Job {
-            d: (*src[0]).ne[0] as usize,
-            t: (*src[0]).ne[1] as usize,
-            v: (*src[1]).ne[1] as usize,
-            h: (*src[0]).data.cast(),
-            unembedding: Weight::new(src[1]),
-            targets,
-            map: LogitMap::from_params(params.c.map),
+            head: RawHead::new(dst, 0, params.c.map),
+            targets: if has_targets { (*(*dst).src[2]).data.cast() } else { std::ptr::null() },
             inv_temperature: params.c.inv_temperature,
             gradient: params.c.gradient != 0,
             out: (*dst).data.cast(),
@@ -157,9 +150,9 @@ unsafe extern "C" fn kernel(
         (params, job)
     };
     for (tile, slots) in params.tiles.iter().enumerate() {
-        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.t);
+        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.head.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
-        let partial = unsafe { job.partial(tokens.clone(), partition(job.v, ith, nth)) };
+        let partial = unsafe { job.partial(tokens.clone(), partition(job.head.v, ith, nth)) };
         let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         slots.resize_with(nth as usize, || None);
         slots[ith as usize] = Some(partial);
@@ -177,33 +170,32 @@ impl Job {
     /// # Safety
     /// Both ranges lie within the sources, which are live.
     unsafe fn partial(&self, tokens: Range<usize>, vocab: Range<usize>) -> Partial {
-        let (d, n) = (self.d, tokens.len());
+        let (head, n) = (&self.head, tokens.len());
+        let (d, sum_width) = (head.d, head.d + head.rank);
         let mut sums = Partial {
             max: vec![f32::NEG_INFINITY; n],
             sum: vec![0.0; n],
             weighted: vec![0.0; n],
             target: vec![None; n],
-            mean: vec![0.0; if self.gradient { d * n } else { 0 }],
+            mean: vec![0.0; if self.gradient { sum_width * n } else { 0 }],
         };
         let step = (VOCAB_TILE / d / 64 * 64).clamp(64, VOCAB_STEP);
-        let dequantised = self.unembedding.scratch(step, d);
+        let dequantised = head.scratch(step);
         // Where a softcap comes between, the temperature follows it.
-        let alpha = match self.map.softcap {
-            None => self.map.scale * self.inv_temperature,
-            Some(_) => self.map.scale,
+        let alpha = match head.map.softcap {
+            None => head.map.scale * self.inv_temperature,
+            Some(_) => head.map.scale,
         };
         // SAFETY: by contract; scratch holds a tile of E_u, a tile of logits, and slopes of one token's.
         with_scratch(dequantised + step * (n + 1), |scratch| unsafe {
             let (rows, scratch) = scratch.split_at_mut(dequantised);
             let (slopes, logits) = scratch.split_at_mut(step);
             for vs in steps(vocab, step) {
-                let e = self.unembedding.tile(vs.clone(), 0..d, rows); // (v, d)
+                let e = head.tile(vs.clone(), rows); // (v, d)
                 let width = vs.len();
-                let h = Matrix::new(self.h.add(tokens.start * d), 1, d); // (d, t)
-                let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, t)
-                gemm([width, n, d], l, false, e, h, alpha);
+                head.multiply(e, &vs, tokens.clone(), logits, alpha); // (v, t)
                 for (t, column) in logits.chunks_exact_mut(width).take(n).enumerate() {
-                    let Some(cap) = self.map.softcap else {
+                    let Some(cap) = head.map.softcap else {
                         self.absorb(&mut sums, t, tokens.start, vs.start, column, None);
                         continue;
                     };
@@ -216,10 +208,7 @@ impl Job {
                     column.iter_mut().zip(slopes).for_each(|(e, slope)| *e *= *slope);
                 }
                 if self.gradient {
-                    let mean = Matrix::new(sums.mean.as_mut_ptr(), 1, d); // (d, t)
-                    let e = Matrix::new(e.data, e.column, e.row); // (d, v)
-                    let p = Matrix::new(logits.as_ptr(), 1, width); // (v, t)
-                    gemm([d, n, width], mean, true, e, p, 1.0);
+                    head.add_rows(e, &vs, logits, &mut sums.mean);
                 }
             }
         });
@@ -258,7 +247,8 @@ impl Job {
                 sums.sum[t] *= scale;
                 if self.gradient {
                     let scale = scale as f32;
-                    sums.mean[t * self.d..][..self.d].iter_mut().for_each(|x| *x *= scale);
+                    let width = self.head.d + self.head.rank;
+                    sums.mean[t * width..][..width].iter_mut().for_each(|x| *x *= scale);
                 }
             }
         }
@@ -291,8 +281,10 @@ impl Job {
     /// # Safety
     /// `tokens` lies within the sources, targets are rows of E_u, and nobody else writes these results.
     unsafe fn finish(&self, tokens: Range<usize>, partials: Vec<Partial>) {
-        let d = self.d;
-        let mut row = vec![0f32; self.unembedding.scratch(1, d)];
+        let (head, all) = (&self.head, self.head.t);
+        let (d, r) = (head.d, head.rank);
+        let mut scratch = vec![0f32; head.scratch(1)];
+        let mut row = vec![0f32; d + r];
         for (i, token) in tokens.enumerate() {
             let max = partials.iter().map(|p| p.max[i]).fold(f32::NEG_INFINITY, f32::max);
             let (mut sum, mut weighted, mut target) = (0.0, 0.0, None);
@@ -305,30 +297,29 @@ impl Job {
             }
             let lse = max as f64 + sum.ln();
             let logprob = target.map_or(0.0, |(l, _)| l as f64 - lse);
-            // SAFETY: by contract; `out` has 3 T values, then D for each token.
+            // SAFETY: by contract; `out` has 3 T values, then D for each token, then r for each.
             unsafe {
                 *self.out.add(token) = logprob as f32;
-                *self.out.add(self.t + token) = lse as f32;
-                *self.out.add(2 * self.t + token) = (sum.ln() - weighted / sum) as f32;
+                *self.out.add(all + token) = lse as f32;
+                *self.out.add(2 * all + token) = (sum.ln() - weighted / sum) as f32;
                 if !self.gradient {
                     continue;
                 }
-                let factor = self.map.scale * self.inv_temperature;
+                let factor = head.map.scale * self.inv_temperature;
                 let own = factor * target.map_or(1.0, |(_, slope)| slope);
-                let target = *self.targets.add(token) as usize;
-                let e = self.unembedding.tile(target..target + 1, 0..d, &mut row);
-                let e = std::slice::from_raw_parts(e.data, d);
-                let out = std::slice::from_raw_parts_mut(self.out.add(3 * self.t + token * d), d);
-                for (g, e) in out.iter_mut().zip(e) {
-                    *g = own * e;
-                }
+                head.row(*self.targets.add(token) as usize, &mut scratch, &mut row);
+                row.iter_mut().for_each(|g| *g *= own);
                 for p in &partials {
                     let scale = ((p.max[i] - max) as f64).exp() / sum;
                     let scale = scale as f32 * factor;
-                    for (g, m) in out.iter_mut().zip(&p.mean[i * d..][..d]) {
+                    for (g, m) in row.iter_mut().zip(&p.mean[i * (d + r)..]) {
                         *g -= scale * m;
                     }
                 }
+                let out = self.out.add(3 * all);
+                std::slice::from_raw_parts_mut(out.add(token * d), d).copy_from_slice(&row[..d]);
+                let low = out.add(all * d + token * r);
+                std::slice::from_raw_parts_mut(low, r).copy_from_slice(&row[d..]);
             }
         }
     }

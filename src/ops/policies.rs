@@ -1,6 +1,6 @@
 //! `policies`: what many hidden states say through one unembedding, in a single pass over the vocabulary.
 //!
-//! For a column `h` with logits `l` ([`LogitMap`]), `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and the
+//! For a column `h` with logits `l` ([`Head`]), `lse = log sum_v e^(l_v)`, `p_v = e^(l_v - lse)`, and the
 //! column `r` that it is compared with, of probabilities `q_v`:
 //!
 //! ```text
@@ -22,11 +22,11 @@ use std::sync::Mutex;
 use ggml_sys as sys;
 
 use super::exp::exp;
-use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::{Weight, steps};
-use super::logits::LogitMap;
+use super::gemm::with_scratch;
+use super::linear::steps;
+use super::logits::{Head, RawHead};
 use super::queue::Queue;
-use super::rows::{dot, maximum, partition};
+use super::rows::{maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Columns that one pass over the vocabulary serves: what dequantising costs is shared among them.
@@ -175,34 +175,28 @@ const NOTHING: Sums = Sums {
     back: 0.0,
 };
 
-/// Entropies and more of hidden states `h: [D, C]` under the unembedding `e_u: [D, V]` of any type.
-pub fn policies<'a>(
-    arena: &'a Arena,
-    h: Tensor<'a>,
-    e_u: Tensor<'a>,
-    wanted: Compare<'a>,
-    map: LogitMap,
-) -> Policies<'a> {
-    let [d, columns, ..] = h.shape();
-    let v = e_u.shape()[1];
-    assert!(h.ty() == Type::F32 && h.is_contiguous(), "policies of {h:?}");
-    assert!(e_u.shape()[0] == d && e_u.ty().can_dequantize(), "policies: {h:?} by {e_u:?}");
+/// Entropies and more of hidden states `[D, C]` under their head.
+pub fn policies<'a>(arena: &'a Arena, head: Head<'a>, wanted: Compare<'a>) -> Policies<'a> {
+    const OP: &str = "policies";
+    let (columns, v) = (head.hidden.shape()[1], head.unembedding.shape()[1]);
+    let mut sources = head.sources(OP);
     assert!(wanted.group > 0 && columns.is_multiple_of(wanted.group), "{columns} in groups");
     assert!(wanted.top_k <= v && v < 1 << 24, "ids are given as F32");
-    let mut sources = vec![h, e_u];
     if let Some(taken) = wanted.taken {
-        assert!(taken.ty() == Type::I32 && taken.len() == columns, "policies: {taken:?}");
+        assert!(taken.ty() == Type::I32 && taken.len() == columns, "{OP}: {taken:?}");
         let shape = [columns, 1, 1, 1];
-        let op = sys::BUPO_OP_TAKEN_LOGITS;
-        let params = sys::bupo_taken_logits_params { op, map: map.params() };
-        sources.extend([taken, arena.custom(shape, &[h, e_u, taken], taken_kernel, params)]);
+        sources.push(taken);
+        let mut all = sources.clone();
+        let map = head.params(OP, &mut all);
+        let params = sys::bupo_taken_logits_params { op: sys::BUPO_OP_TAKEN_LOGITS, map };
+        sources.push(arena.custom(shape, &all, taken_kernel, params));
     }
     let c = sys::bupo_policies_params {
         op: sys::BUPO_OP_POLICIES,
         group: wanted.group as u32,
         top_k: wanted.top_k as u32,
         taken: wanted.taken.is_some() as u32,
-        map: map.params(),
+        map: head.params(OP, &mut sources),
     };
     let passes = columns.div_ceil(pass_columns(wanted.group));
     let params = Params { c, passes: (0..passes).map(|_| Pass::default()).collect() };
@@ -221,37 +215,25 @@ unsafe extern "C" fn taken_kernel(
     nth: c_int,
     userdata: *mut c_void,
 ) {
-    // SAFETY: `policies` made this node: h F32 [D, C], e_u [D, V], taken I32 [C] in range, dst F32 [C], the
+    // SAFETY: `policies` made this node: a head's sources, then taken I32 [C] in range, dst F32 [C], the
     // parameters as userdata.
     unsafe {
-        let map = LogitMap::from_params((*userdata.cast::<sys::bupo_taken_logits_params>()).map);
-        let src = &(*dst).src;
-        let (d, columns) = ((*src[0]).ne[0] as usize, (*src[0]).ne[1] as usize);
-        let (h, taken) = ((*src[0]).data.cast::<f32>(), (*src[2]).data.cast::<i32>());
-        let unembedding = Weight::new(src[1]);
-        let mut row = vec![0f32; unembedding.scratch(1, d)];
-        for c in partition(columns, ith, nth) {
-            let token = *taken.add(c) as usize;
-            let e = unembedding.tile(token..token + 1, 0..d, &mut row);
-            let e = std::slice::from_raw_parts(e.data, d);
-            let h = std::slice::from_raw_parts(h.add(c * d), d);
-            let mut logit = [map.scale * dot(e, h)];
-            map.cap(&mut logit);
-            *(*dst).data.cast::<f32>().add(c) = logit[0];
+        let head = RawHead::new(dst, 0, (*userdata.cast::<sys::bupo_taken_logits_params>()).map);
+        let taken = (*(*dst).src[2]).data.cast::<i32>();
+        let mut scratch = vec![0f32; head.scratch(1)];
+        let mut row = vec![0f32; head.d + head.rank];
+        for c in partition(head.t, ith, nth) {
+            head.row(*taken.add(c) as usize, &mut scratch, &mut row);
+            *(*dst).data.cast::<f32>().add(c) = head.logit(&row, c);
         }
     }
 }
 
 /// The sources as the kernel reads them.
 struct Job {
-    d: usize,
-    columns: usize,
-    v: usize,
+    head: RawHead,
     group: usize,
     top_k: usize,
-    map: LogitMap,
-    h: *const f32,
-    unembedding: Weight,
     // Null without.
     taken: *const i32,
     taken_logits: *const f32,
@@ -264,34 +246,30 @@ unsafe extern "C" fn kernel(
     nth: c_int,
     userdata: *mut c_void,
 ) {
-    // SAFETY: `policies` made this node: h F32 [D, C], e_u [D, V], then taken I32 [C] and its logits F32 [C]
-    // where params say so, dst F32 [7 + 2 k, C], Params as userdata.
+    // SAFETY: `policies` made this node: a head's sources, then taken I32 [C] and its logits F32 [C] where
+    // params say so, dst F32 [7 + 2 k, C], Params as userdata.
     let (params, job) = unsafe {
         let params = &*userdata.cast::<Params>();
         let src = &(*dst).src;
         let has = params.c.taken != 0;
         let job = Job {
-            d: (*src[0]).ne[0] as usize,
-            columns: (*src[0]).ne[1] as usize,
-            v: (*src[1]).ne[1] as usize,
+            head: RawHead::new(dst, 0, params.c.map),
             group: params.c.group as usize,
             top_k: params.c.top_k as usize,
-            map: LogitMap::from_params(params.c.map),
-            h: (*src[0]).data.cast(),
-            unembedding: Weight::new(src[1]),
             taken: if has { (*src[2]).data.cast() } else { std::ptr::null() },
             taken_logits: if has { (*src[3]).data.cast() } else { std::ptr::null() },
             out: (*dst).data.cast(),
         };
         (params, job)
     };
-    let rows = job.v.div_ceil(CHUNKS).next_multiple_of(64);
-    let chunks = job.v.div_ceil(rows);
+    let (v, columns) = (job.head.v, job.head.t);
+    let rows = v.div_ceil(CHUNKS).next_multiple_of(64);
+    let chunks = v.div_ceil(rows);
     let width = pass_columns(job.group);
     for (i, pass) in params.passes.iter().enumerate() {
-        let columns = i * width..((i + 1) * width).min(job.columns);
+        let columns = i * width..((i + 1) * width).min(columns);
         pass.queue.each(chunks, nth, |chunk| {
-            let vocab = chunk * rows..((chunk + 1) * rows).min(job.v);
+            let vocab = chunk * rows..((chunk + 1) * rows).min(v);
             // SAFETY: columns and vocabulary rows lie within the sources.
             let part = unsafe { job.part(columns.clone(), vocab) };
             let mut parts = pass.parts.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -336,27 +314,26 @@ impl Job {
     /// # Safety
     /// Both ranges lie within the sources, which are live.
     unsafe fn part(&self, columns: Range<usize>, vocab: Range<usize>) -> Part {
-        let (d, n) = (self.d, columns.len());
+        let (head, n) = (&self.head, columns.len());
         let mut part = Part {
             sums: vec![NOTHING; n],
             best: vec![Vec::with_capacity(self.top_k + 1); if self.top_k > 0 { n } else { 0 }],
         };
-        let step = (VOCAB_TILE / d / 64 * 64).clamp(64, 512);
+        let step = (VOCAB_TILE / head.d / 64 * 64).clamp(64, 512);
         let tile = (TILE_COLUMNS / self.group).max(1) * self.group;
-        let dequantised = self.unembedding.scratch(step, d);
+        let dequantised = head.scratch(step);
         let room = dequantised + step * tile.min(n) + step;
         // SAFETY: by contract; scratch holds a tile of E_u, a tile of logits, and one column.
         with_scratch(room, |scratch| unsafe {
             let (rows, scratch) = scratch.split_at_mut(dequantised);
             let (others, logits) = scratch.split_at_mut(step);
             for vs in steps(vocab, step) {
-                let e = self.unembedding.tile(vs.clone(), 0..d, rows); // (v, d)
+                let e = head.tile(vs.clone(), rows); // (v, d)
                 let width = vs.len();
                 for cs in steps(0..n, tile) {
-                    let h = Matrix::new(self.h.add((columns.start + cs.start) * d), 1, d); // (d, c)
-                    let l = Matrix::new(logits.as_mut_ptr(), 1, width); // (v, c)
-                    gemm([width, cs.len(), d], l, false, e, h, self.map.scale);
-                    self.map.cap(&mut logits[..width * cs.len()]);
+                    let ts = columns.start + cs.start..columns.start + cs.end;
+                    head.multiply(e, &vs, ts, logits, head.map.scale); // (v, c)
+                    head.map.cap(&mut logits[..width * cs.len()]);
                     for (c, l) in cs.clone().zip(logits.chunks_exact(width)) {
                         self.look(&mut part, c, columns.start + c, &vs, l);
                     }

@@ -104,13 +104,6 @@ pub(super) unsafe fn rows_of<'k>(
         .map(move |i| unsafe { std::slice::from_raw_parts_mut(data.add(i * width), width) })
 }
 
-/// Hidden states `[D, T]` F32 and an unembedding `[D, V]` that ops over the vocabulary take together.
-pub(super) fn check_head(op: &str, h: Tensor<'_>, e_u: Tensor<'_>) {
-    assert!(h.ty() == Type::F32 && h.is_contiguous(), "{op} of {h:?}");
-    let fits = e_u.shape()[0] == h.shape()[0] && e_u.ty().can_dequantize();
-    assert!(fits, "{op}: {h:?} by {e_u:?}");
-}
-
 /// Row `t` of `x: [n, T]` times `factors[t]`: the cotangent of a hidden state from that of its log-prob.
 pub fn scale_rows<'a>(arena: &'a Arena, x: Tensor<'a>, factors: Tensor<'a>) -> Tensor<'a> {
     assert!(x.ty() == Type::F32 && x.is_contiguous(), "scale_rows of {x:?}");

@@ -116,13 +116,26 @@ pub struct RolloutSizes {
 }
 
 impl RolloutOptions {
+    /// The same with memory for `n` sequences at most, where no more are ever wanted.
+    ///
+    /// # Errors
+    /// See [`llama::Model::kv_token_bytes`].
+    pub fn at_most(self, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
+        let wanted = self.sequence_bytes(model)?.saturating_mul(n.max(1));
+        Ok(RolloutOptions { kv_bytes: self.kv_bytes.min(wanted), ..self })
+    }
+
+    fn sequence_bytes(&self, model: &llama::Model) -> Result<usize> {
+        Ok(self.n_ctx_seq.next_multiple_of(256) * model.kv_token_bytes()?)
+    }
+
     /// As many sequences as the memory for keys and values allows.
     ///
     /// # Errors
     /// [`Error::Invalid`] when not even one sequence fits.
     pub fn sizes(&self, model: &llama::Model) -> Result<RolloutSizes> {
         let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
-        let sequence_bytes = n_ctx_seq * model.kv_token_bytes()?;
+        let sequence_bytes = self.sequence_bytes(model)?;
         let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
         if n_seq == 0 {
             return Err(Error::invalid(
@@ -132,7 +145,8 @@ impl RolloutOptions {
                 "raise it, or lower --max-response",
             ));
         }
-        let n_batch = PREFILL_TOKENS.max(n_seq).max(self.n_ctx_seq);
+        // What all sequences hold is the most that a call can have; it sizes what a decode takes beside its cache.
+        let n_batch = PREFILL_TOKENS.min(n_seq * n_ctx_seq).max(n_seq).max(n_ctx_seq);
         Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, sequence_bytes })
     }
 }

@@ -206,8 +206,8 @@ impl Learner<'_> {
                 Whose::Reference => self.reference.as_ref(),
             };
             self.engine.forward(self.model, lora, &micro.batch, depth)?;
-            let scores =
-                self.engine.score(self.model, &micro.batch, policy, config.temperature, false)?;
+            let (batch, t) = (&micro.batch, config.temperature);
+            let scores = self.engine.score(self.model, lora, batch, policy, t, false)?;
             let values = match &mut self.critic {
                 Some(critic) => {
                     let residual = self.engine.residual(depth, micro.batch.len());
@@ -331,7 +331,8 @@ impl Learner<'_> {
                 }
                 _ => {
                     let (t, keep) = (config.temperature, pass == Pass::Train);
-                    let scores = self.engine.score(model, batch, policy, t, keep)?;
+                    let scores =
+                        self.engine.score(model, Some(&self.lora), batch, policy, t, keep)?;
                     (scores.logprobs, scores.entropies)
                 }
             };

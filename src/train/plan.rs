@@ -108,10 +108,8 @@ impl Plan {
     pub(super) fn of(model: &Model, config: &TrainConfig, workload: &Workload<'_>) -> Result<Plan> {
         let c = config.clone().resolved(model.config().n_layer);
         let m = model.config();
-        let rank = match &c.adapter {
-            Some(path) => AdapterFile::read(path)?.pairs.first().map_or(c.rank, |p| p.rank),
-            None => c.rank,
-        };
+        let file = c.adapter.as_deref().map(AdapterFile::read).transpose()?;
+        let rank = file.iter().flat_map(|f| &f.pairs).map(|p| p.rank).max().unwrap_or(c.rank);
         let threads = c.threads.unwrap_or(1);
 
         let longest = c.max_prompt + c.max_response;
@@ -130,7 +128,10 @@ impl Plan {
         let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
         let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
         let again = acts(false)?;
-        let adapter = 4 * Lora::count_params(model, &c.targets, rank)?;
+        let adapter = 4 * match &file {
+            Some(file) => file.pairs.iter().map(|p| rank * (p.n_in + p.n_out)).sum(),
+            None => Lora::count_params(model, &c.targets, rank)?,
+        };
 
         let files = model.files().iter().filter_map(|f| std::fs::metadata(f).ok());
         let weights: u64 = files.map(|f| f.len()).sum();

@@ -56,7 +56,7 @@ fn gradients(
     batch.push_group(prompt, &[completion], model.config().n_vocab)?;
     let mut gradients = lora.zeros_like()?;
     engine.forward(model, Some(lora), &batch, policy.depth())?;
-    engine.score(model, &batch, policy, 1.0, true)?;
+    engine.score(model, Some(lora), &batch, policy, 1.0, true)?;
     let cotangents: Vec<f32> = completion.iter().map(|_| rng.random_range(-1.0..1.0)).collect();
     engine.backward(model, lora, &mut gradients, &batch, policy, &cotangents)?;
     for i in 0..gradients.len() {

@@ -124,8 +124,14 @@ impl<'m> Trainer<'m> {
         let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
         let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
         let pool = Arc::new(ThreadPool::with(config.threads)?);
+        let evaluated = match &read {
+            Read::Problems(_, held_out, _) => held_out.len() * config.eval_samples,
+            _ => 0,
+        };
+        let wanted = evaluated.max(config.prompts_per_step * config.group);
         let mut rollouts = || -> Result<Rollouts> {
-            let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 };
+            let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 }
+                .at_most(wanted, model.engine())?;
             let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
             rollouts.set_adapter(Some(lora.live(model)?))?;
             Ok(rollouts)
@@ -339,6 +345,19 @@ fn begin_from(model: &Model, config: &mut TrainConfig, adapter: Option<&Path>) -
         return Lora::new(model, &config.targets, config.rank, config.file_alpha(), config.seed);
     };
     let lora = Lora::load(model, path)?;
+    let frozen = lora.frozen();
+    if frozen.len() == lora.slots().len() {
+        let expected = "a pair on a map of attention or FFN";
+        let advice = "nothing of it would be trained: train a new adapter";
+        let place = path.display().to_string();
+        return Err(Error::invalid(place, expected, frozen.join(", "), advice));
+    }
+    if config.algo == Algorithm::Distill && !frozen.is_empty() {
+        let expected = "an adapter of the layers for --algo distill";
+        let advice = "divergences are not computed under an adapted unembedding; merge it first";
+        let place = path.display().to_string();
+        return Err(Error::invalid(place, expected, frozen.join(", "), advice));
+    }
     (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
     config.targets = lora.targets();
     Ok(lora)

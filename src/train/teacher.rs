@@ -103,6 +103,15 @@ impl<'m> Teacher<'m> {
     ) -> Result<Teacher<'m>> {
         let adapter = config.rows.teacher_adapter.as_ref();
         let lora = adapter.map(|path| Lora::load(&model, path)).transpose()?;
+        if let (Some(lora), Some(path)) = (&lora, adapter)
+            && !lora.frozen().is_empty()
+        {
+            let expected = "a teacher's adapter on its layers";
+            let advice =
+                "divergences are not computed under an adapted unembedding; merge it first";
+            let place = path.display().to_string();
+            return Err(Error::invalid(place, expected, lora.frozen().join(", "), advice));
+        }
         let engine = Engine::on(model.device(), pool)?;
         Ok(Teacher { model, lora, engine })
     }

@@ -485,7 +485,7 @@ mod tests {
             let policy = Policy::full(model.config().n_layer);
             for _ in 0..2 {
                 engine.forward_to_train(&model, &lora, &batch, policy.depth()).unwrap();
-                engine.score(&model, &batch, policy, 1.0, true).unwrap();
+                engine.score(&model, Some(&lora), &batch, policy, 1.0, true).unwrap();
                 let d = vec![0.1; batch.scored.len()];
                 engine.backward(&model, &lora, &mut gradients, &batch, policy, &d).unwrap();
                 let (planned, used) = (demand.update(batch.len()).unwrap(), engine.bytes() as u64);

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bupo_gguf::ggml::{Device, DeviceChoice, ThreadPool};
+use bupo_gguf::gguf::{AdapterFile, AdapterPair};
 use bupo_gguf::model::{Engine, Lora, Model, Placement};
 use serde_json::Value;
 
@@ -126,6 +127,21 @@ impl Golden {
 
     pub fn lora(&self) -> Lora {
         Lora::load(&self.model, &self.lora_path()).unwrap()
+    }
+
+    /// The adapter and, where the model has an unembedding of its own, a pair on that too.
+    pub fn adapter_with_head(&self) -> AdapterFile {
+        let mut file = AdapterFile::read(&self.lora_path()).unwrap();
+        if self.model.weights().find("output.weight").is_some() {
+            let (rank, config) = (file.pairs[0].rank, self.model.config());
+            let (n_in, n_out) = (config.n_embd, config.n_vocab);
+            let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) / 200.0;
+            let a = (0..n_in * rank).map(value).collect();
+            let b = (0..rank * n_out).map(|i| value(i + 13)).collect();
+            let weight = "output.weight".into();
+            file.pairs.push(AdapterPair { weight, rank, n_in, n_out, a, b });
+        }
+        file
     }
 
     /// What `make_figures.py` adds: cosines, divergences, ranks.

@@ -62,12 +62,9 @@ fn check(
         Source::f32(&cotangents, &[t]),
     ];
     let results = run(threads, &sources, |arena, s| {
-        let head = |i: usize| Head { hidden: s[2 * i], unembedding: s[2 * i + 1], map: maps[i] };
-        let lse = [0, 1].map(|i| {
-            let Head { hidden, unembedding, map } = head(i);
-            let inverse = spec.inv_temperature;
-            ops::linear_logprob(arena, hidden, unembedding, None, map, inverse, false).lse
-        });
+        let head = |i: usize| Head::new(s[2 * i], s[2 * i + 1], maps[i]);
+        let lse = [0, 1]
+            .map(|i| ops::linear_logprob(arena, head(i), None, spec.inv_temperature, false).lse);
         let far = ops::distill(arena, head(0), head(1), lse, spec);
         let same = ops::distill(arena, head(0), head(0), [lse[0]; 2], spec);
         let back = ops::scale_rows(arena, far.gradient, s[4]);

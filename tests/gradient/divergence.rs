@@ -4,12 +4,24 @@ use bupo_gguf::ggml::Type;
 use bupo_gguf::ops::{self, Head, LogitMap};
 
 use super::EXACT;
-use super::harness::{Random, Source, close, f64s, run};
+use super::harness::{Low, Random, Source, close, f64s, run};
 use super::reference;
 
 const PLAIN: LogitMap = LogitMap { scale: 1.0, softcap: None };
 
-fn check(types: [Type; 2], d: [usize; 2], [v, t]: [usize; 2], maps: [LogitMap; 2], threads: usize) {
+fn check(types: [Type; 2], d: [usize; 2], size: [usize; 2], maps: [LogitMap; 2], threads: usize) {
+    check_with(types, d, size, maps, threads, None);
+}
+
+/// `rank`: of a low-rank term of q.
+fn check_with(
+    types: [Type; 2],
+    d: [usize; 2],
+    [v, t]: [usize; 2],
+    maps: [LogitMap; 2],
+    threads: usize,
+    rank: Option<usize>,
+) {
     let what = |of: &str| format!("divergence {of} D={d:?} V={v} T={t} {maps:?} threads={threads}");
     let mut random = Random::new((d[0] * v + t) as u64);
     let e = [0, 1].map(|i| random.weight(types[i], d[i], v));
@@ -18,20 +30,31 @@ fn check(types: [Type; 2], d: [usize; 2], [v, t]: [usize; 2], maps: [LogitMap; 2
     });
     let mut target = random.below(t, v);
     target[0] = v as i32 - 1;
-    let sources = [
+    let low = rank.map(|rank| Low::random(&mut random, [rank, v, t], 0.3));
+    let mut sources = vec![
         Source::f32(&h[0], &[d[0], t]),
         e[0].0.clone(),
         Source::f32(&h[1], &[d[1], t]),
         e[1].0.clone(),
         Source::I32(target.clone()),
     ];
+    sources.extend(low.iter().flat_map(Low::sources));
     let results = run(threads, &sources, |arena, s| {
-        let head = |i: usize| Head { hidden: s[2 * i], unembedding: s[2 * i + 1], map: maps[i] };
+        let head = |i: usize| {
+            let low = low.as_ref().filter(|_| i == 1).and_then(|low| low.term(&s[5..]));
+            Head { low, ..Head::new(s[2 * i], s[2 * i + 1], maps[i]) }
+        };
         let all = ops::divergence(arena, head(0), head(1), s[4]);
         let same = ops::divergence(arena, head(1), head(1), s[4]);
         vec![all.kl, all.logprob_p, all.logprob_q, all.agree, same.kl, same.agree]
     });
-    let logits = [0, 1].map(|i| reference::logits(&f64s(&h[i]), &e[i].1, d[i], maps[i]));
+    let logits = [0, 1].map(|i| match low.as_ref().filter(|_| i == 1) {
+        Some(low) => {
+            let [h, e] = low.joined(&h[i], &e[i].1, d[i]);
+            reference::logits(&h, &e, d[i] + low.rank, maps[i])
+        }
+        None => reference::logits(&f64s(&h[i]), &e[i].1, d[i], maps[i]),
+    });
     let policies: Vec<[reference::Policy; 2]> = (0..t)
         .map(|c| {
             let policy =
@@ -68,6 +91,16 @@ fn divergence_of_odd_sizes() {
         }
     }
     check([Type::Q8_0, Type::F16], [64, 24], [700, 9], [PLAIN; 2], 2);
+}
+
+#[test]
+fn divergence_with_a_low_rank_term() {
+    let capped = LogitMap { scale: 0.5, softcap: Some(3.0) };
+    for (d, size, rank) in [([32, 32], [97, 1], 1), ([8, 40], [1000, 7], 16)] {
+        for maps in [[PLAIN; 2], [PLAIN, capped]] {
+            check_with([Type::F32, Type::F16], d, size, maps, 2, Some(rank));
+        }
+    }
 }
 
 #[test]

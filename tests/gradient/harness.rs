@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use bupo_gguf::ggml::{Arena, Device, Executor, Graph, Input, Tensor, ThreadPool, Type};
+use bupo_gguf::ops::LowRank;
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -153,6 +154,45 @@ impl Random {
             }
         }
     }
+}
+
+/// An adapter's term of a head: B `[r, V]`, u `[r, T]`.
+#[derive(Clone, Default)]
+pub struct Low {
+    pub rank: usize,
+    pub factor: Vec<f32>,
+    pub input: Vec<f32>,
+    pub scale: f32,
+}
+
+impl Low {
+    pub fn random(random: &mut Random, [rank, v, t]: [usize; 3], scale: f32) -> Low {
+        Low { rank, factor: random.normal(rank * v), input: random.normal(rank * t), scale }
+    }
+
+    /// B and u, in this order.
+    pub fn sources(&self) -> [Source; 2] {
+        [&self.factor, &self.input].map(|x| Source::f32(x, &[self.rank, x.len() / self.rank]))
+    }
+
+    /// The term made of tensors of [`Low::sources`].
+    pub fn term<'a>(&self, sources: &[Tensor<'a>]) -> Option<LowRank<'a>> {
+        Some(LowRank { factor: sources[0], input: sources[1], scale: self.scale })
+    }
+
+    /// h `[D, T]` and E_u `[D, V]` with u and scale B behind each column: the same logits without a term.
+    pub fn joined(&self, h: &[f32], e: &[f64], d: usize) -> [Vec<f64>; 2] {
+        let b: Vec<f64> = self.factor.iter().map(|&b| self.scale as f64 * b as f64).collect();
+        [join(&f64s(h), d, &f64s(&self.input), self.rank), join(e, d, &b, self.rank)]
+    }
+}
+
+/// Columns of `a: [n, _]` with those of `b: [m, _]` behind them.
+pub fn join<T: Copy>(a: &[T], n: usize, b: &[T], m: usize) -> Vec<T> {
+    let columns = a.chunks(n).enumerate();
+    columns
+        .flat_map(|(i, a)| a.iter().chain(&b[i * m..][..m]).copied().collect::<Vec<_>>())
+        .collect()
 }
 
 /// The types a weight may have; all of them have rows of whole blocks at K = 256.

@@ -1,10 +1,10 @@
 //! linear_logprob, and scale_rows as its vjp.
 
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops::{self, LogitMap};
+use bupo_gguf::ops::{self, Head, LogitMap};
 
 use super::EXACT;
-use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
+use super::harness::{Low, Random, Source, close, f64s, is_vjp, join, run, weight_types};
 use super::reference;
 
 struct Case {
@@ -16,6 +16,7 @@ struct Case {
     map: LogitMap,
     inverse: f32,
     threads: usize,
+    low: Option<Low>,
     /// Of log-probs, log-sum-exps, entropies and the vjp.
     tolerance: f64,
 }
@@ -31,28 +32,34 @@ impl Case {
         targets[t - 1] = v as i32 - 1;
         let what = format!("logprob {ty} D={d} V={v} T={t} threads={threads}");
         let map = LogitMap::default();
-        Case { what, h, unembedding, targets, d, map, inverse: 1.0, threads, tolerance: EXACT }
+        let (inverse, tolerance) = (1.0, EXACT);
+        Case { what, h, unembedding, targets, d, map, inverse, threads, low: None, tolerance }
     }
 
     fn check(&self) {
         let (d, t) = (self.d, self.targets.len());
         let what = |of: &str| format!("{}: {of}", self.what);
         let dy = Random::new(4).normal(t);
-        let sources = [
+        let mut sources = vec![
             Source::f32(&self.h, &[d, t]),
             self.unembedding.0.clone(),
             Source::I32(self.targets.clone()),
             Source::f32(&dy, &[t]),
         ];
-        let (map, inverse) = (self.map, self.inverse);
+        sources.extend(self.low.iter().flat_map(Low::sources));
+        let inverse = self.inverse;
         let results = run(self.threads, &sources, |arena, s| {
-            let full = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, true);
+            let low = self.low.as_ref().and_then(|low| low.term(&s[4..]));
+            let head = Head { low, ..Head::new(s[0], s[1], self.map) };
+            let full = ops::linear_logprob(arena, head, Some(s[2]), inverse, true);
             let dh = ops::scale_rows(arena, full.gradient.unwrap(), s[3]);
             // Without gradient, and without targets: the same values, and zero.
-            let less = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, inverse, false);
-            let none = ops::linear_logprob(arena, s[0], s[1], None, map, inverse, false);
-            assert!(less.gradient.is_none());
-            vec![
+            let less = ops::linear_logprob(arena, head, Some(s[2]), inverse, false);
+            let none = ops::linear_logprob(arena, head, None, inverse, false);
+            assert!(less.gradient.is_none() && less.gradient_low.is_none());
+            assert_eq!(full.gradient_low.is_some(), low.is_some());
+            let du = full.gradient_low.map(|g| ops::scale_rows(arena, g, s[3]));
+            let mut all = vec![
                 full.logprob,
                 full.lse,
                 full.entropy,
@@ -63,18 +70,27 @@ impl Case {
                 none.logprob,
                 none.lse,
                 none.entropy,
-            ]
+            ];
+            all.extend(du);
+            all
         });
+        // With the term's input behind the hidden states: their cotangents side by side.
+        let (rank, e) = (self.low.as_ref().map_or(0, |low| low.rank), &self.unembedding.1);
+        let [h, e] = match &self.low {
+            Some(low) => low.joined(&self.h, e, d),
+            None => [f64s(&self.h), e.clone()],
+        };
         let forward = |h: &[f64]| {
-            let logits = reference::logits(h, &self.unembedding.1, d, map);
+            let logits = reference::logits(h, &e, d + rank, self.map);
             reference::logprob(&logits, &self.targets, inverse as f64)
         };
-        let [logprob, lse, entropy] = forward(&f64s(&self.h));
+        let [logprob, lse, entropy] = forward(&h);
         close(&what("log-prob"), &results[0], &logprob, self.tolerance);
         close(&what("log-sum-exp"), &results[1], &lse, self.tolerance);
         close(&what("entropy"), &results[2], &entropy, self.tolerance);
-        let [dh, h] = [&results[3], &self.h];
-        is_vjp(&what("dh"), |h| forward(h)[0].clone(), h, &dy, dh, self.tolerance);
+        let dh = results.get(10).map_or(results[3].clone(), |du| join(&results[3], d, du, rank));
+        let h: Vec<f32> = h.iter().map(|&h| h as f32).collect();
+        is_vjp(&what("dh"), |h| forward(h)[0].clone(), &h, &dy, &dh, self.tolerance);
         assert_eq!(results[..3], results[4..7], "{}", what("without gradient"));
         assert!(results[7].iter().all(|&x| x == 0.0), "{}", what("without targets"));
         assert_eq!(results[1..3], results[8..10], "{}", what("without targets"));
@@ -121,6 +137,29 @@ fn logprob_with_temperature() {
     }
 }
 
+/// An adapter's term, with temperature, scale and softcap around it.
+#[test]
+fn logprob_with_a_low_rank_term() {
+    for (ty, [d, v, t], rank, threads) in [
+        (Type::F32, [32, 97, 3], 1, 1),
+        (Type::Q8_0, [96, 1000, 7], 5, 2),
+        (Type::F32, [1000, 400, 3], 16, 5),
+        (Type::F16, [32, 97, 513], 3, 2),
+    ] {
+        for (map, inverse) in [
+            (LogitMap::default(), 1.0),
+            (LogitMap { scale: 0.5, softcap: None }, 1.0 / 0.7),
+            (LogitMap { scale: 1.0, softcap: Some(3.0) }, 1.3),
+        ] {
+            let mut case = Case::random(ty, [d, v, t], threads);
+            case.low = Some(Low::random(&mut Random::new(6), [rank, v, t], 0.4));
+            case.what += &format!(" rank={rank} {map:?} 1/T={inverse}");
+            (case.map, case.inverse) = (map, inverse);
+            case.check();
+        }
+    }
+}
+
 /// The size of the products beside the cap, from far below it to far beyond.
 #[test]
 fn logprob_with_scale_and_softcap() {
@@ -157,7 +196,8 @@ fn logprob_of_logits_at_the_cap() {
         let sources = [Source::f32(&h, &[d, t]), Source::f32(&e, &[d, v]), Source::I32(vec![5; t])];
         let map = LogitMap { scale: 1.0, softcap: Some(30.0) };
         let results = run(2, &sources, |arena, s| {
-            let head = ops::linear_logprob(arena, s[0], s[1], Some(s[2]), map, 1.0, true);
+            let head = Head::new(s[0], s[1], map);
+            let head = ops::linear_logprob(arena, head, Some(s[2]), 1.0, true);
             vec![head.gradient.unwrap()]
         });
         let e64 = f64s(&e);
@@ -216,6 +256,7 @@ fn logprob_of_a_dominating_logit() {
                 map: LogitMap::default(),
                 inverse: 1.0,
                 threads,
+                low: None,
                 // Logits of +-gap/2 are off by gap 2^-25 each, and so is what e^l is taken of,
                 // relatively; the entropy is such differences times the gap again.
                 tolerance: EXACT * (gap as f64 / 20.0).max(1.0),
@@ -236,8 +277,8 @@ fn entropy_of_peaked_distributions() {
             e[3 * d] = 1.0;
             let sources = [Source::f32(&[gap / 2.0, 0.0], &[d, 1]), Source::f32(&e, &[d, v])];
             let results = run(threads, &sources, |arena, s| {
-                let map = LogitMap::default();
-                vec![ops::linear_logprob(arena, s[0], s[1], None, map, 1.0, false).entropy]
+                let head = Head::new(s[0], s[1], LogitMap::default());
+                vec![ops::linear_logprob(arena, head, None, 1.0, false).entropy]
             });
             // With q = e^-gap: log(1 + (V-1) q) + (V-1) q gap / (1 + (V-1) q).
             let rest = (v - 1) as f64 * (-gap as f64).exp();

@@ -61,7 +61,8 @@ fn results_repeat_to_the_bit() {
             let [dq, dk, dv] = ops::attention_back(arena, &saved, h);
             let y = ops::linear(arena, e, out, None, None);
             let dx = ops::linear_back(arena, e, y, None, None);
-            let logprob = ops::linear_logprob(arena, out, e, Some(s[2]), map, 1.3, true);
+            let head = ops::Head::new(out, e, map);
+            let logprob = ops::linear_logprob(arena, head, Some(s[2]), 1.3, true);
             let gradient = logprob.gradient.unwrap();
             vec![out, dq, dk, dv, dx, logprob.logprob, logprob.entropy, gradient]
         })

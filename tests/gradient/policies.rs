@@ -1,10 +1,11 @@
 //! policies: entropies, divergences, ranks and top tokens beside the plain f64 reference.
 
+use bupo_gguf::ggml::Tensor;
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops::{self, Answers, Compare, LogitMap};
+use bupo_gguf::ops::{self, Answers, Compare, Head, LogitMap};
 
 use super::EXACT;
-use super::harness::{Random, Source, close, f64s, run, weight_types};
+use super::harness::{Low, Random, Source, close, f64s, run, weight_types};
 use super::reference;
 
 struct Case {
@@ -16,6 +17,7 @@ struct Case {
     map: LogitMap,
     group: usize,
     top_k: usize,
+    low: Option<Low>,
 }
 
 impl Case {
@@ -28,20 +30,26 @@ impl Case {
         let mut taken = random.below(columns, v);
         taken[columns - 1] = v as i32 - 1;
         let what = format!("policies {ty} D={d} V={v} C={columns} group={group} top={top_k}");
-        Case { what, h, unembedding, taken, d, map: LogitMap::default(), group, top_k }
+        Case { what, h, unembedding, taken, d, map: LogitMap::default(), group, top_k, low: None }
+    }
+
+    fn head<'a>(&self, s: &[Tensor<'a>]) -> Head<'a> {
+        let low = self.low.as_ref().and_then(|low| low.term(&s[3..]));
+        Head { low, ..Head::new(s[0], s[1], self.map) }
     }
 
     fn answers(&self, threads: usize, with_taken: bool) -> Answers {
         let columns = self.taken.len();
-        let sources = [
+        let mut sources = vec![
             Source::f32(&self.h, &[self.d, columns]),
             self.unembedding.0.clone(),
             Source::I32(self.taken.clone()),
         ];
+        sources.extend(self.low.iter().flat_map(Low::sources));
         let results = run(threads, &sources, |arena, s| {
             let taken = with_taken.then_some(s[2]);
             let wanted = Compare { taken, group: self.group, top_k: self.top_k };
-            vec![ops::policies(arena, s[0], s[1], wanted, self.map).values]
+            vec![ops::policies(arena, self.head(s), wanted).values]
         });
         Answers::new(results.into_iter().next().unwrap(), self.top_k)
     }
@@ -55,7 +63,13 @@ impl Case {
             assert_eq!(self.answers(threads, true), ours, "{} threads={threads}", self.what);
         }
         let plain = self.answers(2, false);
-        let logits = reference::logits(&f64s(&self.h), &self.unembedding.1, self.d, self.map);
+        let e = &self.unembedding.1;
+        let [h, e] = match &self.low {
+            Some(low) => low.joined(&self.h, e, self.d),
+            None => [f64s(&self.h), e.clone()],
+        };
+        let width = self.d + self.low.as_ref().map_or(0, |low| low.rank);
+        let logits = reference::logits(&h, &e, width, self.map);
         let want: Vec<reference::Policy> = (0..columns)
             .map(|c| {
                 let last = c / self.group * self.group + self.group - 1;
@@ -146,6 +160,23 @@ fn policies_with_scale_and_softcap() {
     }
 }
 
+#[test]
+fn policies_with_a_low_rank_term() {
+    for (ty, [d, v], columns, group, top_k, rank) in [
+        (Type::F32, [32, 97], 3, 3, 3, 1),
+        (Type::Q8_0, [96, 1000], 8, 4, 5, 5),
+        (Type::F32, [33, 700], 510, 30, 2, 16),
+    ] {
+        for map in [LogitMap::default(), LogitMap { scale: 0.5, softcap: Some(4.0) }] {
+            let mut case = Case::random(ty, [d, v], columns, group, top_k);
+            case.low = Some(Low::random(&mut Random::new(6), [rank, v, columns], 0.3));
+            case.what += &format!(" rank={rank} {map:?}");
+            case.map = map;
+            case.check(0.1);
+        }
+    }
+}
+
 /// Divergences of policies that differ by a hair: the sums must not lose them beside the entropies.
 #[test]
 fn close_policies_keep_their_divergence() {
@@ -185,6 +216,7 @@ fn policies_of_a_dominating_logit() {
                 map: LogitMap::default(),
                 group: 2,
                 top_k: 2,
+                low: None,
             }
             .check(1.0);
         }
