@@ -118,7 +118,9 @@ fn inspect_describes_and_refuses() {
     let dir = tempfile::tempdir().unwrap();
     let bad = dir.path().join("bad.gguf");
     std::fs::write(&bad, bytes).unwrap();
-    let said = json(&["inspect", bad.to_str().unwrap(), "--json"]);
+    let out = run(&["inspect", bad.to_str().unwrap(), "--json"]);
+    assert_eq!(out.status.code(), Some(1), "a refused model is a failure, described or not");
+    let said: Value = serde_json::from_slice(&out.stdout).unwrap();
     let refused = said["model"]["refused"].as_str().unwrap();
     assert!(refused.contains("block_count") && refused.contains("1 to 512"), "{refused}");
     let out = run(&["train", bad.to_str().unwrap()]);
