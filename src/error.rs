@@ -91,6 +91,16 @@ impl Error {
     }
 }
 
+/// What was got instead of some JSON, in words that fit behind "got": serde's own begin with what it expected.
+pub(crate) fn json_fault(e: &serde_json::Error) -> String {
+    let what = match e.classify() {
+        serde_json::error::Category::Eof => "JSON that ends early",
+        serde_json::error::Category::Data => "other JSON",
+        _ => "text that is no JSON",
+    };
+    format!("{what} ({e})")
+}
+
 thread_local! {
     /// Whether a panic of this thread is somebody else's crate giving up on bytes, which becomes an error.
     static QUIET: Cell<bool> = const { Cell::new(false) };

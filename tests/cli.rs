@@ -4,6 +4,7 @@ mod common;
 #[path = "common/program.rs"]
 mod program;
 
+use std::path::Path;
 use std::process::Command;
 
 use program::{fail, json_lines, succeed};
@@ -218,6 +219,173 @@ fn bad_input_gets_one_line() {
         br#"{"prompt_tokens": [1], "completions": [{"tokens": [5, 6], "reward": 1, "old_logprobs": [0.1]}]}"#,
     );
     fail(&["train", "demo", "--rollouts", &short], &["short.jsonl"]);
+}
+
+#[test]
+fn a_number_that_cannot_be_is_refused_by_its_option() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"prompt\": \"1+2=\", \"completion\": \"3\"}\n").unwrap();
+    let rows = rows.to_str().unwrap();
+    let commands: [&[&str]; 7] = [
+        &["train", "demo", "--out", out],
+        &["entropy", "demo", "--data", rows, "--out", out],
+        &["score", "demo", "--data", rows],
+        &["generate", "demo", "-p", "1+2="],
+        &["eval", "demo", "--data", "task:add"],
+        &["export", "demo", "--out", out],
+        &["diff", "demo", "demo", "--data", rows],
+    ];
+    for command in commands {
+        fail(&[command, &["--threads", "0"]].concat(), &["--threads", "at least 1"]);
+    }
+    fail(&["bench", "train", "demo", "--threads", "0"], &["--threads", "at least 1"]);
+    fail(&["generate", "demo", "-p", "1+2=", "-n", "0"], &["--samples", "at least 1", "'0'"]);
+    fail(
+        &["generate", "demo", "-p", "1+2=", "--max-response", "0"],
+        &["--max-response", "at least 1"],
+    );
+    for option in ["--samples", "--max-tokens", "--every", "--max-response", "--batch-tokens"] {
+        let command = ["entropy", "demo", "--data", rows, "--out", out, option, "0"];
+        fail(&command, &[option, "at least 1"]);
+    }
+    let command = ["entropy", "demo", "--data", rows, "--out", out, "--top-k", "300"];
+    fail(&command, &["--top-k", "at most 288", "300"]);
+    assert!(!Path::new(out).exists(), "nothing is left of a refused command");
+}
+
+#[test]
+fn broken_json_is_named_as_what_was_got() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = dir.path().join("rows.jsonl");
+    for (text, got) in [
+        ("{\"prompt\": nope}\n", "got text that is no JSON (expected ident at column"),
+        ("{\"prompt\": \"1\"", "got JSON that ends early (EOF"),
+    ] {
+        std::fs::write(&rows, text).unwrap();
+        fail(&["score", "demo", "--data", rows.to_str().unwrap()], &["rows.jsonl:1", got]);
+    }
+}
+
+#[test]
+fn report_knows_the_folders_of_other_commands() {
+    let dir = tempfile::tempdir().unwrap();
+    let (look, marks) = (dir.path().join("look"), dir.path().join("marks"));
+    let (look, marks) = (look.to_str().unwrap(), marks.to_str().unwrap());
+    succeed(&["entropy", "demo", "--data", "task:add", "--samples", "1", "--out", look]);
+    fail(&["report", look], &["look", "a run folder of `train`", "`entropy`", "report.html"]);
+    succeed(&["eval", "demo", "--data", "task:add", "--problems", "2", "--out", marks]);
+    fail(&["report", marks], &["marks", "a run folder of `train`", "`eval`"]);
+}
+
+#[test]
+fn each_token_is_printed_once() {
+    let generate = |n: &str, extra: &[&str]| {
+        let command = ["generate", "demo", "-p", "17+25=", "--max-response", n];
+        succeed(&[&command[..], extra].concat())
+    };
+    for n in ["1", "3"] {
+        let report: Value = serde_json::from_str(&generate(n, &["--json"])).unwrap();
+        let text = report["completions"][0]["text"].as_str().unwrap();
+        assert_eq!(generate(n, &[]).trim_end_matches('\n'), text.trim_end_matches('\n'));
+    }
+}
+
+#[test]
+fn runs_without_a_name_are_numbered() {
+    let dir = tempfile::tempdir().unwrap();
+    for folder in ["runs/demo-bupo-1", "runs/demo-bupo-1-2"] {
+        let done = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+            .current_dir(dir.path())
+            .args(["train", "demo"])
+            .args(QUICK)
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        assert!(dir.path().join(folder).join("adapter.gguf").is_file(), "{folder}");
+    }
+}
+
+/// Help as it stands in a window of 80 columns.
+fn help(command: &str) -> String {
+    let help = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args([command, "--help"])
+        .env("COLUMNS", "80")
+        .output()
+        .unwrap();
+    assert!(help.status.success(), "{command}");
+    String::from_utf8(help.stdout).unwrap()
+}
+
+#[test]
+fn help_is_readable_in_80_columns() {
+    let commands = [
+        "train",
+        "entropy",
+        "report",
+        "score",
+        "generate",
+        "verify",
+        "synth",
+        "bench",
+        "eval",
+        "export",
+        "import-peft",
+        "diff",
+        "inspect",
+        "completions",
+        "man",
+    ];
+    for command in commands {
+        let text = help(command);
+        for line in text.lines() {
+            assert!(line.chars().count() <= 80, "{command}: too wide: {line}");
+        }
+        // A line ends where the next word would not fit: none is broken in mid-sentence.
+        let (about, rest) = text.split_once("Usage:").unwrap();
+        for (line, next) in about.lines().zip(about.lines().skip(1)) {
+            let word = next.split(' ').next().unwrap();
+            let fits = line.chars().count() + 1 + word.chars().count() <= 80;
+            assert!(line.is_empty() || word.is_empty() || !fits, "{command}: broken at: {line}");
+        }
+        let examples = rest.split_once("\nExample").map(|(_, examples)| examples);
+        let examples = examples.unwrap_or_else(|| panic!("{command} has no example"));
+        assert!(examples.contains(&format!("bupo-gguf {command}")), "{command}: {examples}");
+        assert!(!examples.contains(" --help"), "{command}: examples stand at the end");
+        for line in examples.lines().skip(1) {
+            assert!(line.is_empty() || line.starts_with("  "), "{command}: broken at: {line}");
+        }
+    }
+    let bench = help("bench");
+    for part in ["train", "rollout", "entropy", "ops"] {
+        let row = format!("\n  {part}  ");
+        assert!(bench.contains(&row), "each part has a line of its own: {part}");
+    }
+}
+
+#[test]
+fn completions_and_manual_pages_know_every_command() {
+    let dir = tempfile::tempdir().unwrap();
+    let man = dir.path().join("man1");
+    succeed(&["man", man.to_str().unwrap()]);
+    for command in ["train", "entropy", "export", "import-peft", "completions"] {
+        let page = std::fs::read_to_string(man.join(format!("bupo-gguf-{command}.1"))).unwrap();
+        assert!(page.contains(".TH") && page.contains("OPTIONS"), "{command}");
+    }
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = succeed(&["completions", shell]);
+        for word in ["import-peft", "internal-layer", "keep-delta"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    // The script is one that a shell takes.
+    let script = dir.path().join("bupo-gguf.bash");
+    std::fs::write(&script, succeed(&["completions", "bash"])).unwrap();
+    let line = "source \"$0\"; COMP_WORDS=(bupo-gguf entr); COMP_CWORD=1; _bupo-gguf bupo-gguf entr bupo-gguf; echo \"${COMPREPLY[*]}\"";
+    let out = Command::new("bash").args(["-c", line, script.to_str().unwrap()]).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout).trim(), "entropy", "{out:?}");
 }
 
 #[test]

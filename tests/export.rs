@@ -13,7 +13,7 @@ use bupo_gguf::ggml::Type;
 use bupo_gguf::gguf::{AdapterFile, GgufFile, GgufSet, GgufWriter, Value};
 use bupo_gguf::llama::FileType;
 use common::golden_dir;
-use program::{fail, run, text};
+use program::{fail, run, succeed, text};
 
 fn golden(name: &str) -> PathBuf {
     golden_dir().join(name)
@@ -449,6 +449,144 @@ fn more_than_four_gigabytes_go_round() {
     let (file, gap_again) = set.tensor("gap.weight").unwrap();
     assert_eq!(gap_again.n_bytes(), gap);
     assert!(file.bytes(gap_again)[..1 << 20].iter().all(|b| *b == 0));
+}
+
+/// An adapter whose change is much smaller than a step of Q4_0.
+fn faint(dir: &Path) -> PathBuf {
+    let mut file = AdapterFile::read(&golden("llama-q4_0.lora.gguf")).unwrap();
+    file.pairs.iter_mut().flat_map(|pair| &mut pair.b).for_each(|x| *x *= 1e-3);
+    file.extra.push(("bupo.algorithm".into(), "grpo".into()));
+    let path = dir.join("faint.gguf");
+    file.write(&path).unwrap();
+    path
+}
+
+#[test]
+fn a_merge_that_keeps_little_says_so_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter) = (golden("llama-q4_0.gguf"), faint(dir.path()));
+    let export = |name: &str, more: &[&str]| {
+        let out = dir.path().join(name);
+        let command = ["export", text(&base), "--adapter", text(&adapter), "--out", text(&out)];
+        let done = run(&[&command[..], more].concat());
+        let stderr = String::from_utf8_lossy(&done.stderr).into_owned();
+        assert!(done.status.success(), "{stderr}");
+        (String::from_utf8(done.stdout).unwrap(), stderr)
+    };
+    let (_, said) = export("lost.gguf", &["--plain-rounding"]);
+    for word in ["WARNING: only", "of the change", "q4_0", "--keep-delta", "--type q8_0"] {
+        assert!(said.contains(word), "{word} is not in {said}");
+    }
+    let (report, _) = export("json.gguf", &["--plain-rounding", "--json"]);
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert!(report["export"]["delta_kept"].as_f64().unwrap() < 0.5, "{report}");
+    assert!(report["warning"].as_str().unwrap().starts_with("WARNING"), "{report}");
+    let (_, said) = export("kept.gguf", &["--keep-delta"]);
+    assert!(!said.contains("WARNING"), "the remedy is one: {said}");
+}
+
+#[test]
+fn exports_name_their_base_and_carry_a_card() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter) = (golden("llama-q4_0.gguf"), faint(dir.path()));
+    let (base, adapter) = (text(&base), text(&adapter));
+    let at = |name: &str| dir.path().join(name);
+    let read = |path: &Path| std::fs::read_to_string(path).unwrap();
+    let config = |folder: &Path| -> serde_json::Value {
+        serde_json::from_str(&read(&folder.join("adapter_config.json"))).unwrap()
+    };
+
+    let peft = at("peft");
+    let id = ["--base-id", "some-org/Base-1B"];
+    let export = ["export", base, "--adapter", adapter, "--peft", text(&peft)];
+    succeed(&[&export[..], &id].concat());
+    assert_eq!(config(&peft)["base_model_name_or_path"], "some-org/Base-1B");
+    let card = read(&peft.join("README.md"));
+    let hash = GgufSet::open(Path::new(base)).unwrap().sha256();
+    for word in [
+        "base_model: some-org/Base-1B",
+        "library_name: peft",
+        "llama-q4_0.gguf",
+        &hash,
+        "| algorithm | grpo |",
+    ] {
+        assert!(card.contains(word), "{word} is not in {card}");
+    }
+    fail(&[&export[..], &id].concat(), &["--peft", "an empty or new folder", "one with files"]);
+    fail(&[&export[..], &["--base-id", "Base-1B"]].concat(), &["--base-id", "ORG/NAME", "Base-1B"]);
+
+    // The name goes with the adapter, in GGUF and back to PEFT.
+    let back = at("back.gguf");
+    succeed(&["import-peft", text(&peft), "--base", base, "--out", text(&back)]);
+    let named = at("named.gguf");
+    succeed(&[&["export", "--adapter", adapter, "--out", text(&named)][..], &id].concat());
+    for path in [&back, &named] {
+        let file = GgufFile::open(path).unwrap();
+        let get = |key: &str| file.find::<&str>(key).unwrap().unwrap_or("nothing").to_owned();
+        assert_eq!(get("general.base_model.0.name"), "Base-1B");
+        assert_eq!(get("general.base_model.0.repo_url"), "https://huggingface.co/some-org/Base-1B");
+    }
+    let file = GgufFile::open(&back).unwrap();
+    assert_eq!(file.find::<&str>("bupo.base_sha256").unwrap(), Some(hash.as_str()));
+    let again = at("again");
+    succeed(&["export", base, "--adapter", text(&named), "--peft", text(&again)]);
+    assert_eq!(config(&again)["base_model_name_or_path"], "some-org/Base-1B");
+
+    let (merged, card) = (at("merged.gguf"), at("MERGED.md"));
+    let rows = at("rows.jsonl");
+    let row = r#"{"prompt_tokens": [1, 5], "completions": [{"tokens": [7, 8, 9]}]}"#;
+    std::fs::write(&rows, row).unwrap();
+    succeed(&[
+        "export",
+        base,
+        "--adapter",
+        adapter,
+        "--out",
+        text(&merged),
+        "--check",
+        text(&rows),
+        "--card",
+        text(&card),
+    ]);
+    let card = read(&card);
+    for word in
+        ["# merged.gguf", &hash, "change kept after rounding", "mean KL", "| rows, tokens | 1, 3 |"]
+    {
+        assert!(card.contains(word), "{word} is not in {card}");
+    }
+}
+
+#[test]
+fn ollama_gets_the_models_own_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("served");
+    let base = dir.path().join("base.gguf");
+    let chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+                  {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let original = GgufFile::open(&golden("qwen3-q8_0.gguf")).unwrap();
+    let mut writer = GgufWriter::new();
+    for (key, value) in original.metadata().filter(|(key, _)| *key != "tokenizer.chat_template") {
+        writer.metadata(key, value.clone()).unwrap();
+    }
+    writer.metadata("tokenizer.chat_template", chatml).unwrap();
+    for tensor in original.tensors() {
+        let bytes = original.bytes(tensor);
+        writer.tensor(&tensor.name, tensor.ty, &tensor.shape, |sink| sink.write(bytes)).unwrap();
+    }
+    writer.write(&base).unwrap();
+    let adapter = golden("qwen3-q8_0.lora.gguf");
+    let export = ["export", text(&base), "--adapter", text(&adapter), "--ollama", text(&folder)];
+    assert!(succeed(&export).contains("ollama create"));
+    let modelfile = std::fs::read_to_string(folder.join("Modelfile")).unwrap();
+    assert!(modelfile.starts_with("FROM ./model.gguf\nTEMPLATE \"\"\""), "{modelfile}");
+    assert!(modelfile.contains("<|im_start|>user\n{{ .Content }}<|im_end|>\n"), "{modelfile}");
+    assert!(modelfile.contains("PARAMETER stop \""), "{modelfile}");
+    assert!(
+        GgufFile::open(&folder.join("model.gguf")).is_ok() && folder.join("README.md").is_file()
+    );
+    fail(&export, &["--ollama", "an empty or new folder"]);
+    let both = [&export[..], &["--out", text(&base)]].concat();
+    fail(&both, &["--out", "cannot be used with", "--ollama"]);
 }
 
 #[test]

@@ -117,6 +117,8 @@ fn charts(page: &Path) -> Vec<String> {
 
 fn check(folder: &Path, name: &str, wanted: &[&str]) {
     let page = folder.join("report.html");
+    let bytes = std::fs::metadata(&page).unwrap().len();
+    assert!(bytes < 1_500_000, "a page of {bytes} bytes");
     let ids = charts(&page);
     for id in wanted {
         assert!(ids.iter().any(|i| i == id), "{id} is not in {ids:?}");

@@ -152,6 +152,9 @@ pub fn dump<'m>(
     let Run { pool, stop, watcher } = run;
     let model = sides[0].model;
     check_comparable(sides)?;
+    for side in sides.iter() {
+        settings.look.check(side.model.config().n_vocab)?;
+    }
     let n_layer = model.config().n_layer;
     let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
     let answering = Answering {

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::dump::Settings;
 use super::parquet;
 use super::record::{Kind, Record, columns};
-use crate::gguf::write_atomically;
+use crate::error::json_fault;
+use crate::gguf::{refuse_filled, write_atomically};
 use crate::{Error, Result};
 
 /// Names of the record files by side, without their ending.
@@ -62,7 +63,7 @@ impl DumpFiles {
                 progress
             }
             None => {
-                check_empty(out)?;
+                refuse_filled("--out", out, "choose another, or go on with it by --resume")?;
                 fs::create_dir_all(out).map_err(Error::io("create", out))?;
                 Progress {
                     settings: settings.clone(),
@@ -143,21 +144,6 @@ impl DumpFiles {
     }
 }
 
-fn check_empty(out: &Path) -> Result<()> {
-    match fs::read_dir(out).map(|mut entries| entries.next().is_some()) {
-        Ok(true) => Err(Error::invalid(
-            format!("--out {}", out.display()),
-            "an empty or new folder",
-            "one with files",
-            "choose another, or go on with it by --resume",
-        )),
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::Io { action: "read folder", path: out.into(), source: e })
-        }
-        _ => Ok(()),
-    }
-}
-
 /// The progress of a dump with these settings; none where nothing was begun.
 fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
     let path = out.join(PROGRESS);
@@ -167,7 +153,7 @@ fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
     };
     let progress: Progress = serde_json::from_str(&text).map_err(|e| {
         let advice = "start anew in another folder";
-        Error::invalid(path.display().to_string(), "a dump's progress", e.to_string(), advice)
+        Error::invalid(path.display().to_string(), "a dump's progress", json_fault(&e), advice)
     })?;
     let fields = |s: &Settings| match serde_json::to_value(s) {
         Ok(serde_json::Value::Object(map)) => map,

@@ -5,9 +5,9 @@
 //! the unembedding together as soon as it is computed; H^0 .. H^L and the final policy go through at the end,
 //! side by side for each token, so that the divergences come out of the same pass.
 
-use crate::Result;
 use crate::model::{Batch, Engine, LayerTaps, Lora, Model, Question, Walk};
 use crate::ops::Answers;
+use crate::{Error, Result};
 
 use super::record::{Figure, Tap, Top};
 
@@ -24,6 +24,18 @@ pub struct Look {
 }
 
 impl Look {
+    /// Refuses more tokens than the model has.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] naming the option.
+    pub fn check(&self, n_vocab: usize) -> Result<()> {
+        if self.top_k <= n_vocab {
+            return Ok(());
+        }
+        let expected = format!("at most {n_vocab}, the size of the vocabulary");
+        Err(Error::invalid("--top-k", expected, self.top_k.to_string(), "choose a smaller number"))
+    }
+
     fn policy_top_k(&self, n_vocab: usize) -> usize {
         if self.top_k > 0 { self.top_k } else { TOP_TOKENS.min(n_vocab) }
     }

@@ -5,6 +5,7 @@ use std::io::Write;
 
 use serde_json::{Map, Value};
 
+use crate::error::json_fault;
 use crate::{Error, Result};
 
 /// The places in a layer whose hidden states are looked at, and the final policy.
@@ -259,7 +260,7 @@ impl Record {
             Error::invalid(place, "a line of entropy.jsonl", got, "start anew in another folder")
         };
         let object: Map<String, Value> =
-            serde_json::from_str(line).map_err(|e| damaged(e.to_string()))?;
+            serde_json::from_str(line).map_err(|e| damaged(json_fault(&e)))?;
         let field = |name: &str| object.get(name).ok_or_else(|| damaged(format!("no `{name}`")));
         let int = |name: &str| {
             field(name)?.as_u64().map(|n| n as usize).ok_or_else(|| damaged(format!("`{name}`")))

@@ -5,22 +5,30 @@ use clap::Args;
 use super::{DeviceArgs, ModelArgs, print_json, print_line};
 use crate::bench::{self, Options, Part};
 use crate::ggml::ByteSize;
+use crate::options::at_least_one;
 use crate::{Error, Result};
 
 /// Measure how fast a model rolls out, trains and is looked into here, and with how much memory.
 ///
 /// Every case runs in a process of its own, so that peak memory is the case's own. Shares of sgemm are
 /// of the machine's rate of F32 matrix products, measured in turn with the case. `synth` makes models to
-/// measure. Rows of the table, or of the JSON object's "rows":
-///
-///   train     tokens, scored: of the micro batch; useful_gflop_per_s: every linear map once forward and
-///             once backward, the head twice, nothing that is computed again; cost: sizes in turn, the
-///             shortest time of each, over the straight line through the first and the last
-///   rollout   a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare loop only calls
-///             llama_decode
-///   entropy   one sequence of 64 tokens
-///   ops       512 tokens, on the model's own weights
+/// measure.
 #[derive(Args)]
+#[command(after_help = "Rows of the table, or of the JSON object's \"rows\":
+  train    tokens, scored: of the micro batch
+           useful_gflop_per_s: every linear map once forward and once backward,
+           the head twice, nothing that is computed again
+           cost: sizes in turn, the shortest time of each, over the straight line
+           through the first and the last
+  rollout  a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare
+           loop only calls llama_decode
+  entropy  one sequence of 64 tokens
+  ops      512 tokens, on the model's own weights
+
+Examples:
+  bupo-gguf synth qwen3-0.6b --out 0.6b.gguf
+  bupo-gguf bench train 0.6b.gguf --tokens 512
+  bupo-gguf bench rollout 0.6b.gguf --sequences 1,16 --json")]
 pub struct BenchArgs {
     /// What to measure
     #[arg(value_enum, value_name = "PART")]
@@ -28,36 +36,42 @@ pub struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Only this case, in this process; rows as JSON lines
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", help_heading = "Cases")]
     case: Option<String>,
     /// Repetitions; figures are medians
-    #[arg(long, default_value_t = 5, value_name = "N")]
+    #[arg(long, default_value_t = 5, value_name = "N", help_heading = "Cases")]
     reps: usize,
     /// Size of the square matrices that tell the machine's sgemm rate
-    #[arg(long, default_value_t = 2048, value_name = "N")]
+    #[arg(long, default_value_t = 2048, value_name = "N", help_heading = "Cases")]
     sgemm: usize,
     /// Rank of the adapter (all seven targets)
-    #[arg(long, default_value_t = 16, value_name = "R")]
+    #[arg(long, default_value_t = 16, value_name = "R", help_heading = "Cases")]
     rank: usize,
     /// Length of a training sequence
-    #[arg(long, default_value_t = 256, value_name = "N")]
+    #[arg(long, default_value_t = 256, value_name = "N", help_heading = "Cases")]
     tokens: usize,
     /// Layer of the internal phase [default: a fifth of the layers]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Cases")]
     internal_layer: Option<usize>,
     /// Memory for activations that an update keeps
-    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", help_heading = "Cases")]
     keep: ByteSize,
     /// Numbers of sequences that decode together
-    #[arg(long, value_delimiter = ',', default_value = "1,8,32", value_name = "LIST")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1,8,32",
+        value_name = "LIST",
+        help_heading = "Cases"
+    )]
     sequences: Vec<usize>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
     /// One JSON object on stdout instead of tables
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     json: bool,
 }
 

@@ -10,6 +10,7 @@ use super::{DeviceArgs, print_json, print_line, stop_on_signal};
 use crate::Result;
 use crate::export::{AdapterSpec, DiffConfig, Side, diff, lora_of};
 use crate::ggml::ThreadPool;
+use crate::options::at_least_one;
 
 /// Measure how far two models are apart on given rows, each with adapters or without
 ///
@@ -17,14 +18,11 @@ use crate::ggml::ThreadPool;
 /// perplexities, at every completion token, with exact activations. Rows with completions ({"prompt": ..,
 /// "completion": ..}) are scored as they are. Problems ({"prompt": .., "answer": ..}, or a task) are answered
 /// by A first; then B answers them too, with the same random numbers, and accuracies are compared.
-///
-/// Examples:
-///
-///   bupo-gguf diff base.gguf merged.gguf --adapter-a runs/first/adapter.gguf --data held-out.jsonl
-///
-///   bupo-gguf diff demo demo-q4_0.gguf --data task:add --json
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  bupo-gguf diff base.gguf merged.gguf --adapter-a runs/first/adapter.gguf \\
+      --data held-out.jsonl
+  bupo-gguf diff demo demo-q4_0.gguf --data task:add --json")]
 pub struct DiffArgs {
     /// GGUF file of the reference, or `demo`
     #[arg(value_name = "A")]
@@ -33,23 +31,23 @@ pub struct DiffArgs {
     #[arg(value_name = "B")]
     b: PathBuf,
     /// Rows: JSON lines with completions, or problems as in `train`, or task:NAME
-    #[arg(long, value_name = "FILE|task:NAME")]
+    #[arg(long, value_name = "FILE|task:NAME", help_heading = "Comparison")]
     data: String,
     /// Adapter of A (GGUF), applied with factor X; may be given several times
-    #[arg(long, value_name = "FILE[:X]")]
+    #[arg(long, value_name = "FILE[:X]", help_heading = "Sides")]
     adapter_a: Vec<AdapterSpec>,
     /// Adapter of B
-    #[arg(long, value_name = "FILE[:X]")]
+    #[arg(long, value_name = "FILE[:X]", help_heading = "Sides")]
     adapter_b: Vec<AdapterSpec>,
     #[command(flatten)]
     config: DiffConfig,
     #[command(flatten)]
     device: DeviceArgs,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
     /// One JSON object on stdout instead of the table
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     json: bool,
 }
 

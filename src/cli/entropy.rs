@@ -11,7 +11,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
 use crate::analysis::{Conduct, Look, Pick, Run, Settings, Side, Watcher, entropy};
 use crate::ggml::ThreadPool;
+use crate::options::at_least_one;
 use crate::{Error, Result};
+
+const ANSWERS: &str = "Answers to rows without a completion";
 
 /// See inside a model: entropies of every layer's internal policies, the boundary layer, a report
 ///
@@ -27,81 +30,106 @@ use crate::{Error, Result};
 /// --out gets entropy.jsonl and entropy.parquet (one record for each row, layer and position), summary.json
 /// (means, standard errors, boundary layer), report.html and its figures as SVG. Ctrl-C keeps what is done;
 /// --resume goes on.
-///
-/// Examples:
-///
-///   bupo-gguf entropy demo --data task:add --samples 50 --out look
-///
-///   bupo-gguf entropy Qwen3-4B-Q8_0.gguf --data rows.jsonl --compare Qwen3-4B-Q4_K_M.gguf --every 4 --out q8-q4
-///
-///   bupo-gguf entropy Qwen3-4B-Q4_K_M.gguf --data rows.jsonl --compare-adapter runs/first/adapter.gguf --out ab
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  bupo-gguf entropy demo --data task:add --samples 50 --out look
+  bupo-gguf entropy Qwen3-4B-Q8_0.gguf --data rows.jsonl \\
+      --compare Qwen3-4B-Q4_K_M.gguf --every 4 --out q8-q4
+  bupo-gguf entropy Qwen3-4B-Q4_K_M.gguf --data rows.jsonl \\
+      --compare-adapter runs/first/adapter.gguf --out before-after")]
 pub struct EntropyArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Rows with prompts and completions; rows without are answered by the model, as are a task's held-out problems
-    #[arg(long, value_name = "FILE|task:NAME")]
+    #[arg(long, value_name = "FILE|task:NAME", help_heading = "Data")]
     data: PathBuf,
     /// Folder of the results; must be empty or not exist
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", help_heading = "Run")]
     out: PathBuf,
     /// Go on with the dump in --out
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     resume: bool,
     /// Adapter (GGUF)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Model")]
     adapter: Option<PathBuf>,
     /// Compare with this model (GGUF) on the same tokens
-    #[arg(long, value_name = "MODEL2")]
+    #[arg(long, value_name = "MODEL2", help_heading = "Model")]
     compare: Option<PathBuf>,
     /// Adapter of the compared model [of MODEL itself without --compare]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Model")]
     compare_adapter: Option<PathBuf>,
 
     /// Measure at most N completions, the first of the file
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    samples: Option<u64>,
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Data")]
+    samples: Option<usize>,
     /// Cut completions to N tokens
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    max_tokens: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Data")]
+    max_tokens: Option<usize>,
     /// Measure the first of every K tokens of a completion; time goes down with it
-    #[arg(long, value_name = "K", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    every: u32,
+    #[arg(
+        long,
+        value_name = "K",
+        default_value_t = 1,
+        value_parser = at_least_one,
+        help_heading = "Data"
+    )]
+    every: usize,
     /// Dump N likeliest tokens of every tap, and rank and probability of the token that was taken
     /// [default: 3, of the layer's and the final policy only]
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Figures")]
     top_k: usize,
     /// Apply the final norm before the unembedding at every tap (the paper's ablation)
-    #[arg(long)]
+    #[arg(long, help_heading = "Figures")]
     final_norm: bool,
 
     /// Answers to rows without a completion end at this length
-    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
-    max_response: u32,
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 256,
+        value_parser = at_least_one,
+        help_heading = ANSWERS
+    )]
+    max_response: usize,
     /// Temperature of these answers
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        help_heading = ANSWERS
+    )]
     temperature: f32,
     /// Same seed, same answers
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = ANSWERS
+    )]
     seed: u64,
     /// System message put before text prompts
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = "Data")]
     system: Option<String>,
 
     /// Stop at the first row that cannot be used, instead of leaving it out
-    #[arg(long)]
+    #[arg(long, help_heading = "Data")]
     strict: bool,
     /// Tokens computed at once; memory goes up with it
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
-    batch_tokens: u32,
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 512,
+        value_parser = at_least_one,
+        help_heading = "Run"
+    )]
+    batch_tokens: usize,
     #[command(flatten)]
     device: DeviceArgs,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
     /// summary.json on stdout instead of the table
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     json: bool,
 }
 
@@ -114,21 +142,18 @@ pub fn run(args: EntropyArgs) -> Result<()> {
         compare_adapter: args.compare_adapter.as_ref().map(text),
         data: text(&args.data),
         system: args.system.clone(),
-        pick: Pick {
-            every: args.every as usize,
-            max_tokens: args.max_tokens.unwrap_or(0) as usize,
-        },
+        pick: Pick { every: args.every, max_tokens: args.max_tokens.unwrap_or(0) },
         look: Look { top_k: args.top_k, final_norm: args.final_norm },
-        max_response: args.max_response as usize,
+        max_response: args.max_response,
         temperature: args.temperature,
         seed: args.seed,
     };
     let conduct = Conduct {
         out: args.out.clone(),
         resume: args.resume,
-        samples: args.samples,
+        samples: args.samples.map(|n| n as u64),
         strict: args.strict,
-        batch_tokens: args.batch_tokens as usize,
+        batch_tokens: args.batch_tokens,
     };
     let model = args.device.open(&args.model)?;
     let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;

@@ -14,15 +14,12 @@ use crate::{Error, Result};
 /// Every problem gets K sampled completions. avg@K is the mean share of right ones, pass@k the unbiased
 /// estimate of solving a problem within k tries, maj@K the share of problems whose most frequent answer is
 /// right; intervals are 95 % bootstrap intervals over problems.
-///
-/// Examples:
-///
-///   bupo-gguf eval Qwen3-4B-Q4_K_M.gguf --data math500.parquet --samples 16 --template qwen3-no-think
-///       --max-response 4096 --adapter runs/first/adapter.gguf --out runs/first-math500
-///
-///   bupo-gguf eval demo --data task:add --samples 8 --json
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  bupo-gguf eval Qwen3-4B-Q4_K_M.gguf --data math500.parquet --samples 16 \\
+      --template qwen3-no-think --max-response 4096 \\
+      --adapter runs/first/adapter.gguf --out runs/first-math500
+  bupo-gguf eval demo --data task:add --samples 8 --json")]
 pub struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,

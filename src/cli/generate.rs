@@ -10,6 +10,7 @@ use clap::Args;
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
 use crate::data::Prompt;
 use crate::ggml::ThreadPool;
+use crate::options::at_least_one;
 use crate::rollout::{Encoder, Request, RolloutOptions, Rollouts, Sampling};
 use crate::{Error, Result};
 
@@ -17,51 +18,60 @@ use crate::{Error, Result};
 ///
 /// The prompt becomes one user message of the model's chat template; --raw takes it as it is.
 #[derive(Args)]
+#[command(after_help = "Examples:
+  bupo-gguf generate demo -p \"17+25=\" -n 4
+  bupo-gguf generate Qwen3-4B-Q4_K_M.gguf -p \"What is 17 * 23?\" \\
+      --adapter runs/first/adapter.gguf --temperature 0")]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
     /// Prompt
-    #[arg(short, long, value_name = "TEXT")]
+    #[arg(short, long, value_name = "TEXT", help_heading = "Prompt")]
     prompt: String,
     /// Adapter (GGUF)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
     adapter: Option<PathBuf>,
     /// System message
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompt")]
     system: Option<String>,
     /// Take the prompt as it is, without the chat template
-    #[arg(long, conflicts_with = "system")]
+    #[arg(long, conflicts_with = "system", help_heading = "Prompt")]
     raw: bool,
     /// Completions
-    #[arg(short = 'n', long, default_value_t = 1, value_name = "N")]
+    #[arg(
+        short = 'n',
+        long,
+        default_value_t = 1,
+        value_name = "N",
+        value_parser = at_least_one,
+        help_heading = "Sampling"
+    )]
     samples: usize,
     /// Completions end at this length
-    #[arg(long, default_value_t = 256, value_name = "TOKENS")]
+    #[arg(
+        long,
+        default_value_t = 256,
+        value_name = "TOKENS",
+        value_parser = at_least_one,
+        help_heading = "Sampling"
+    )]
     max_response: usize,
     #[command(flatten)]
     sampling: Sampling,
     /// Same seed, same completions
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Sampling")]
     seed: u64,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,
     /// One JSON object on stdout: text, tokens and log-probs of every completion
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     json: bool,
 }
 
 pub fn run(args: GenerateArgs) -> Result<()> {
-    for (option, ok, expected) in [
-        ("--samples", args.samples > 0, "at least 1"),
-        ("--max-response", args.max_response > 0, "at least 1"),
-    ] {
-        if !ok {
-            return Err(Error::invalid(option, expected, "another value", "leave it out"));
-        }
-    }
     args.sampling.check()?;
     let model = args.device.open(&args.model)?;
     let mut lora = open_adapter(&model, &args.adapter)?;
@@ -96,10 +106,15 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     stop_on_signal(stop.clone())?;
     // A single completion is shown as it grows.
     let live = args.samples == 1 && !args.json;
-    let mut shown = Vec::new();
+    let (mut shown, mut tokens) = (Vec::new(), 0);
     let completions = rollouts
         .generate_with(&[request], &args.sampling, args.seed, &stop, &mut |event| {
-            if live && let Some(token) = event.newest {
+            // The end of a completion is an event, too, and brings no token of its own.
+            let grown = std::mem::replace(&mut tokens, event.tokens) < event.tokens;
+            if live
+                && grown
+                && let Some(token) = event.newest
+            {
                 shown.extend(model.engine().vocab().piece(token, false));
                 let valid = match std::str::from_utf8(&shown) {
                     Ok(_) => shown.len(),

@@ -14,12 +14,9 @@ use crate::model::ModelFile;
 /// DIR holds adapter_config.json and adapter_model.safetensors (F32, F16 or BF16). The rows of llama's q and
 /// k are put into GGUF's order; ranks, alphas and rsLoRA are kept. DoRA, biases, embeddings and whole
 /// modules have no GGUF form and are refused, as is every setting that is not known (docs/EXPORT.md).
-///
-/// Example:
-///
-///   bupo-gguf import-peft my-lora --base Qwen3-4B-Q4_K_M.gguf --out my-lora.gguf
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Example:
+  bupo-gguf import-peft my-lora --base Qwen3-4B-Q4_K_M.gguf --out my-lora.gguf")]
 pub struct ImportPeftArgs {
     /// Folder of the PEFT adapter
     #[arg(value_name = "DIR")]

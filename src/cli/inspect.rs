@@ -15,16 +15,13 @@ use crate::train::{GpuPlan, Plan, TrainConfig, memory};
 /// that is damaged or hostile gets one line that says so. With --plan the model is opened and the run's
 /// peak memory is reckoned by part; what follows --plan are options of `train`. With --vram among them it is
 /// also planned for a GPU with so much memory, which need not be there.
-///
-/// Examples:
-///
-///   bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf
-///
-///   bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf --json --plan train --rank 8 --max-response 2048
-///
-///   bupo-gguf inspect Qwen3-8B-Q4_K_M.gguf --plan train --vram 12GiB --max-response 1024
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:
+  bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf
+  bupo-gguf inspect Qwen3-4B-Q4_K_M.gguf --json \\
+      --plan train --rank 8 --max-response 2048
+  bupo-gguf inspect Qwen3-8B-Q4_K_M.gguf \\
+      --plan train --vram 12GiB --max-response 1024")]
 pub struct InspectArgs {
     /// GGUF file (of a split set the first part), or `demo`
     #[arg(value_name = "MODEL")]

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, no logic.
 
 mod bench;
+mod completions;
 mod diff;
 mod entropy;
 mod eval;
@@ -8,6 +9,7 @@ mod export;
 mod generate;
 mod import_peft;
 mod inspect;
+mod man;
 mod report;
 mod score;
 mod synth;
@@ -53,6 +55,8 @@ enum Command {
     ImportPeft(import_peft::ImportPeftArgs),
     Diff(Box<diff::DiffArgs>),
     Inspect(inspect::InspectArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
 }
 
 /// What every subcommand takes.
@@ -67,13 +71,13 @@ struct ModelArgs {
 #[derive(Args, Clone, Debug)]
 struct DeviceArgs {
     /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     device: DeviceChoice,
     /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", help_heading = "Run")]
     gpu_layers: Option<usize>,
     /// On a GPU: multiply in F32 instead of F16
-    #[arg(long)]
+    #[arg(long, help_heading = "Run")]
     precise: bool,
 }
 
@@ -116,6 +120,8 @@ pub fn run() -> ExitCode {
         Command::ImportPeft(args) => import_peft::run(args),
         Command::Diff(args) => diff::run(*args),
         Command::Inspect(args) => inspect::run(args),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,6 +14,8 @@ use crate::analysis::report;
 /// switch, the newest completions and the settings; with `train --entropy-every N` also what the layers think
 /// over time. The page needs no network. It can be made while the run goes on.
 #[derive(Args)]
+#[command(after_help = "Example:
+  bupo-gguf report runs/demo-bupo-1")]
 pub struct ReportArgs {
     /// Folder of a run of `train`
     #[arg(value_name = "RUN_DIR")]

@@ -9,6 +9,7 @@ use super::{DeviceArgs, ModelArgs, open_adapter, print_json};
 use crate::data::{CompletionContent, rollouts};
 use crate::ggml::ThreadPool;
 use crate::model::{Batch, Engine, Policy};
+use crate::options::at_least_one;
 use crate::rollout::Encoder;
 use crate::{Error, Result};
 
@@ -18,6 +19,10 @@ use crate::{Error, Result};
 /// [{"tokens": [..]}, ..]}. One line of JSON per completion goes to stdout:
 /// {"row": i, "completion": j, "logprobs": [..], "entropies": [..]}, both counted from 0.
 #[derive(Args)]
+#[command(after_help = "Examples:
+  bupo-gguf score Qwen3-4B-Q4_K_M.gguf --data rows.jsonl > scores.jsonl
+  bupo-gguf score demo --data rows.jsonl --layer 6 \\
+      --adapter runs/demo-bupo-1/adapter.gguf")]
 pub struct ScoreArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -40,7 +45,7 @@ pub struct ScoreArgs {
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     threads: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,

@@ -15,7 +15,12 @@ use crate::synth::{self, Mixture, Shape};
 /// and a ChatML template; llama.cpp loads it, and what the model says is noise. Files of the same seed are
 /// the same. Of multimodal models it is the text part.
 #[derive(Args)]
-#[command(after_help = format!("Shapes: {}", Shape::names()))]
+#[command(after_help = format!(
+    "Shapes: {}\n\nExamples:
+  bupo-gguf synth qwen3-0.6b --out 0.6b.gguf
+  bupo-gguf synth llama-3.2-3b --type iq4_xs --layers 4 --out short.gguf",
+    Shape::names()
+))]
 pub struct SynthArgs {
     /// Published shape, of the list below
     #[arg(value_name = "SHAPE")]

@@ -19,43 +19,38 @@ use crate::{Error, Result};
 /// loads with --lora.
 ///
 /// --algo sft, dpo, kto, orpo and simpo learn from rows of --data, distill from a teacher's distributions over the
-/// whole vocabulary, on rows with completions or on its own completions of prompts. Rows are text, messages or token ids:
-///
-///   sft      {"prompt": .., "completion": ..} | {"messages": [..]} | {"text": ..}
-///            | {"prompt_tokens": [..], "completions": [{"tokens": [..]}, ..]}
-///   dpo, orpo, simpo
-///            {"prompt": .., "chosen": .., "rejected": ..}
-///            | {"prompt_tokens": [..], "chosen_tokens": [..], "rejected_tokens": [..]}
-///   kto      {"prompt": .., "completion": .., "label": true|false}
-///   distill  {"prompt": ..}, or with completions as those of sft
-///
-/// With --internal-steps each of them begins with the policy of an inner layer, too.
+/// whole vocabulary, on rows with completions or on its own completions of prompts. With --internal-steps
+/// each of them begins with the policy of an inner layer, too.
 ///
 /// Every --checkpoint-every steps, at the end and at Ctrl-C the folder gets a checkpoint, from which
 /// --resume goes on to the very adapter that the uninterrupted run would have given, also after a kill.
 /// Settings given beside --resume replace the run's own; those that would break this need --allow-change.
-///
-/// Examples:
-///
-///   bupo-gguf train demo
-///
-///   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl --eval-data held-out.jsonl
-///       --max-prompt 512 --max-response 1024 --micro-batch-tokens 4096 --lr 1e-5
-///
-///   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --preset bupo-paper --data deepmath-5k.parquet
-///       --eval-data math500.parquet
-///
-///   bupo-gguf train demo --algo bupo --objective gspo --reward "boxed + 0.2*format"
-///
-///   bupo-gguf train m.gguf --algo sft --data answers.jsonl --epochs 2 --lr 1e-4
-///
-///   bupo-gguf train m.gguf --algo dpo --data pairs.jsonl --adapter runs/m-sft-1/adapter.gguf --reference start
-///
-///   bupo-gguf train m-q4_0.gguf --algo distill --teacher m-f16.gguf --data prompts.jsonl
-///
-///   bupo-gguf train --resume runs/demo-bupo-1
 #[derive(Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = "Rows of --data, where they are no problems:
+  sft      {\"prompt\": .., \"completion\": ..} | {\"messages\": [..]} | {\"text\": ..}
+           | {\"prompt_tokens\": [..], \"completions\": [{\"tokens\": [..]}, ..]}
+  dpo, orpo, simpo
+           {\"prompt\": .., \"chosen\": .., \"rejected\": ..}
+           | {\"prompt_tokens\": [..], \"chosen_tokens\": [..],
+              \"rejected_tokens\": [..]}
+  kto      {\"prompt\": .., \"completion\": .., \"label\": true|false}
+  distill  {\"prompt\": ..}, or with completions as those of sft
+
+Examples:
+  bupo-gguf train demo
+  bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl \\
+      --eval-data held-out.jsonl --max-prompt 512 --max-response 1024 \\
+      --micro-batch-tokens 4096 --lr 1e-5
+  bupo-gguf train Qwen3-4B-Q4_K_M.gguf --preset bupo-paper \\
+      --data deepmath-5k.parquet --eval-data math500.parquet
+  bupo-gguf train demo --algo bupo --objective gspo \\
+      --reward \"boxed + 0.2*format\"
+  bupo-gguf train m.gguf --algo sft --data answers.jsonl --epochs 2 --lr 1e-4
+  bupo-gguf train m.gguf --algo dpo --data pairs.jsonl \\
+      --adapter runs/m-sft-1/adapter.gguf --reference start
+  bupo-gguf train m-q4_0.gguf --algo distill --teacher m-f16.gguf \\
+      --data prompts.jsonl
+  bupo-gguf train --resume runs/demo-bupo-1")]
 pub struct TrainArgs {
     /// GGUF file, or `demo`; with --resume: where the model lies now, if not at its old place
     #[arg(value_name = "MODEL", required_unless_present = "resume")]
@@ -151,10 +146,18 @@ fn watched<'m>(
     if summary.interrupted { Err(Error::Interrupted) } else { Ok(()) }
 }
 
-/// `runs/<model>-<algo>-<seed>`
+/// `runs/<model>-<algo>-<seed>`, and where that is taken `..-2`, `..-3`
 fn default_out(model: &Path, config: &TrainConfig) -> PathBuf {
     let model = model.file_stem().map_or("model".into(), |s| s.to_string_lossy());
-    PathBuf::from("runs").join(format!("{model}-{}-{}", config.algo.name(), config.seed))
+    let first = format!("{model}-{}-{}", config.algo.name(), config.seed);
+    let mut folder = Path::new("runs").join(&first);
+    for n in 2.. {
+        if !folder.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+            break;
+        }
+        folder.set_file_name(format!("{first}-{n}"));
+    }
+    folder
 }
 
 fn describe(summary: &Summary) -> String {

@@ -20,6 +20,9 @@ use crate::{Error, Result};
 /// units, words. Mode hendrycks compares the text after the normalisation of the MATH data set, which the paper's
 /// reward does; exact compares the text.
 #[derive(Args)]
+#[command(after_help = "Examples:
+  bupo-gguf verify answers.jsonl
+  echo '{\"gold\": \"1/2\", \"answer\": \"0.5\"}' | bupo-gguf verify --mode hendrycks")]
 pub struct VerifyArgs {
     /// How answers are compared: math, hendrycks, exact
     #[arg(long, default_value = "math", value_name = "MODE", value_parser = |s: &str| Mode::parse(s))]

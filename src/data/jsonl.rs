@@ -8,6 +8,7 @@ use std::{
 use serde_json::{Map, Number, Value};
 
 use super::compressed::{self, Plain};
+use crate::error::json_fault;
 use crate::{Error, Result};
 
 /// Longest line that is read, in bytes. A row of 16 MiB is some two million tokens.
@@ -141,7 +142,7 @@ impl<R: BufRead> JsonLines<R> {
                         let advice = "JSON has no such value: write null, or drop the row";
                         return Err(Error::invalid(place, "a JSON object", got, advice));
                     }
-                    let got = format!("{e}").replace(" at line 1 column ", " at column ");
+                    let got = json_fault(&e).replace(" at line 1 column ", " at column ");
                     let advice = "write one complete object per line";
                     Err(Error::invalid(place, "a JSON object", got, advice))
                 }
@@ -223,9 +224,15 @@ mod tests {
         let long = [vec![b'\n'], vec![b' '; MAX_LINE_BYTES + 1]].concat();
         for (bytes, expected) in [
             (&b"\n[1]\n"[..], "d.jsonl:2: expected a JSON object, got a list of 1"),
-            (b"{}\n{\"a\": }", "d.jsonl:2: expected a JSON object, got expected value at column 7"),
+            (
+                b"{}\n{\"a\": }",
+                "d.jsonl:2: expected a JSON object, got text that is no JSON (expected value at column 7)",
+            ),
             (b"{}\n{\"a\":\"\xff\"}", "d.jsonl:2: expected UTF-8, got an invalid byte at column 7"),
-            (b"{\"a\":1e999}", "d.jsonl:1: expected a JSON object, got number out of range"),
+            (
+                b"{\"a\":1e999}",
+                "d.jsonl:1: expected a JSON object, got text that is no JSON (number out of range",
+            ),
             (&long, "d.jsonl:2: expected a line of at most 16777216 bytes"),
         ] {
             let error = read(bytes).unwrap_err().to_string();

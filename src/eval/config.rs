@@ -63,7 +63,7 @@ pub struct EvalConfig {
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[arg(long, value_name = "N", value_parser = crate::options::at_least_one, help_heading = "Run")]
     pub threads: Option<usize>,
 }
 

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::EvalSample;
-use crate::gguf::{write_atomically, write_json_atomically};
+use crate::error::json_fault;
+use crate::gguf::{refuse_filled, write_atomically, write_json_atomically};
 use crate::{Error, Result};
 
 /// Everything that completions depend on, by name.
@@ -30,15 +31,7 @@ impl Store {
     /// # Errors
     /// There is something in it: nothing is written over.
     pub fn create(folder: &Path, settings: &Settings) -> Result<Store> {
-        let filled = fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
-        if filled {
-            return Err(Error::invalid(
-                format!("--out {}", folder.display()),
-                "an empty or new folder",
-                "one with files",
-                "go on with it by --resume, or choose another",
-            ));
-        }
+        refuse_filled("--out", folder, "go on with it by --resume, or choose another")?;
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         write_json_atomically(&folder.join("settings.json"), settings)?;
         Store::open(folder, BTreeMap::new())
@@ -60,7 +53,7 @@ impl Store {
         let text = fs::read(&path).map_err(Error::io("read", &path))?;
         let before: Settings = serde_json::from_slice(&text).map_err(|e| {
             let advice = "choose the folder of an evaluation";
-            Error::invalid(path.display().to_string(), "settings", e.to_string(), advice)
+            Error::invalid(path.display().to_string(), "settings", json_fault(&e), advice)
         })?;
         let names = before.keys().chain(settings.keys().filter(|k| !before.contains_key(*k)));
         for name in names {
@@ -129,7 +122,7 @@ fn read(path: &Path, problems: usize, samples: usize) -> Result<BTreeMap<usize, 
         }
         let place = || format!("{}:{at}", path.display());
         let sample: EvalSample = serde_json::from_slice(&text).map_err(|e| {
-            Error::invalid(place(), "a completion of this program", e.to_string(), "drop the line")
+            Error::invalid(place(), "a completion of this program", json_fault(&e), "drop the line")
         })?;
         if sample.problem >= problems || sample.sample >= samples {
             let expected = format!("problems below {problems}, samples below {samples}");

@@ -9,10 +9,16 @@ use serde::Serialize;
 use super::adapters::{AdapterSpec, Adapters};
 use super::merge::refuse_inputs;
 use super::peft::{PeftBase, check_head_copy, read_peft, write_peft};
+use super::peft_config::base_name;
+use super::{BaseId, Card};
 use crate::ggml::Type;
-use crate::gguf::{AdapterFile, GgufSet};
+use crate::gguf::{AdapterFile, GgufSet, refuse_filled};
 use crate::model::{Lora, Model, ModelFile};
 use crate::{Error, Result};
+
+/// Metadata of an adapter: file name of the base, and the hash of its bytes.
+const BASE: &str = "bupo.base";
+const BASE_SHA256: &str = "bupo.base_sha256";
 
 /// Types that adapters are written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +85,7 @@ impl fmt::Display for AdapterReport {
     }
 }
 
-/// Writes the adapters, as one, in GGUF.
+/// Writes the adapters, as one, in GGUF; `base_id` goes into its metadata.
 ///
 /// # Errors
 /// Adapters that cannot be read or do not belong together; `out` is one of them; what the type cannot hold.
@@ -87,27 +93,49 @@ pub fn export_adapter(
     specs: &[AdapterSpec],
     out: &Path,
     AdapterType(ty): AdapterType,
+    base_id: Option<&BaseId>,
 ) -> Result<AdapterReport> {
     refuse_inputs(specs.iter().map(|spec| spec.path.as_path()), out)?;
-    let file = Adapters::read(specs)?.combined()?;
+    let mut file = Adapters::read(specs)?.combined()?;
+    if let Some(id) = base_id {
+        id.write_to(&mut file.extra);
+    }
     let in_f16 = file.write_as(out, ty)?;
     Ok(AdapterReport::new(&file, out, ty, in_f16))
 }
 
-/// Writes the adapters, as one, as a PEFT folder.
+/// Writes the adapters, as one, as a PEFT folder with a model card. PEFT looks for the base under `base_id`; without
+/// it, under what the adapter's metadata says, else under the file's name.
 ///
 /// # Errors
-/// An adapter that is not the base's; weights that PEFT has no module for.
+/// A folder with files in it; an adapter that is not the base's; weights that PEFT has no module for.
 pub fn export_peft(
     base: &ModelFile,
     specs: &[AdapterSpec],
     folder: &Path,
+    base_id: Option<&BaseId>,
 ) -> Result<AdapterReport> {
+    refuse_filled("--peft", folder, "choose another")?;
     let set = GgufSet::open(base.path())?;
     let adapters = Adapters::read(specs)?;
     adapters.check(&set, base.name())?;
     let file = adapters.combined()?;
-    write_peft(&file, &PeftBase::from_gguf(set.head())?, base.name(), folder)?;
+    let id = base_id.cloned().or_else(|| BaseId::of_adapter(&file.extra));
+    let name = id.as_ref().map_or(base.name().to_string(), BaseId::to_string);
+    write_peft(&file, &PeftBase::from_gguf(set.head())?, &name, folder)?;
+    let mut card = Card::new(&format!("LoRA adapter for {name}"), "peft", id.as_ref());
+    card.text(
+        "Numbers are those of the GGUF adapter, in F32. It was trained on the quantised weights of the base below: on \
+         another quantisation, or none, it computes a little else.",
+    );
+    card.origin(base.name(), &set.sha256(), &adapters);
+    if id.is_some() {
+        card.text(
+            "    from peft import AutoPeftModelForCausalLM\n    \
+             model = AutoPeftModelForCausalLM.from_pretrained(\"this folder or repository\")",
+        );
+    }
+    card.write(&folder.join("README.md"))?;
     Ok(AdapterReport::new(&file, folder, Type::F32, Vec::new()))
 }
 
@@ -123,7 +151,14 @@ pub fn import_peft(
 ) -> Result<AdapterReport> {
     let set = GgufSet::open(base.path())?;
     refuse_inputs(set.paths().iter().map(PathBuf::as_path), out)?;
-    let file = read_peft(folder, &PeftBase::from_gguf(set.head())?)?;
+    let mut file = read_peft(folder, &PeftBase::from_gguf(set.head())?)?;
+    if let Some(id) = base_name(folder).and_then(|name| name.parse::<BaseId>().ok()) {
+        id.write_to(&mut file.extra);
+    }
+    let base_name = Path::new(base.name()).file_name().unwrap_or_default().to_string_lossy();
+    file.extra.retain(|(key, _)| key != BASE && key != BASE_SHA256);
+    file.extra.push((BASE.into(), base_name.as_ref().into()));
+    file.extra.push((BASE_SHA256.into(), set.sha256().into()));
     let spec = AdapterSpec { path: folder.into(), factor: 1.0 };
     let adapters = Adapters::of(vec![(spec, file)])?;
     adapters.check(&set, base.name())?;

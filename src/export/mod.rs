@@ -12,10 +12,13 @@
 
 mod adapter;
 mod adapters;
+mod base_id;
+mod card;
 mod diff;
 mod feedback;
 mod imatrix;
 mod merge;
+mod ollama;
 mod peft;
 mod peft_config;
 mod plan;
@@ -24,8 +27,11 @@ mod rows;
 
 pub use adapter::{AdapterReport, AdapterType, export_adapter, export_peft, import_peft, lora_of};
 pub use adapters::{AdapterSpec, Adapters};
+pub use base_id::BaseId;
+pub use card::Card;
 pub use diff::{DiffConfig, Difference, Place, Side, diff};
 pub use imatrix::Imatrix;
 pub use merge::{MergeOptions, MergeReport, Merger, TensorReport};
+pub use ollama::modelfile;
 pub use peft::{PeftBase, read_peft, write_peft};
 pub use plan::TypeChoice;

@@ -18,6 +18,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
+use crate::error::json_fault;
 use crate::ggml::MappedFile;
 use crate::gguf::{AdapterFile, AdapterPair, GgufFile, GgufSet, Value, write_atomically};
 use crate::model::Family;
@@ -412,7 +413,7 @@ fn read_own(path: &Path) -> Result<Vec<(String, Value)>> {
     let Ok(text) = std::fs::read(path) else { return Ok(Vec::new()) };
     let own: serde_json::Map<String, Json> = serde_json::from_slice(&text).map_err(|e| {
         let place = path.display().to_string();
-        Error::invalid(place, "a JSON object", e.to_string(), "remove the file")
+        Error::invalid(place, "a JSON object", json_fault(&e), "remove the file")
     })?;
     let value = |json: Json| match json {
         Json::String(text) => Some(Value::String(text)),

@@ -6,6 +6,7 @@ use std::path::Path;
 use regex::Regex;
 use serde_json::{Map, Value as Json, json};
 
+use crate::error::json_fault;
 use crate::{Error, Result};
 
 /// Settings without a say in what the tensors mean: of training, of the file's keeping, of an initialisation
@@ -156,7 +157,7 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
     let text = std::fs::read(path).map_err(Error::io("read", path))?;
     let place = path.display().to_string();
     let config: Map<String, Json> = serde_json::from_slice(&text).map_err(|e| {
-        Error::invalid(&place, "a JSON object", e.to_string(), "write the adapter again")
+        Error::invalid(&place, "a JSON object", json_fault(&e), "write the adapter again")
     })?;
     let settings = Settings { config: &config, place: &place };
     if settings.get("peft_type") != Some(&json!("LORA")) {
@@ -318,6 +319,13 @@ impl Settings<'_> {
         };
         Ok(Some(Layers { chosen, numbers }))
     }
+}
+
+/// What the folder's config calls the base: a repository or a path; none where it says nothing.
+pub(super) fn base_name(folder: &Path) -> Option<String> {
+    let text = std::fs::read(folder.join("adapter_config.json")).ok()?;
+    let config: Json = serde_json::from_slice(&text).ok()?;
+    config.get("base_model_name_or_path")?.as_str().map(str::to_owned)
 }
 
 /// A config for these modules and their ranks; `alpha` as GGUF has it (0: a scale of 1).

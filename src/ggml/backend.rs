@@ -43,7 +43,14 @@ impl ThreadPool {
     }
 
     /// [`ThreadPool::new`] with as many threads as the user asked for, or one per core.
+    ///
+    /// # Errors
+    /// None at all are asked for; the system gives none.
     pub fn with(threads: Option<usize>) -> Result<ThreadPool> {
+        if threads == Some(0) {
+            let advice = "leave it out for one per core";
+            return Err(Error::invalid("threads", "at least 1", "0", advice));
+        }
         ThreadPool::new(threads.unwrap_or_else(usable_cores))
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, File},
-    io::{BufWriter, Write},
+    io::{self, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -22,6 +22,23 @@ pub fn write_atomically(
     fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>,
 ) -> Result<()> {
     Finished::write(path, fill)?.commit()
+}
+
+/// Refuses a folder, given by `option`, that has something in it: nothing is written over.
+///
+/// # Errors
+/// [`Error::Invalid`] with the advice; [`Error::Io`] where it cannot be looked into.
+pub fn refuse_filled(option: &str, folder: &Path, advice: &str) -> Result<()> {
+    match fs::read_dir(folder).map(|mut entries| entries.next().is_some()) {
+        Ok(true) => Err(Error::invalid(
+            format!("{option} {}", folder.display()),
+            "an empty or new folder",
+            "one with files",
+            advice,
+        )),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("read folder", folder)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a value as indented JSON by [`write_atomically`].

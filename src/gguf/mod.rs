@@ -20,7 +20,7 @@ mod value;
 mod write;
 
 pub use array::Array;
-pub use atomic::{write_atomically, write_json_atomically};
+pub use atomic::{refuse_filled, write_atomically, write_json_atomically};
 pub use getters::FromValue;
 pub use hash::sha256;
 pub use lora::{AdapterFile, AdapterPair};

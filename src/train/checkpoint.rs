@@ -23,6 +23,7 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::state::{State, tensor_key};
+use crate::error::json_fault;
 use crate::ggml::{MappedFile, TensorSet};
 use crate::gguf::sha256;
 use crate::{Error, Result};
@@ -320,7 +321,7 @@ impl Checkpoint {
         }
         let place = path.join(META);
         let meta: Meta = serde_json::from_str(&read_text(&place)?).map_err(|e| {
-            Error::invalid(place.display().to_string(), "the state", e.to_string(), "use another")
+            Error::invalid(place.display().to_string(), "the state", json_fault(&e), "use another")
         })?;
         if (meta.format, meta.step) != (FORMAT, step) {
             return Err(Error::invalid(

@@ -226,7 +226,7 @@ pub struct TrainConfig {
     #[arg(long, value_name = "FILE", help_heading = "Adapter")]
     pub adapter: Option<PathBuf>,
 
-    /// Run folder; must be empty or not exist [default: runs/<model>-<algo>-<seed>]
+    /// Run folder; must be empty or not exist [default: runs/<model>-<algo>-<seed>, with a number where that is taken]
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     pub out: Option<PathBuf>,
     /// Write a checkpoint, from which --resume goes on, every N steps and at the end (0 = never)
@@ -243,7 +243,7 @@ pub struct TrainConfig {
     #[arg(long, default_value_t = 1, value_name = "N", help_heading = "Run")]
     pub seed: u64,
     /// Threads [default: all cores]
-    #[arg(long, value_name = "N", help_heading = "Run")]
+    #[arg(long, value_name = "N", value_parser = crate::options::at_least_one, help_heading = "Run")]
     pub threads: Option<usize>,
     /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]

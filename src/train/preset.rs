@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// A published experiment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
-    /// The reference runs of the paper (PAPER section 2), with LoRA instead of all weights
+    /// The reference runs of the paper, with LoRA instead of all weights
     BupoPaper,
 }
 

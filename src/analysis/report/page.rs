@@ -163,8 +163,15 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .86rem/1.45 ui-monospace, monospace; margin: .5rem 0; }
 ";
 
-/// Draws every chart in the colours of the page, and again when these change.
+/// Unpacks the library, and draws every chart in the colours of the page, and again when these change.
 const SCRIPT: &str = r#"
+async function library() {
+  const packed = Uint8Array.from(atob(document.getElementById('plotly').textContent), c => c.charCodeAt(0));
+  const script = document.createElement('script');
+  script.textContent = await new Response(
+    new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'))).text();
+  document.head.append(script);
+}
 const scheme = window.matchMedia('(prefers-color-scheme: dark)');
 function colours() {
   const style = getComputedStyle(document.documentElement);
@@ -174,16 +181,20 @@ function colours() {
     'hoverlabel.bgcolor': of('--card'), 'hoverlabel.bordercolor': of('--soft'), 'hoverlabel.font.color': of('--ink') };
 }
 const charts = [...document.querySelectorAll('.chart')];
-const drawn = charts.map(async chart => {
+const draw = async chart => {
   const figure = JSON.parse(document.getElementById(chart.id + '-data').textContent);
   if (!figure.layout.width) figure.layout.width = chart.clientWidth;
   await Plotly.newPlot(chart, figure.data, figure.layout, figure.config);
   await Plotly.relayout(chart, colours());
-});
-window.report = Promise.all(drawn).then(() => { document.documentElement.dataset.drawn = charts.length; });
+};
+window.report = library().then(() => Promise.all(charts.map(draw)))
+  .then(() => { document.documentElement.dataset.drawn = charts.length; });
+window.report.catch(error => charts.forEach(chart => {
+  chart.textContent = `Not drawn (${error}): the charts need a browser of 2023 or newer; figures/ has them as SVG.`;
+}));
 // Charts of fixed cells keep their width and scroll; curves take what there is.
 const fit = () => document.querySelectorAll('.lines .chart').forEach(chart =>
-  chart.clientWidth && Plotly.relayout(chart, { width: chart.clientWidth }));
+  chart.clientWidth && window.Plotly && Plotly.relayout(chart, { width: chart.clientWidth }));
 window.addEventListener('resize', () => { clearTimeout(window.fitting); window.fitting = setTimeout(fit, 100); });
-scheme.addEventListener('change', () => charts.forEach(chart => Plotly.relayout(chart, colours())));
+scheme.addEventListener('change', () => window.Plotly && charts.forEach(chart => Plotly.relayout(chart, colours())));
 "#;

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::chart::{Body, Chart, Heat, Mark, Series};
 use super::page::{Page, Part, Section};
 use crate::data::jsonl::JsonLines;
+use crate::error::json_fault;
 use crate::{Error, Result};
 
 /// Completions shown of the last step.
@@ -79,6 +80,7 @@ impl Steps {
 /// # Errors
 /// A file of the run is missing or damaged, or it has no step yet.
 pub fn of_run(folder: &Path) -> Result<Page> {
+    refuse_others(folder)?;
     let config_path = folder.join("config.toml");
     let config = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
     let parsed: toml::Table = config.parse().map_err(|e: toml::de::Error| {
@@ -176,6 +178,26 @@ pub fn of_run(folder: &Path) -> Result<Page> {
     Ok(page)
 }
 
+/// Refuses the folder of another command, known by the files that only that one writes.
+fn refuse_others(folder: &Path) -> Result<()> {
+    let others = [
+        ("entropy.jsonl", "entropy", "open report.html there: that command wrote its page itself"),
+        (
+            "settings.json",
+            "eval",
+            "its figures were printed; `eval --resume --out` prints them again",
+        ),
+    ];
+    for (file, command, advice) in others {
+        if folder.join(file).is_file() && !folder.join("config.toml").exists() {
+            let got = format!("a folder of `{command}`");
+            let place = folder.display().to_string();
+            return Err(Error::invalid(place, "a run folder of `train`", got, advice));
+        }
+    }
+    Ok(())
+}
+
 /// What a run left at its end; an empty object where it has not ended.
 fn summary(folder: &Path) -> Result<Value> {
     let path = folder.join("summary.json");
@@ -185,7 +207,7 @@ fn summary(folder: &Path) -> Result<Value> {
             Error::invalid(
                 place,
                 "the summary of a run",
-                e.to_string(),
+                json_fault(&e),
                 "remove it, or train --resume",
             )
         }),
