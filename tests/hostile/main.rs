@@ -1,8 +1,6 @@
 //! Mutated files of every kind, opened: each is read or refused, in one line, with bounded memory and time.
 //! Deterministic; `BUPO_MUTATIONS=N` tries N times as many.
 
-#[path = "../common/parquet.rs"]
-mod columns;
 #[path = "../common/mod.rs"]
 mod common;
 mod models;
@@ -15,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use common::parquet as columns;
 use mutate::{mutate, mutate_text};
 use parquet::basic::{Compression, ZstdLevel};
 use rand::SeedableRng;
