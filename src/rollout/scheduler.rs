@@ -9,7 +9,9 @@
 //! prompt's own logits are wanted on the host all the same, for every completion of its group begins with them: prompts
 //! are decoded in one more sequence, in which nothing is drawn, and copied to where they are needed.
 //!
-//! Nothing here depends on time: the same requests and seed give the same completions.
+//! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
+//! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
+//! computes a product ([`Products`]), and with them now and then a token.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use rayon::prelude::*;
 
 use super::sampler::{Sampler, Sampling};
 use crate::ggml::ThreadPool;
-use crate::llama::{self, Context, ContextOptions, LiveAdapter, Token, TokenBatch};
+use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products, Token, TokenBatch};
 use crate::{Error, Result};
 
 /// A prompt and how many completions of it are wanted.
@@ -199,7 +201,13 @@ impl Rollouts {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(model)?;
         let n_drawn = (!model.device().is_host()).then_some(n_seq.min(MAX_PARALLEL - 1));
         let n_seq = n_drawn.map_or(n_seq, |n| n + 1);
-        let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
+        let sizes = ContextOptions {
+            n_ctx_seq,
+            n_seq,
+            n_batch,
+            kv_f32: false,
+            products: Products::default(),
+        };
         Ok(Rollouts {
             model: model.clone(),
             pool: pool.clone(),
@@ -222,6 +230,12 @@ impl Rollouts {
             self.sizes.n_seq += 1;
             self.context = None;
         }
+    }
+
+    /// Decodes with these products from now on; at first with whichever are faster.
+    pub fn set_products(&mut self, products: Products) {
+        self.sizes.products = products;
+        self.context = None;
     }
 
     /// Decodes with this adapter from now on, or with the base alone.
