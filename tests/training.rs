@@ -204,7 +204,13 @@ fn exact_products_bring_rollouts_to_the_trainers_logprobs() {
             rollouts.set_products(products);
             let stop = AtomicBool::new(false);
             let sampled = rollouts
-                .generate(&[request.clone()], &Sampling::default(), 1, &mut |_| (), &stop)
+                .generate(
+                    std::slice::from_ref(&request),
+                    &Sampling::default(),
+                    1,
+                    &mut |_| (),
+                    &stop,
+                )
                 .unwrap();
             let tokens: Vec<&[i32]> = sampled[0].iter().map(|c| c.tokens.as_slice()).collect();
             let mut batch = Batch::default();
