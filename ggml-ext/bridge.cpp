@@ -127,6 +127,22 @@ bupo_status bupo_model_tensor(const llama_model * model, size_t index, const cha
     return BUPO_OK;
 }
 
+bupo_status bupo_model_products(llama_model * model, bupo_product product, const int64_t * columns) {
+    if (!model || !product || !columns) {
+        return fail(BUPO_ERR_ARGUMENT, "null argument");
+    }
+    return guarded([&] {
+        for (const auto & [name, w] : llama_internal_get_tensor_map(model)) {
+            const bool converts = w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float;
+            const bool plain    = ggml_is_matrix(w) && ggml_is_contiguous(w) && !w->extra;
+            if (converts && plain && w->buffer && ggml_backend_buffer_is_host(w->buffer)) {
+                bupo::mark_weight(w, product, columns[w->type]);
+            }
+        }
+        return BUPO_OK;
+    });
+}
+
 bupo_status bupo_adapter_new(llama_model * model, float alpha, const bupo_lora_pair * pairs, size_t n_pairs,
                              bupo_product product, llama_adapter_lora ** out) {
     if (!model || !pairs || !product || !out) {
@@ -223,11 +239,13 @@ bupo_status bupo_quantize_types(const llama_model * model, int32_t ftype, const 
     });
 }
 
-bupo_status bupo_decode(llama_context * context, llama_batch batch, int32_t * result) {
+bupo_status bupo_decode(llama_context * context, llama_batch batch, ggml_threadpool_t pool, bupo_products products,
+                        int32_t * result) {
     if (!context || !result) {
         return fail(BUPO_ERR_ARGUMENT, "null argument");
     }
     return guarded([&] {
+        const bupo::OwnProducts own(pool, products);
         *result = llama_decode(context, batch);
         return BUPO_OK;
     });

@@ -278,13 +278,24 @@ struct bupo_lora_pair {
     struct ggml_tensor * b;
 };
 
-// Computes dst: [N, T] from src[0], B: [r, N], and src[1]: [r, T], all F32, contiguous matrices in host memory. Called by
-// each of `nth` threads, with its number.
+// Computes dst: [N, T] F32 from src[0]: [K, N], and src[1]: [K, T] F32, contiguous matrices in host memory; src[0] is an
+// adapter's B in F32, or a model's weight of any type with a converter. Called by each of `nth` threads, with its number.
 typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);
 
 // Makes ggml's CPU backend ask for our product; once, however often it is called. Before anything is computed in this
 // process: ggml's list of who is asked has no lock.
 void bupo_cpu_init(void);
+
+// Which products with weights a decode takes.
+enum bupo_products {
+    BUPO_PRODUCTS_GGML   = 0,
+    BUPO_PRODUCTS_FASTER = 1, // ours from as many columns on as bupo_model_products says
+    BUPO_PRODUCTS_EXACT  = 2, // ours
+};
+
+// Offers `product` for products with this model's weights that lie in host memory: the faster one from columns[type] columns
+// on, 0: never; `columns` has GGML_TYPE_COUNT entries. One for all models of the process.
+enum bupo_status bupo_model_products(struct llama_model * model, bupo_product product, const int64_t * columns);
 
 // An adapter whose tensors are the caller's: what is written into them, the next decode uses.
 // `product` computes the products with B that lie in host memory. One for all adapters of the process.
@@ -324,8 +335,10 @@ void             bupo_draw_set(struct llama_sampler * sampler, float uniform, fl
 // Attaches it to a sequence of the context; null detaches.
 enum bupo_status bupo_draw_attach(struct llama_context * context, llama_seq_id sequence, struct llama_sampler * sampler);
 
-// llama_decode with exceptions stopped at the header. *result: its return value.
-enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, int32_t * result);
+// llama_decode with exceptions stopped at the header. *result: its return value. `pool` is the context's, which computes
+// with these products meanwhile.
+enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, ggml_threadpool_t pool,
+                             enum bupo_products products, int32_t * result);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,22 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
 // From now on products with the factor `b`, a tensor in host memory, are computed by `kernel` (products.cpp).
 void mark_factor(ggml_tensor * b, bupo_product kernel);
 
+// From now on products with the weight `w`, a matrix in host memory, are computed by `kernel` where OwnProducts asks for it;
+// from `columns` columns on it is the faster one for this type, 0: never.
+void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns);
+
+// In its life, these products of marked weights are taken in what `pool` computes.
+class OwnProducts {
+public:
+    OwnProducts(const ggml_threadpool * pool, bupo_products products);
+    ~OwnProducts();
+    OwnProducts(const OwnProducts &) = delete;
+    OwnProducts & operator=(const OwnProducts &) = delete;
+
+private:
+    void * place_ = nullptr;
+};
+
 // The `context` of a backend made in backend.cpp.
 struct BackendContext {
     virtual ~BackendContext() = default;

@@ -1,5 +1,6 @@
-// Our own product with an adapter's B inside llama.cpp's graphs on the CPU, by ggml's extension point for that: "extra"
-// buffer types, which every node is offered to before ggml computes it. Ours owns no memory. Contract: ggml-ext.h.
+// Our own products inside llama.cpp's graphs on the CPU, with an adapter's B and with a model's weights, by ggml's extension
+// point for that: "extra" buffer types, which every node is offered to before ggml computes it. Ours owns no memory.
+// Contract: ggml-ext.h.
 
 #include "ggml-ext.h"
 #include "internal.h"
@@ -10,12 +11,31 @@
 
 #include <atomic>
 #include <mutex>
+#include <stdexcept>
 
 namespace bupo {
 
 namespace {
 
 std::atomic<bupo_product> product{ nullptr };
+std::atomic<bupo_product> weight_product{ nullptr };
+
+// The thread pools that decode with our products at the moment.
+struct Decoding {
+    std::atomic<const ggml_threadpool *> pool{ nullptr };
+    std::atomic<bupo_products>           products{ BUPO_PRODUCTS_GGML };
+};
+
+Decoding decoding[64];
+
+bupo_products products_of(const ggml_threadpool * pool) {
+    for (const Decoding & d : decoding) {
+        if (d.pool.load(std::memory_order_acquire) == pool) {
+            return d.products.load(std::memory_order_relaxed);
+        }
+    }
+    return BUPO_PRODUCTS_GGML;
+}
 
 struct Product : ggml::cpu::tensor_traits {
     bool work_size(int, const ggml_tensor *, size_t & size) override {
@@ -30,17 +50,45 @@ struct Product : ggml::cpu::tensor_traits {
 
 Product traits;
 
+// Of weights of one type.
+struct WeightProduct : ggml::cpu::tensor_traits {
+    std::atomic<int64_t> columns{ 0 }; // from which ours is the faster one; 0: never
+
+    // What ggml's own product needs, for it may be the one that is taken.
+    bool work_size(int, const ggml_tensor *, size_t &) override { return false; }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        const bupo_products wanted = products_of(params->threadpool);
+        const int64_t       from   = wanted == BUPO_PRODUCTS_EXACT ? 1 : columns.load(std::memory_order_relaxed);
+        if (wanted == BUPO_PRODUCTS_GGML || from == 0 || op->src[1]->ne[1] < from) {
+            return false;
+        }
+        weight_product.load(std::memory_order_acquire)(op, params->ith, params->nth);
+        return true;
+    }
+};
+
+WeightProduct weight_traits[GGML_TYPE_COUNT];
+
 struct Products : ggml::cpu::extra_buffer_type {
     // No weight is to be put into a buffer of this type.
     bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
-        if (op->op != GGML_OP_MUL_MAT || op->src[0]->extra != &traits) {
+        if (op->op != GGML_OP_MUL_MAT) {
+            return nullptr;
+        }
+        ggml::cpu::tensor_traits * ours = nullptr;
+        if (op->src[0]->extra == &traits) {
+            ours = &traits;
+        } else if (op->src[0]->extra == &weight_traits[op->src[0]->type]) {
+            ours = &weight_traits[op->src[0]->type];
+        } else {
             return nullptr;
         }
         const ggml_tensor * x = op->src[1];
         const bool plain = x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && ggml_is_contiguous(op) && ggml_is_matrix(x);
-        return plain ? &traits : nullptr;
+        return plain ? ours : nullptr;
     }
 };
 
@@ -67,6 +115,35 @@ size_t alignment(ggml_backend_buffer_type_t) {
 void mark_factor(ggml_tensor * b, bupo_product kernel) {
     product.store(kernel, std::memory_order_release);
     b->extra = &traits;
+}
+
+void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns) {
+    weight_product.store(kernel, std::memory_order_release);
+    weight_traits[w->type].columns.store(columns, std::memory_order_relaxed);
+    w->extra = &weight_traits[w->type];
+}
+
+OwnProducts::OwnProducts(const ggml_threadpool * pool, bupo_products products) {
+    if (!pool || products == BUPO_PRODUCTS_GGML) {
+        return;
+    }
+    for (Decoding & d : decoding) {
+        const ggml_threadpool * free = nullptr;
+        if (d.pool.compare_exchange_strong(free, pool, std::memory_order_acq_rel)) {
+            d.products.store(products, std::memory_order_release);
+            place_ = &d;
+            return;
+        }
+    }
+    throw std::runtime_error("more than 64 decodes at once");
+}
+
+OwnProducts::~OwnProducts() {
+    if (place_) {
+        Decoding & d = *static_cast<Decoding *>(place_);
+        d.products.store(BUPO_PRODUCTS_GGML, std::memory_order_release);
+        d.pool.store(nullptr, std::memory_order_release);
+    }
 }
 
 } // namespace bupo

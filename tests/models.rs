@@ -9,7 +9,7 @@ use bupo_gguf::Model;
 use bupo_gguf::data::{ChatTemplate, Message};
 use bupo_gguf::ggml::ThreadPool;
 use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
-use bupo_gguf::llama::{Context, ContextOptions, Token, TokenBatch, chat_apply_template};
+use bupo_gguf::llama::{Context, ContextOptions, Products, Token, TokenBatch, chat_apply_template};
 use bupo_gguf::model::{Batch, Engine, Policy};
 use common::relative_error;
 
@@ -47,7 +47,13 @@ fn both_logprobs(path: &Path) -> (Vec<f32>, Vec<f32>) {
     let ours = engine.score(&model, None, &batch, policy, 1.0, false).unwrap().logprobs;
 
     // Longer than the context of the scaling's origin, so that YaRN has its say.
-    let options = ContextOptions { n_ctx_seq: 128, n_seq: 1, n_batch: 1, kv_f32: true };
+    let options = ContextOptions {
+        n_ctx_seq: 128,
+        n_seq: 1,
+        n_batch: 1,
+        kv_f32: true,
+        products: Products::Ggml,
+    };
     let mut context = Context::new(model.engine(), &pool, options).unwrap();
     let mut theirs = Vec::new();
     for (i, pair) in tokens.windows(2).enumerate() {

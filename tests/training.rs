@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::llama::Products;
 use bupo_gguf::model::{Batch, Engine, Lora, Model, Policy, Targets};
 use bupo_gguf::rollout::{Request, RolloutOptions, Rollouts, Sampling};
 use bupo_gguf::train::{Algorithm, LayerChoice, Silent};
@@ -183,6 +184,44 @@ fn rollout_logprobs_are_the_trainers() {
         let theirs: Vec<f32> = sampled[0].iter().flat_map(|c| c.logprobs.clone()).collect();
         let error = relative_error(&ours.logprobs, &theirs);
         assert!(error < 5e-3, "temperature {temperature}: {error}");
+    }
+}
+
+/// With our products rollouts round keys and values to F16 and nothing else; with ggml's, activations to 8 bits.
+#[test]
+fn exact_products_bring_rollouts_to_the_trainers_logprobs() {
+    for case in ["llama-q4_0", "qwen3-q8_0", "qwen3-q4_k"] {
+        let golden = Golden::load(case);
+        let mut engine = golden.engine();
+        let pool = Arc::new(ThreadPool::new(2).unwrap());
+        let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 26 };
+        let prompt = golden.rollouts()[0].prompt.clone();
+        let request =
+            Request { prompt_tokens: prompt.clone(), n: 5, seed_stream: 3, max_tokens: 12 };
+        let policy = Policy::full(golden.model.config().n_layer);
+        let drift = [Products::Ggml, Products::Exact].map(|products| {
+            let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+            rollouts.set_products(products);
+            let stop = AtomicBool::new(false);
+            let sampled = rollouts
+                .generate(
+                    std::slice::from_ref(&request),
+                    &Sampling::default(),
+                    1,
+                    &mut |_| (),
+                    &stop,
+                )
+                .unwrap();
+            let tokens: Vec<&[i32]> = sampled[0].iter().map(|c| c.tokens.as_slice()).collect();
+            let mut batch = Batch::default();
+            batch.push_group(&prompt, &tokens, golden.model.config().n_vocab).unwrap();
+            engine.forward(&golden.model, None, &batch, policy.depth()).unwrap();
+            let ours = engine.score(&golden.model, None, &batch, policy, 1.0, false).unwrap();
+            let theirs: Vec<f32> = sampled[0].iter().flat_map(|c| c.logprobs.clone()).collect();
+            relative_error(&ours.logprobs, &theirs)
+        });
+        println!("{case}: {:.1e} with ggml's products, {:.1e} with ours", drift[0], drift[1]);
+        assert!(drift[1] < 1e-2 && drift[1] < drift[0] / 5.0, "{case}: {drift:?}");
     }
 }
 

@@ -220,6 +220,9 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
+/// Outputs at most: a whole unembedding would take minutes.
+const COLUMNS_ROWS: usize = 4096;
+
 /// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of the two
 /// rollouts take.
 fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
@@ -228,6 +231,9 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let unembedding = bench.model.weights().unembedding();
     let maps = bench.model.maps().iter().map(|map| weight(bench, map));
     for w in maps.chain([unembedding]) {
+        let arena = Arena::new(2);
+        let rows_of = w.shape()[1].min(COLUMNS_ROWS);
+        let w = arena.row_range(w, 0, rows_of);
         let [k, n, ..] = w.shape();
         if seen.contains(&(w.ty(), k, n)) {
             continue;

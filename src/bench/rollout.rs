@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use super::measure::{median, once};
 use super::{Bench, Row, row};
 use crate::Result;
-use crate::llama::{Context, ContextOptions, Token, TokenBatch};
+use crate::llama::{Context, ContextOptions, Products, Token, TokenBatch};
 use crate::rollout::{Request, RolloutOptions, Rollouts, Sampling};
 
 /// Tokens of the prompt.
@@ -81,8 +81,13 @@ struct Bare {
 impl Bare {
     fn new(bench: &Bench<'_>, n_seq: usize, prompt: &[i32]) -> Result<Bare> {
         let n_ctx_seq = PROMPT + DECODED;
-        let options =
-            ContextOptions { n_ctx_seq, n_seq, n_batch: n_seq.max(PROMPT), kv_f32: false };
+        let options = ContextOptions {
+            n_ctx_seq,
+            n_seq,
+            n_batch: n_seq.max(PROMPT),
+            kv_f32: false,
+            products: Products::Ggml,
+        };
         let context = Context::new(bench.model.engine(), &bench.pool, options)?;
         Ok(Bare { context, prompt: prompt.to_vec(), n_seq })
     }

@@ -9,6 +9,29 @@ use super::{LiveAdapter, Model, check, log};
 use crate::ggml::ThreadPool;
 use crate::{Error, Result};
 
+/// Whose products with a model's weights decoding takes on the CPU. ggml's round activations to 8 bits where weights are
+/// quantised; ours take them as they are, as training does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// ggml's.
+    Ggml,
+    /// Ours where there are so many columns that they are faster ([`crate::ops::faster_from`]).
+    #[default]
+    Faster,
+    /// Ours.
+    Exact,
+}
+
+impl Products {
+    fn raw(self) -> sys::bupo_products {
+        match self {
+            Products::Ggml => sys::BUPO_PRODUCTS_GGML,
+            Products::Faster => sys::BUPO_PRODUCTS_FASTER,
+            Products::Exact => sys::BUPO_PRODUCTS_EXACT,
+        }
+    }
+}
+
 /// Sizes of a context.
 #[derive(Clone, Copy, Debug)]
 pub struct ContextOptions {
@@ -20,6 +43,8 @@ pub struct ContextOptions {
     pub n_batch: usize,
     /// Keys and values in F32 instead of F16.
     pub kv_f32: bool,
+    /// Products with weights on the CPU.
+    pub products: Products,
 }
 
 /// One token of a batch.
@@ -52,7 +77,7 @@ pub struct Context {
     draws_attached: bool,
     n_vocab: usize,
     _adapter: Option<Arc<LiveAdapter>>,
-    _pool: Arc<ThreadPool>,
+    pool: Arc<ThreadPool>,
     model: Arc<Model>,
 }
 
@@ -121,7 +146,7 @@ impl Context {
             draws_attached: false,
             n_vocab: model.vocab().n_tokens(),
             _adapter: None,
-            _pool: pool.clone(),
+            pool: pool.clone(),
             model: model.clone(),
         })
     }
@@ -206,7 +231,10 @@ impl Context {
         let mut result = 0;
         // SAFETY: arrays of n_tokens entries each that live for the call; ids, sequences and positions
         // were checked above.
-        let status = unsafe { sys::bupo_decode(self.raw.as_ptr(), raw, &mut result) };
+        let status = unsafe {
+            let (pool, products) = (self.pool.raw(), self.options.products.raw());
+            sys::bupo_decode(self.raw.as_ptr(), raw, pool, products, &mut result)
+        };
         self.has_logits.clear();
         self.drawn.clear();
         check("decoding", status, "report it with the model's name")?;

@@ -14,7 +14,7 @@ use std::ffi::CStr;
 use ggml_sys as sys;
 
 pub use adapter::LiveAdapter;
-pub use context::{Context, ContextOptions, Token, TokenBatch, max_sequences};
+pub use context::{Context, ContextOptions, Products, Token, TokenBatch, max_sequences};
 pub use model::{Hparams, LayerHparams, Model, Placement};
 pub use quantize::{FileType, TensorEntry};
 pub use vocab::{Vocab, chat_apply_template};

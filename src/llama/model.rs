@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ggml_sys as sys;
 
 use super::{Vocab, check, log};
-use crate::ggml::{Device, Tensor};
-use crate::{Error, Result};
+use crate::ggml::{Device, Tensor, Type};
+use crate::{Error, Result, ops};
 
 /// Hyperparameters as llama.cpp read them from the file (fields: `ggml-ext/ggml-ext.h`).
 pub type Hparams = sys::bupo_hparams;
@@ -100,7 +100,22 @@ impl Model {
             let call = format!("loading {}", path.display());
             Error::engine(call, log::take_last_words(), "check the file with `bupo-gguf inspect`")
         })?;
-        Ok(Model { raw, device: placement.device, free_before, gpu_peak_bytes: AtomicU64::new(0) })
+        let model =
+            Model { raw, device: placement.device, free_before, gpu_peak_bytes: AtomicU64::new(0) };
+        if weights && placement.device == Device::Cpu {
+            let mut columns = [0i64; sys::GGML_TYPE_COUNT as usize];
+            for ty in Type::all() {
+                columns[ty.raw() as usize] = ops::faster_from(ty).unwrap_or(0) as i64;
+            }
+            // SAFETY: a live model that nobody computes with yet; a product that keeps the header's contract; a
+            // number for each type.
+            let status = unsafe {
+                let product = Some(ops::weight_product as _);
+                sys::bupo_model_products(model.raw(), product, columns.as_ptr())
+            };
+            check("offering our products", status, "report it")?;
+        }
+        Ok(model)
     }
 
     pub(super) fn raw(&self) -> *mut sys::llama_model {

@@ -23,12 +23,12 @@ use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Floats of a dequantised tile: 512 KiB, half of a usual L2 cache.
-const TILE: usize = 128 * 1024;
+pub(super) const TILE: usize = 128 * 1024;
 /// Inputs that one product of a tile sums over: forward in K, a multiple of every block size; backward in N.
-const DEPTH: usize = 1024;
+pub(super) const DEPTH: usize = 1024;
 const BACK_DEPTH: usize = 256;
 /// Outputs of a tile come in multiples of this where there are enough: the rows of gemm's micro kernel.
-const STEP: usize = 64;
+pub(super) const STEP: usize = 64;
 /// Floats between the rows of a tile. Without them the rows of a K that is a power of two fall on the same few
 /// cache lines, and packing them takes longer than the product of 64 tokens.
 const PAD: usize = 16;

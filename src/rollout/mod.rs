@@ -3,9 +3,9 @@
 mod encode;
 mod sampler;
 mod scheduler;
+mod sizes;
 
 pub use encode::{Encoder, PromptOptions, Said, Turns};
 pub use sampler::{Sampler, Sampling};
-pub use scheduler::{
-    Completion, Finish, Progress, Request, RolloutOptions, RolloutSizes, Rollouts, Watcher,
-};
+pub use scheduler::{Completion, Finish, Progress, Request, Rollouts, Watcher};
+pub use sizes::{RolloutOptions, RolloutSizes};

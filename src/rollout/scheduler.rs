@@ -9,7 +9,9 @@
 //! prompt's own logits are wanted on the host all the same, for every completion of its group begins with them: prompts
 //! are decoded in one more sequence, in which nothing is drawn, and copied to where they are needed.
 //!
-//! Nothing here depends on time: the same requests and seed give the same completions.
+//! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
+//! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
+//! computes a product ([`Products`]), and with them now and then a token.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,8 +22,9 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::sampler::{Sampler, Sampling};
+use super::sizes::{MAX_PARALLEL, PREFILL_TOKENS, RolloutOptions, RolloutSizes};
 use crate::ggml::ThreadPool;
-use crate::llama::{self, Context, ContextOptions, LiveAdapter, Token, TokenBatch};
+use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products, Token, TokenBatch};
 use crate::{Error, Result};
 
 /// A prompt and how many completions of it are wanted.
@@ -93,66 +96,6 @@ impl Watcher for ProgressOnly<'_> {
     }
 }
 
-/// Limits of the rollout engine.
-#[derive(Clone, Copy, Debug)]
-pub struct RolloutOptions {
-    /// Longest prompt plus completion, tokens.
-    pub n_ctx_seq: usize,
-    /// Memory for keys and values.
-    pub kv_bytes: usize,
-}
-
-/// What becomes of [`RolloutOptions`] for a model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RolloutSizes {
-    /// Sequences at once.
-    pub n_seq: usize,
-    /// Tokens that a sequence may hold, rounded up as llama.cpp does.
-    pub n_ctx_seq: usize,
-    /// Tokens in one call.
-    pub n_batch: usize,
-    /// Bytes of keys and values of one sequence.
-    pub sequence_bytes: usize,
-}
-
-impl RolloutOptions {
-    /// The same with memory for `n` sequences at most, where no more are ever wanted.
-    ///
-    /// # Errors
-    /// See [`llama::Model::kv_token_bytes`].
-    pub fn at_most(self, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
-        let wanted = self.sequence_bytes(model)?.saturating_mul(n.max(1));
-        Ok(RolloutOptions { kv_bytes: self.kv_bytes.min(wanted), ..self })
-    }
-
-    fn sequence_bytes(&self, model: &llama::Model) -> Result<usize> {
-        Ok(self.n_ctx_seq.next_multiple_of(256) * model.kv_token_bytes()?)
-    }
-
-    /// As many sequences as the memory for keys and values allows.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] when not even one sequence fits.
-    pub fn sizes(&self, model: &llama::Model) -> Result<RolloutSizes> {
-        let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
-        let sequence_bytes = self.sequence_bytes(model)?;
-        let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
-        if n_seq == 0 {
-            return Err(Error::invalid(
-                "--kv-mib",
-                format!("at least {} MiB for one sequence", sequence_bytes.div_ceil(1 << 20)),
-                format!("{} MiB", self.kv_bytes >> 20),
-                "raise it, or lower --max-response",
-            ));
-        }
-        // What all sequences hold is the most that a call can have; it sizes what a decode takes beside its cache.
-        let n_batch = PREFILL_TOKENS.min(n_seq * n_ctx_seq).max(n_seq).max(n_ctx_seq);
-        Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, sequence_bytes })
-    }
-}
-
-/// Tokens of prompts that are decoded in one call.
-const PREFILL_TOKENS: usize = 2048;
 /// Logits at which sampling is worth several threads.
 const PARALLEL_LOGITS: usize = 1 << 16;
 
@@ -199,7 +142,13 @@ impl Rollouts {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(model)?;
         let n_drawn = (!model.device().is_host()).then_some(n_seq.min(MAX_PARALLEL - 1));
         let n_seq = n_drawn.map_or(n_seq, |n| n + 1);
-        let sizes = ContextOptions { n_ctx_seq, n_seq, n_batch, kv_f32: false };
+        let sizes = ContextOptions {
+            n_ctx_seq,
+            n_seq,
+            n_batch,
+            kv_f32: false,
+            products: Products::default(),
+        };
         Ok(Rollouts {
             model: model.clone(),
             pool: pool.clone(),
@@ -222,6 +171,12 @@ impl Rollouts {
             self.sizes.n_seq += 1;
             self.context = None;
         }
+    }
+
+    /// Decodes with these products from now on; at first with whichever are faster.
+    pub fn set_products(&mut self, products: Products) {
+        self.sizes.products = products;
+        self.context = None;
     }
 
     /// Decodes with this adapter from now on, or with the base alone.
@@ -344,9 +299,6 @@ impl Rollouts {
         Ok(run.done.into_iter().map(take).collect())
     }
 }
-
-/// Sequences at once beyond which a decode gains nothing.
-const MAX_PARALLEL: usize = 256;
 
 /// One call of [`Rollouts::generate`].
 struct Run<'r> {

@@ -1,0 +1,67 @@
+//! How many sequences are sampled at once, and what that takes.
+
+use crate::llama;
+use crate::{Error, Result};
+
+/// Sequences at once beyond which a decode gains nothing.
+pub(super) const MAX_PARALLEL: usize = 256;
+/// Limits of the rollout engine.
+#[derive(Clone, Copy, Debug)]
+pub struct RolloutOptions {
+    /// Longest prompt plus completion, tokens.
+    pub n_ctx_seq: usize,
+    /// Memory for keys and values.
+    pub kv_bytes: usize,
+}
+
+/// What becomes of [`RolloutOptions`] for a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RolloutSizes {
+    /// Sequences at once.
+    pub n_seq: usize,
+    /// Tokens that a sequence may hold, rounded up as llama.cpp does.
+    pub n_ctx_seq: usize,
+    /// Tokens in one call.
+    pub n_batch: usize,
+    /// Bytes of keys and values of one sequence.
+    pub sequence_bytes: usize,
+}
+
+impl RolloutOptions {
+    /// The same with memory for `n` sequences at most, where no more are ever wanted.
+    ///
+    /// # Errors
+    /// See [`llama::Model::kv_token_bytes`].
+    pub fn at_most(self, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
+        let wanted = self.sequence_bytes(model)?.saturating_mul(n.max(1));
+        Ok(RolloutOptions { kv_bytes: self.kv_bytes.min(wanted), ..self })
+    }
+
+    fn sequence_bytes(&self, model: &llama::Model) -> Result<usize> {
+        Ok(self.n_ctx_seq.next_multiple_of(256) * model.kv_token_bytes()?)
+    }
+
+    /// As many sequences as the memory for keys and values allows.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when not even one sequence fits.
+    pub fn sizes(&self, model: &llama::Model) -> Result<RolloutSizes> {
+        let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
+        let sequence_bytes = self.sequence_bytes(model)?;
+        let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
+        if n_seq == 0 {
+            return Err(Error::invalid(
+                "--kv-mib",
+                format!("at least {} MiB for one sequence", sequence_bytes.div_ceil(1 << 20)),
+                format!("{} MiB", self.kv_bytes >> 20),
+                "raise it, or lower --max-response",
+            ));
+        }
+        // What all sequences hold is the most that a call can have; it sizes what a decode takes beside its cache.
+        let n_batch = PREFILL_TOKENS.min(n_seq * n_ctx_seq).max(n_seq).max(n_ctx_seq);
+        Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, sequence_bytes })
+    }
+}
+
+/// Tokens of prompts that are decoded in one call.
+pub(super) const PREFILL_TOKENS: usize = 2048;
