@@ -253,7 +253,14 @@ fn a_number_that_cannot_be_is_refused_by_its_option() {
     }
     let command = ["entropy", "demo", "--data", rows, "--out", out, "--top-k", "300"];
     fail(&command, &["--top-k", "at most 288", "300"]);
+    let command = ["entropy", "demo", "--data", "task:add", "--out", out, "--temperature", "nan"];
+    fail(&command, &["--temperature", "NaN"]);
     assert!(!Path::new(out).exists(), "nothing is left of a refused command");
+    let case = ["bench", "train", "demo", "--case", "train/internal phase", "--reps", "1"];
+    fail(
+        &[&case[..], &["--sgemm", "64", "--internal-layer", "99"]].concat(),
+        &["layer from 1 to 8", "got 99"],
+    );
 }
 
 #[test]
@@ -383,7 +390,7 @@ fn completions_and_manual_pages_know_every_command() {
     // The script is one that a shell takes.
     let script = dir.path().join("bupo-gguf.bash");
     std::fs::write(&script, succeed(&["completions", "bash"])).unwrap();
-    let line = "source \"$0\"; COMP_WORDS=(bupo-gguf entr); COMP_CWORD=1; _bupo-gguf bupo-gguf entr bupo-gguf; echo \"${COMPREPLY[*]}\"";
+    let line = "source \"$0\"; COMP_WORDS=(bupo-gguf entr); COMP_CWORD=1; _bupo__gguf bupo-gguf entr bupo-gguf; echo \"${COMPREPLY[*]}\"";
     let out = Command::new("bash").args(["-c", line, script.to_str().unwrap()]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stdout).trim(), "entropy", "{out:?}");
 }

@@ -155,13 +155,12 @@ pub fn dump<'m>(
     for side in sides.iter() {
         settings.look.check(side.model.config().n_vocab)?;
     }
+    let sampling = Sampling { temperature: settings.temperature, ..Sampling::default() };
+    sampling.check()?;
     let n_layer = model.config().n_layer;
     let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
-    let answering = Answering {
-        max_response: settings.max_response,
-        sampling: Sampling { temperature: settings.temperature, ..Sampling::default() },
-        seed: settings.seed,
-    };
+    let answering =
+        Answering { max_response: settings.max_response, sampling, seed: settings.seed };
     let mut answerer = Answerer::new(model, pool.clone(), answering);
     let mut findings = Findings {
         sums: vec![Sums::new(n_layer); sides.len()],

@@ -62,7 +62,7 @@ pub struct Options {
 
 impl Options {
     fn internal_layer(&self, config: &Config) -> usize {
-        self.internal_layer.unwrap_or(config.n_layer.div_ceil(5)).clamp(1, config.n_layer)
+        self.internal_layer.unwrap_or(config.n_layer.div_ceil(5))
     }
 }
 

@@ -27,10 +27,16 @@ use crate::{Error, Result};
 /// merged file on held-out rows.
 ///
 /// --out A.gguf without MODEL: the adapters as one GGUF adapter, in f32 (keep), f16, bf16 or q8_0.
+///
 /// MODEL --ollama DIR: the merged model with a Modelfile; the template is the model's own, put into Go's language and
 /// compared with it, message by message.
+///
 /// MODEL --peft DIR: the adapters as one LoRA for Hugging Face's PEFT, with a model card.
 #[derive(Args)]
+#[command(override_usage = "bupo-gguf export MODEL --adapter A --out M.gguf [OPTIONS]
+       bupo-gguf export MODEL --adapter A --peft DIR [OPTIONS]
+       bupo-gguf export MODEL --adapter A --ollama DIR [OPTIONS]
+       bupo-gguf export --adapter A --out A.gguf [OPTIONS]")]
 #[command(after_help = "Examples:
   bupo-gguf export Qwen3-4B-Q4_K_M.gguf --adapter runs/first/adapter.gguf \\
       --out merged.gguf --check held-out.jsonl

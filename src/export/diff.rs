@@ -43,7 +43,7 @@ pub struct DiffConfig {
     #[arg(long, default_value_t = 1, value_name = "K", help_heading = "Comparison")]
     pub samples: usize,
     /// Sampled completions end at this length [default: 512, or what the context leaves]
-    #[arg(long, value_name = "TOKENS", help_heading = "Comparison")]
+    #[arg(long, value_name = "TOKENS", value_parser = crate::options::at_least_one, help_heading = "Comparison")]
     pub max_response: Option<usize>,
     /// Sampling temperature; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Comparison")]

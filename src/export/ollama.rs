@@ -192,13 +192,33 @@ impl Wrappers {
             }
             _ => None,
         };
-        Some(Wrappers {
+        let found = Wrappers {
             no_system: first.strip_suffix(before_user)?.into(),
             system,
             user: [before_user.into(), after_user.into()],
             assistant: [answer.strip_prefix(after_user)?.into(), after_answer.into()],
             generation: end.strip_prefix(after_user)?.into(),
-        })
+        };
+        Some(found.with_ends())
+    }
+
+    /// Where something always stands before the first message, the end of a message was found at the beginning of the
+    /// next one: lines that all of them begin with are put back.
+    fn with_ends(mut self) -> Wrappers {
+        if self.no_system.is_empty() || !self.user[1].is_empty() || !self.assistant[1].is_empty() {
+            return self;
+        }
+        let begins = [&self.user[0], &self.assistant[0], &self.generation];
+        let is_shared = |end: &&str| begins.iter().all(|text| text.starts_with(*end));
+        let lines = self.user[0].match_indices('\n').map(|(at, _)| &self.user[0][..=at]);
+        let Some(end) = lines.rev().find(is_shared).map(str::to_owned) else { return self };
+        for text in [&mut self.user[0], &mut self.assistant[0], &mut self.generation] {
+            text.drain(..end.len());
+        }
+        let ends = [&mut self.no_system, &mut self.user[1], &mut self.assistant[1]];
+        let ends = ends.into_iter().chain(self.system.iter_mut().map(|[_, after]| after));
+        ends.for_each(|text| text.push_str(&end));
+        self
     }
 
     fn pieces(&self) -> impl Iterator<Item = &String> {
@@ -274,7 +294,9 @@ mod tests {
             "{{{{ bos_token }}}}{{% if messages[0].role != 'system' %}}<|im_start|>system\nBe good.<|im_end|>\n{{% endif %}}{CHATML}"
         );
         let found = wrappers(&default, &vocabulary("<s>")).unwrap();
-        assert!(found.no_system.contains("Be good."), "{found:?}");
+        assert_eq!(found.no_system, "<|im_start|>system\nBe good.<|im_end|>\n");
+        assert_eq!(found.user, ["<|im_start|>user\n", "<|im_end|>\n"]);
+        assert_eq!(found.assistant, ["<|im_start|>assistant\n", "<|im_end|>\n"]);
         assert!(!found.go().contains("<s>"), "the engine adds it: {found:?}");
     }
 
@@ -296,7 +318,7 @@ mod tests {
 
     #[test]
     fn without_system_messages_there_is_no_place_for_one() {
-        let gemma = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}<start_of_turn>model\n";
+        let gemma = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}{{ '<start_of_turn>model\n' }}";
         let found = wrappers(gemma, &vocabulary("")).unwrap();
         assert_eq!(found.system, None);
         assert_eq!(found.generation, "<start_of_turn>model\n");
