@@ -505,8 +505,8 @@ fn the_best_adapter_is_kept_and_a_run_that_gets_worse_stops() {
     let best = (0..losses.len()).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
     assert_eq!(losses.len(), best + 3, "{losses:?}");
     let steps = |name: &str| {
-        let file = bupo_gguf::gguf::GgufSet::open(&out.join(name)).unwrap();
-        file.head().require::<u64>("bupo.steps").unwrap()
+        let file = bupo_gguf::gguf::GgufFile::open(&out.join(name)).unwrap();
+        file.require::<u64>("bupo.steps").unwrap()
     };
     assert_eq!(
         (steps("adapter-best.gguf"), steps("adapter.gguf")),

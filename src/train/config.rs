@@ -339,6 +339,14 @@ impl TrainConfig {
         self.micro_batch_tokens.unwrap_or(4096.max(self.max_prompt + self.max_response))
     }
 
+    /// Completions that are sampled in one go, at most: of a step, or of an evaluation on held-out problems.
+    pub fn sequences(&self) -> usize {
+        let is_task = source::files(&self.data).is_ok_and(|files| files.is_empty());
+        let evaluates = self.algo.is_rewarded() && (self.eval_data.is_some() || is_task);
+        let evaluated = if evaluates { self.eval_problems * self.eval_samples } else { 0 };
+        evaluated.max(self.prompts_per_step * self.group)
+    }
+
     /// Memory for keys and values of rollouts, MiB.
     pub fn kv_mib(&self) -> usize {
         self.kv_mib.unwrap_or(1024)

@@ -113,7 +113,8 @@ impl Plan {
         let threads = c.threads.unwrap_or(1);
 
         let longest = c.max_prompt + c.max_response;
-        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 };
+        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 }
+            .at_most(c.sequences(), model.engine())?;
         let sizes = options.sizes(model.engine())?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 

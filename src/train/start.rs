@@ -124,11 +124,7 @@ impl<'m> Trainer<'m> {
         let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
         let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
         let pool = Arc::new(ThreadPool::with(config.threads)?);
-        let evaluated = match &read {
-            Read::Problems(_, held_out, _) => held_out.len() * config.eval_samples,
-            _ => 0,
-        };
-        let wanted = evaluated.max(config.prompts_per_step * config.group);
+        let wanted = config.sequences();
         let mut rollouts = || -> Result<Rollouts> {
             let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 }
                 .at_most(wanted, model.engine())?;
