@@ -24,7 +24,6 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
-use std::sync::Mutex;
 
 use ggml_sys as sys;
 use serde::{Deserialize, Serialize};
@@ -33,6 +32,7 @@ use super::exp::{exp, softcap};
 use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
+use super::partials::Partials;
 use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
@@ -84,7 +84,7 @@ pub fn distill_tiles_bytes(d: usize, tokens: usize, threads: usize) -> usize {
 struct Params {
     c: sys::bupo_distill_params,
     // Sums of each token tile, by thread.
-    tiles: Vec<Mutex<Vec<Option<Partial>>>>,
+    tiles: Vec<Partials<Partial>>,
 }
 
 /// Sums over a part of the vocabulary for one tile of tokens.
@@ -133,7 +133,7 @@ pub fn distill<'a>(
             student: student.params(OP, &mut sources),
             teacher: teacher.params(OP, &mut sources),
         },
-        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
+        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Partials::default()).collect(),
     };
     // One result: T divergences, then [D, T].
     let all = arena.custom([t * (1 + d), 1, 1, 1], &sources, kernel, params);
@@ -184,16 +184,12 @@ unsafe extern "C" fn kernel(
         };
         (params, job)
     };
-    for (tile, slots) in params.tiles.iter().enumerate() {
+    for (tile, partials) in params.tiles.iter().enumerate() {
         let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.student.head.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
         let partial =
             unsafe { job.partial(tokens.clone(), partition(job.student.head.v, ith, nth)) };
-        let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        slots.resize_with(nth as usize, || None);
-        slots[ith as usize] = Some(partial);
-        if slots.iter().all(Option::is_some) {
-            let partials: Vec<Partial> = slots.drain(..).flatten().collect();
+        if let Some(partials) = partials.put(ith as usize, nth as usize, partial) {
             // SAFETY: all threads are done with this tile, and only this one writes its results.
             unsafe { job.finish(tokens, &partials) };
         }

@@ -12,7 +12,6 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
-use std::sync::Mutex;
 
 use ggml_sys as sys;
 
@@ -20,6 +19,7 @@ use super::exp::exp;
 use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
+use super::partials::Partials;
 use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
 
@@ -45,7 +45,7 @@ pub struct Divergence<'a> {
 struct Params {
     c: sys::bupo_divergence_params,
     // Partial sums of each token tile, by thread.
-    tiles: Vec<Mutex<Vec<Option<Vec<Partial>>>>>,
+    tiles: Vec<Partials<Vec<Partial>>>,
 }
 
 /// Sums over a part of the vocabulary for one token.
@@ -91,7 +91,7 @@ pub fn divergence<'a>(
             p: p.params(OP, &mut sources),
             q: q.params(OP, &mut sources),
         },
-        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
+        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Partials::default()).collect(),
     };
     let all = arena.custom([4 * t, 1, 1, 1], &sources, kernel, params);
     Divergence {
@@ -128,15 +128,11 @@ unsafe extern "C" fn kernel(
         };
         (params, job)
     };
-    for (tile, slots) in params.tiles.iter().enumerate() {
+    for (tile, partials) in params.tiles.iter().enumerate() {
         let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.p.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
         let partial = unsafe { job.partial(tokens.clone(), partition(job.p.v, ith, nth)) };
-        let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        slots.resize_with(nth as usize, || None);
-        slots[ith as usize] = Some(partial);
-        if slots.iter().all(Option::is_some) {
-            let partials: Vec<Vec<Partial>> = slots.drain(..).flatten().collect();
+        if let Some(partials) = partials.put(ith as usize, nth as usize, partial) {
             // SAFETY: all threads are done with this tile, and only this one writes its results.
             unsafe { job.finish(tokens, &partials) };
         }

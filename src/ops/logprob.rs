@@ -20,7 +20,6 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
-use std::sync::Mutex;
 
 use ggml_sys as sys;
 
@@ -28,6 +27,7 @@ use super::exp::{exp, softcap};
 use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
+use super::partials::Partials;
 use super::rows::{maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
 
@@ -64,8 +64,8 @@ pub struct Logprob<'a> {
 #[repr(C)]
 struct Params {
     c: sys::bupo_logprob_params,
-    // Partial sums of the token tile in work, by thread; and how many threads have finished each tile.
-    tiles: Vec<Mutex<Vec<Option<Partial>>>>,
+    // Of each token tile, by thread.
+    tiles: Vec<Partials<Partial>>,
 }
 
 /// Sums over a part of the vocabulary for one tile of tokens, relative to the running maximum.
@@ -107,7 +107,7 @@ pub fn linear_logprob<'a>(
             gradient: gradient as u32,
             map: head.params(OP, &mut sources),
         },
-        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Mutex::default()).collect(),
+        tiles: (0..t.div_ceil(TOKEN_TILE)).map(|_| Partials::default()).collect(),
     };
     // One result: T log-probs, T log-sum-exps, T entropies, then [D, T] and [r, T].
     let all = arena.custom([t * width, 1, 1, 1], &sources, kernel, params);
@@ -149,15 +149,11 @@ unsafe extern "C" fn kernel(
         };
         (params, job)
     };
-    for (tile, slots) in params.tiles.iter().enumerate() {
+    for (tile, partials) in params.tiles.iter().enumerate() {
         let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.head.t);
         // SAFETY: tokens and vocabulary rows lie within the sources.
         let partial = unsafe { job.partial(tokens.clone(), partition(job.head.v, ith, nth)) };
-        let mut slots = slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        slots.resize_with(nth as usize, || None);
-        slots[ith as usize] = Some(partial);
-        if slots.iter().all(Option::is_some) {
-            let partials: Vec<Partial> = slots.drain(..).flatten().collect();
+        if let Some(partials) = partials.put(ith as usize, nth as usize, partial) {
             // SAFETY: all threads are done with this tile, and only this one writes its results.
             unsafe { job.finish(tokens, partials) };
         }

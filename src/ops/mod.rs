@@ -16,6 +16,7 @@ mod logits;
 mod logprob;
 mod low_rank;
 mod norm;
+mod partials;
 mod policies;
 mod products;
 mod queue;

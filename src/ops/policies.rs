@@ -17,7 +17,6 @@
 
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
-use std::sync::Mutex;
 
 use ggml_sys as sys;
 
@@ -25,6 +24,7 @@ use super::exp::exp;
 use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
+use super::partials::Partials;
 use super::queue::Queue;
 use super::rows::{maximum, partition};
 use crate::ggml::{Arena, Tensor, Type};
@@ -137,7 +137,7 @@ struct Params {
 #[derive(Default)]
 struct Pass {
     queue: Queue,
-    parts: Mutex<Vec<Option<Part>>>,
+    parts: Partials<Part>,
 }
 
 /// What a chunk of the vocabulary gives for the columns of a pass.
@@ -272,11 +272,7 @@ unsafe extern "C" fn kernel(
             let vocab = chunk * rows..((chunk + 1) * rows).min(v);
             // SAFETY: columns and vocabulary rows lie within the sources.
             let part = unsafe { job.part(columns.clone(), vocab) };
-            let mut parts = pass.parts.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            parts.resize_with(chunks, || None);
-            parts[chunk] = Some(part);
-            if parts.iter().all(Option::is_some) {
-                let parts: Vec<Part> = parts.drain(..).flatten().collect();
+            if let Some(parts) = pass.parts.put(chunk, chunks, part) {
                 // SAFETY: all chunks of the pass are done, and only this thread writes its results.
                 unsafe { job.finish(columns.clone(), &parts) };
             }
