@@ -1,6 +1,6 @@
 //! The way back: a tape's steps in reverse.
 
-use super::{Pair, Rows, Step, Tape, Var};
+use super::{Pair, Rows, Step, Tape, Var, runs};
 use crate::ggml::{Arena, Graph, Tensor};
 use crate::ops;
 
@@ -112,19 +112,20 @@ impl<'a> Walk<'a> {
             Step::Norm { x, y, weight, width } => {
                 let (Some(dy), true) = (of(self, *y), self.needs[x.0]) else { return };
                 let (so_far, eps) = (of(self, *x), self.eps);
-                let flat = dy.shape();
-                let runs = |t: Tensor<'a>| match *width == flat[0] {
-                    true => t,
-                    false => arena.reshape(t, [*width, flat[0] / width, flat[1], 1]),
-                };
-                let (input, dy) = (runs(tape.node(*x)), runs(dy));
-                let Some(weight) = weight else {
-                    let d = arena.rms_norm_back(dy, input, eps);
-                    return self.add(*x, arena.reshape(d, flat));
-                };
-                let d = ops::rms_norm_back(arena, input, *weight, dy, so_far.map(runs), eps);
-                let d = if *width == flat[0] { d } else { arena.reshape(d, flat) };
-                self.cotangents[x.0] = Some(d);
+                let runs = |t| runs(arena, t, *width);
+                let input = runs(tape.node(*x));
+                match weight {
+                    None => {
+                        let d = tape.in_runs(dy, *width, |dy| arena.rms_norm_back(dy, input, eps));
+                        self.add(*x, d);
+                    }
+                    Some(weight) => {
+                        let add = so_far.map(runs);
+                        self.cotangents[x.0] = Some(tape.in_runs(dy, *width, |dy| {
+                            ops::rms_norm_back(arena, input, *weight, dy, add, eps)
+                        }));
+                    }
+                }
             }
             Step::Rope { x, y, rope, factors } => {
                 let (Some(dy), true) = (of(self, *y), self.needs[x.0]) else { return };

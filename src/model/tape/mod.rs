@@ -336,12 +336,8 @@ impl<'a> Tape<'a> {
         width: usize,
         f: impl FnOnce(Tensor<'a>) -> Tensor<'a>,
     ) -> Tensor<'a> {
-        let flat = x.shape();
-        if width == flat[0] {
-            return f(x);
-        }
-        let runs = [width, flat[0] / width, flat[1], 1];
-        self.arena.reshape(f(self.arena.reshape(x, runs)), flat)
+        let y = f(runs(self.arena, x, width));
+        if width == x.shape()[0] { y } else { self.arena.reshape(y, x.shape()) }
     }
 
     /// Heads rotated by their tokens' positions, in layers that know them: with llama3's factors, or one of
@@ -512,4 +508,10 @@ impl<'a> Tape<'a> {
         let (Some(kv), Some(kept)) = (self.gives, kept) else { return };
         kv.into_iter().zip(kept).for_each(|(v, kept)| graph.store(self.node(v), kept));
     }
+}
+
+/// x: `[n * width, T]` as runs `[width, n, T]`, or as it stands where it is one.
+fn runs<'a>(arena: &'a Arena, x: Tensor<'a>, width: usize) -> Tensor<'a> {
+    let [all, tokens, ..] = x.shape();
+    if width == all { x } else { arena.reshape(x, [width, all / width, tokens, 1]) }
 }
