@@ -377,9 +377,9 @@ impl Lora {
         if self.alpha == 0.0 { 1.0 } else { self.alpha / self.rank as f32 }
     }
 
-    /// The pairs that training leaves as they are, by the names of their weights: those on maps that no target stands for.
+    /// The pairs that training leaves as they are, by the names of their weights: that on the unembedding.
     pub fn frozen(&self) -> Vec<String> {
-        self.slots.iter().filter(|slot| slot.target.is_none()).map(Map::weight).collect()
+        self.slots.iter().filter(|slot| slot.name == UNEMBEDDING).map(Map::weight).collect()
     }
 
     /// The targets that any layer adapts.

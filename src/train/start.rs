@@ -12,7 +12,7 @@ use super::plan::{Plan, Workload};
 use super::row_options::refuse_sampling;
 use super::rows::{Reader, Rows};
 use super::source::{Prompts, Sampled, Source};
-use super::teacher::{Teacher, TeacherModel};
+use super::teacher::{Teacher, TeacherModel, refuse_head};
 use super::{
     AdamW, Algorithm, Baseline, Counters, GpuPlan, Reference, ResponseGroup, State, TrainConfig,
     Trainer, evaluate, vram,
@@ -348,11 +348,8 @@ fn begin_from(model: &Model, config: &mut TrainConfig, adapter: Option<&Path>) -
         let place = path.display().to_string();
         return Err(Error::invalid(place, expected, frozen.join(", "), advice));
     }
-    if config.algo == Algorithm::Distill && !frozen.is_empty() {
-        let expected = "an adapter of the layers for --algo distill";
-        let advice = "divergences are not computed under an adapted unembedding; merge it first";
-        let place = path.display().to_string();
-        return Err(Error::invalid(place, expected, frozen.join(", "), advice));
+    if config.algo == Algorithm::Distill {
+        refuse_head(&lora, path)?;
     }
     (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
     config.targets = lora.targets();

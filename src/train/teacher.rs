@@ -70,6 +70,20 @@ fn is_same_file(student: &Model, path: &Path) -> bool {
     }
 }
 
+/// Divergences are not computed under an adapted unembedding, of the student or the teacher.
+///
+/// # Errors
+/// [`Error::Invalid`] naming the pair.
+pub(super) fn refuse_head(lora: &Lora, path: &Path) -> Result<()> {
+    let frozen = lora.frozen();
+    if frozen.is_empty() {
+        return Ok(());
+    }
+    let expected = "an adapter of the layers for --algo distill";
+    let advice = "divergences are not computed under an adapted unembedding; merge it first";
+    Err(Error::invalid(path.display().to_string(), expected, frozen.join(", "), advice))
+}
+
 /// Distributions can only be compared over the same tokens.
 fn check_vocabulary(student: &Model, teacher: &Model) -> Result<()> {
     let refuse = |expected: String, got: String| {
@@ -103,14 +117,8 @@ impl<'m> Teacher<'m> {
     ) -> Result<Teacher<'m>> {
         let adapter = config.rows.teacher_adapter.as_ref();
         let lora = adapter.map(|path| Lora::load(&model, path)).transpose()?;
-        if let (Some(lora), Some(path)) = (&lora, adapter)
-            && !lora.frozen().is_empty()
-        {
-            let expected = "a teacher's adapter on its layers";
-            let advice =
-                "divergences are not computed under an adapted unembedding; merge it first";
-            let place = path.display().to_string();
-            return Err(Error::invalid(place, expected, lora.frozen().join(", "), advice));
+        if let (Some(lora), Some(path)) = (&lora, adapter) {
+            refuse_head(lora, path)?;
         }
         let engine = Engine::on(model.device(), pool)?;
         Ok(Teacher { model, lora, engine })
