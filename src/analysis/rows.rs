@@ -11,9 +11,6 @@ use crate::model::{Lora, Model};
 use crate::rollout::{Encoder, Progress, Request, RolloutOptions, Rollouts, Sampling};
 use crate::{Error, Result};
 
-/// Memory for keys and values while rows are answered.
-const KV_BYTES: usize = 1 << 30;
-
 /// A completion and what it answers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
@@ -165,8 +162,7 @@ impl<'m> Answerer<'m> {
         if self.rollouts.as_ref().is_none_or(|&(room, n, _)| room < n_ctx_seq || n < prompts.len())
         {
             self.rollouts = None; // give its memory back first
-            let options = RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES };
-            let options = options.at_most(prompts.len(), self.model.engine())?;
+            let options = RolloutOptions::new(n_ctx_seq, prompts.len(), self.model.engine())?;
             let mut rollouts = Rollouts::new(self.model.engine(), &self.pool, options)?;
             if let Some(lora) = lora {
                 rollouts.set_adapter(Some(lora.live(self.model)?))?;

@@ -93,9 +93,8 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         ));
     }
     let pool = Arc::new(ThreadPool::with(args.threads)?);
-    let options =
-        RolloutOptions { n_ctx_seq: prompt_tokens.len() + args.max_response, kv_bytes: 1 << 30 };
-    let options = options.at_most(args.samples, model.engine())?;
+    let n_ctx_seq = prompt_tokens.len() + args.max_response;
+    let options = RolloutOptions::new(n_ctx_seq, args.samples, model.engine())?;
     let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
     if let Some(lora) = &mut lora {
         rollouts.set_adapter(Some(lora.live(&model)?))?;

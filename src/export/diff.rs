@@ -28,8 +28,6 @@ use crate::{Error, Result};
 
 /// Tokens that go through the models together.
 const BATCH_TOKENS: usize = 2048;
-/// Memory for keys and values while completions are sampled.
-const KV_BYTES: usize = 1 << 30;
 /// Keeps the random numbers apart from those of training, as evaluations do.
 const STREAM: u64 = 1 << 48;
 
@@ -292,9 +290,9 @@ impl Side<'_> {
             let got = format!("{longest} and {max_response}");
             return Err(Error::invalid("data", expected, got, "lower --max-response"));
         }
-        let options = RolloutOptions { n_ctx_seq: longest + max_response, kv_bytes: KV_BYTES }
-            .at_most(problems.len() * config.samples, self.model.engine())?;
-        let mut rollouts = Rollouts::new(self.model.engine(), pool, options)?;
+        let (engine, wanted) = (self.model.engine(), problems.len() * config.samples);
+        let options = RolloutOptions::new(longest + max_response, wanted, engine)?;
+        let mut rollouts = Rollouts::new(engine, pool, options)?;
         if let Some(lora) = &mut live {
             rollouts.set_adapter(Some(lora.live(self.model)?))?;
         }

@@ -5,6 +5,9 @@ use crate::{Error, Result};
 
 /// Sequences at once beyond which a decode gains nothing.
 pub(super) const MAX_PARALLEL: usize = 256;
+/// Memory for keys and values at most, where no option says how much.
+const KV_BYTES: usize = 1 << 30;
+
 /// Limits of the rollout engine.
 #[derive(Clone, Copy, Debug)]
 pub struct RolloutOptions {
@@ -28,6 +31,14 @@ pub struct RolloutSizes {
 }
 
 impl RolloutOptions {
+    /// Memory for `n` sequences of so many tokens, or for as many as a GiB holds.
+    ///
+    /// # Errors
+    /// See [`llama::Model::kv_token_bytes`].
+    pub fn new(n_ctx_seq: usize, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
+        RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES }.at_most(n, model)
+    }
+
     /// The same with memory for `n` sequences at most, where no more are ever wanted.
     ///
     /// # Errors
