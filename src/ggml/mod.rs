@@ -2,6 +2,7 @@
 
 mod backend;
 mod bytes;
+mod convert;
 mod cores;
 mod device;
 mod mmap;

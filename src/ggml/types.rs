@@ -2,9 +2,12 @@
 
 use std::ffi::CStr;
 use std::fmt;
+use std::sync::OnceLock;
 
 use ggml_sys as sys;
 use half::slice::HalfFloatSliceExt;
+
+use super::convert::{Converter, converter};
 
 /// A ggml tensor type that this build of ggml knows, e.g. `F32` or `Q4_K`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -87,6 +90,15 @@ impl Type {
         unsafe { (*sys::ggml_get_type_traits(self.0)).to_float }
     }
 
+    fn own_converter(self) -> Option<Converter> {
+        static OWN: OnceLock<Vec<Option<Converter>>> = OnceLock::new();
+        let own = OWN.get_or_init(|| {
+            let types = (0..sys::GGML_TYPE_COUNT).map(Type::from_ggml);
+            types.map(|ty| ty.and_then(converter)).collect()
+        });
+        own[self.raw() as usize]
+    }
+
     /// Dequantises whole blocks: `bytes` holds exactly `out.len()` elements.
     ///
     /// # Panics
@@ -115,6 +127,10 @@ impl Type {
             let halves = unsafe { std::slice::from_raw_parts(from.cast::<half::f16>(), out.len()) };
             // ggml takes them one by one: 7 times as long.
             return halves.convert_to_f32_slice(out);
+        }
+        if let Some(convert) = self.own_converter() {
+            // SAFETY: by contract of this function and of `Converter`; the processor was asked.
+            return unsafe { convert(from, out) };
         }
         let convert = self.to_float().unwrap_or_else(|| panic!("{self} cannot be dequantised"));
         // SAFETY: by contract of this function and of ggml_to_float_t.
