@@ -243,7 +243,7 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let own = || {
                 seconds(bench, w, |arena, graph, inputs| {
                     let x = inputs.f32(arena, [k, t]);
-                    graph.output(ops::linear(arena, inputs.w, x, None, None));
+                    graph.output(ops::product(arena, inputs.w, x));
                 })
             };
             let other = || {

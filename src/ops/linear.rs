@@ -65,7 +65,7 @@ fn f32_matrix(what: &str, t: Tensor<'_>, shape: [usize; 2]) {
     assert_eq!(t.shape(), [shape[0], shape[1], 1, 1], "{what}: {t:?}");
 }
 
-fn weight_matrix(w: Tensor<'_>) -> [usize; 2] {
+pub(super) fn weight_matrix(w: Tensor<'_>) -> [usize; 2] {
     let [k, n, rest, more] = w.shape();
     assert!(rest == 1 && more == 1 && w.is_contiguous(), "weight {w:?}: a contiguous matrix");
     assert!(w.ty().can_dequantize(), "weight {w:?}: a type with a converter to F32");
@@ -212,14 +212,30 @@ impl Weight {
             return Matrix::new(from(ns.start).cast(), self.row_bytes / 4, 1);
         }
         let (width, stride) = (ks.len(), ks.len() + PAD);
-        if self.ty != Type::F32 {
-            DEQUANTISED.fetch_add((ns.len() * width) as u64, Ordering::Relaxed);
-        }
+        self.count(ns.len() * width);
         for (row, n) in scratch.chunks_exact_mut(stride).zip(ns) {
-            // SAFETY: `width` elements of whole blocks of a row.
-            unsafe { self.ty.dequantize_raw(from(n), &mut row[..width]) };
+            // SAFETY: within the tensor by contract.
+            unsafe { self.read(n, ks.clone(), &mut row[..width]) };
         }
         Matrix::new(scratch.as_ptr(), stride, 1)
+    }
+
+    /// Adds to [`dequantised`].
+    pub(super) fn count(&self, n: usize) {
+        if self.ty != Type::F32 {
+            DEQUANTISED.fetch_add(n as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Columns `ks` (whole blocks) of row `n` as floats; the caller counts them.
+    ///
+    /// # Safety
+    /// They lie within the tensor; `out` has as many.
+    #[inline]
+    pub(super) unsafe fn read(&self, n: usize, ks: Range<usize>, out: &mut [f32]) {
+        let skip = ks.start / self.ty.block_size() * self.ty.block_bytes();
+        // SAFETY: within the tensor by contract.
+        unsafe { self.ty.dequantize_raw(self.data.add(n * self.row_bytes + skip), out) };
     }
 }
 

@@ -1,22 +1,27 @@
-//! Products with a model's weights inside llama.cpp's graphs, by the kernel of [`super::linear`].
+//! Products with a model's weights inside llama.cpp's graphs, by the kernel of [`super::narrow`].
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 
 use ggml_sys as sys;
 
-use super::gemm::{Matrix, gemm, with_scratch};
-use super::linear::{DEPTH, STEP, TILE, Weight, steps};
+use super::gemm::with_scratch;
+use super::linear::{Weight, weight_matrix};
+use super::narrow::{self, Narrow};
 use super::rows::partition;
-use crate::ggml::Type;
+use crate::ggml::{Arena, Tensor, Type};
 
-/// From how many columns on our product is faster than ggml's on plain blocks of a type, where it is with as many as
-/// rollouts and their prompts have. Measured with AVX-512 by `bench ops MODEL --case ops/columns --threads 1` (docs/LOG.md);
-/// a table, and not a measurement at each start, so that what is sampled does not depend on time.
+/// Outputs are shared out to threads in runs of so many, the rows of a kernel.
+const UNIT: usize = 12;
+
+/// From how many columns on our product is faster than ggml's on plain blocks of a type, where it is at all. Measured with
+/// AVX-512 by `bench ops MODEL --case ops/columns --threads 1` (docs/LOG.md); a table, and not a measurement at each start,
+/// so that what is sampled does not depend on time.
 pub fn faster_from(ty: Type) -> Option<usize> {
     match ty.name() {
         // No kernel of ggml's for several columns at once.
-        "q4_1" => Some(16),
-        "q4_K" => Some(512),
+        "q4_1" | "q5_1" => Some(8),
+        "q8_0" => Some(16),
+        // K quants: ggml's 8-bit products are faster than sgemm.
         _ => None,
     }
 }
@@ -32,20 +37,31 @@ pub(crate) unsafe extern "C" fn weight_product(dst: *mut sys::ggml_tensor, ith: 
     unsafe {
         let [w, x] = [(*dst).src[0], (*dst).src[1]];
         let (n_all, t, k) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize, (*w).ne[0] as usize);
-        let weight = Weight::new(w);
-        let depth = k.min(DEPTH);
-        let step = (TILE / depth / STEP * STEP).clamp(STEP, 512);
-        let parts = partition(n_all.div_ceil(STEP), ith, nth);
-        let own = (parts.start * STEP).min(n_all)..(parts.end * STEP).min(n_all);
-        with_scratch(weight.scratch(step, depth), |scratch| {
-            for ns in steps(own, step) {
-                let y = Matrix::new((*dst).data.cast::<f32>().add(ns.start), 1, n_all); // (n, t)
-                for ks in steps(0..k, DEPTH) {
-                    let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
-                    let x = Matrix::new((*x).data.cast::<f32>().add(ks.start) as *const f32, 1, k);
-                    gemm([ns.len(), t, ks.len()], y, ks.start > 0, tile, x, 1.0);
-                }
-            }
+        let weight = &Weight::new(w);
+        let parts = partition(n_all.div_ceil(UNIT), ith, nth);
+        let ns = (parts.start * UNIT).min(n_all)..(parts.end * UNIT).min(n_all);
+        with_scratch(narrow::scratch(k, t), |scratch| {
+            let (x, y) = ((*x).data.cast::<f32>().cast_const(), (*dst).data.cast::<f32>());
+            Narrow { weight, sizes: [k, n_all, t], ns, x, y, scratch }.run();
         });
     }
+}
+
+/// The product as a node of a graph of ours on the CPU, to measure it and to check it: `[N, T]` from `w: [K, N]` of any
+/// type and `x: [K, T]` F32.
+pub fn product<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>) -> Tensor<'a> {
+    let [k, n] = weight_matrix(w);
+    let t = x.shape()[1];
+    assert!(x.ty() == Type::F32 && x.is_contiguous() && x.shape() == [k, t, 1, 1], "x: {x:?}");
+    arena.custom([n, t, 1, 1], &[w, x], product_kernel, ())
+}
+
+unsafe extern "C" fn product_kernel(
+    dst: *mut sys::ggml_tensor,
+    ith: c_int,
+    nth: c_int,
+    _: *mut c_void,
+) {
+    // SAFETY: `product` made this node.
+    unsafe { weight_product(dst, ith, nth) }
 }

@@ -176,3 +176,28 @@ fn outer_products() {
         }
     }
 }
+
+/// The product that decoding takes, and that what becomes of a column depends on that column alone.
+#[test]
+fn product_of_few_columns() {
+    for (i, ty) in weight_types().into_iter().enumerate() {
+        for (j, t) in [1, 3, 16, 21, 33, 70, 150].into_iter().enumerate() {
+            let [k, n] = [[256, 33], [512, 97], [768, 5]][(i + j) % 3];
+            let what = format!("product {ty} K={k} N={n} T={t}");
+            let mut random = Random::new((k * n + t) as u64);
+            let (w, exact) = random.weight(ty, k, n);
+            let x = random.normal(k * t);
+            let sources = [w, Source::f32(&x, &[k, t])];
+            let product = |threads, sources: &[Source]| {
+                run(threads, sources, |arena, s| vec![ops::product(arena, s[0], s[1])]).remove(0)
+            };
+            let results = [1, 2, 5].map(|threads| product(threads, &sources));
+            close(&what, &results[0], &reference::linear(&exact, &f64s(&x), k), EXACT);
+            assert!(results.iter().all(|y| *y == results[0]), "{what}: by threads");
+            let [w, _] = sources;
+            let last = Source::f32(&x[k * (t - 1)..], &[k, 1]);
+            let alone = product(1, &[w, last]);
+            assert_eq!(alone, results[0][n * (t - 1)..], "{what}: the last column alone");
+        }
+    }
+}
