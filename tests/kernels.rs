@@ -381,7 +381,7 @@ fn attention() {
             let scale = 1.0 / (head_size as f32).sqrt();
             let spec = AttentionSpec { n_head, n_head_kv, head_size, scale, window, softcap };
             agree(&format!("attention T={t} {spec:?}"), &sources, |arena, s| {
-                let (out, saved) = ops::attention(arena, s[0], s[1], s[2], &segments, spec);
+                let (out, saved) = ops::attention(arena, s[0], s[1], s[2], None, &segments, spec);
                 let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
                 vec![out, dq, dk, dv]
             });

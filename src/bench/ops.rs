@@ -383,13 +383,13 @@ fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
             w,
             |arena, graph, inputs| {
                 let [q, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
-                graph.output(ops::attention(arena, q, k, v, &segments, spec).0);
+                graph.output(ops::attention(arena, q, k, v, None, &segments, spec).0);
             },
         )?);
         let name = format!("attention, attention_back {name}");
         rows.push(time(bench, name, 7.0 * flop, w, |arena, graph, inputs| {
             let [q_in, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
-            let (_, saved) = ops::attention(arena, q_in, k, v, &segments, spec);
+            let (_, saved) = ops::attention(arena, q_in, k, v, None, &segments, spec);
             let d_out = inputs.f32(arena, q);
             for d in ops::attention_back(arena, &saved, d_out) {
                 graph.output(d);

@@ -366,7 +366,7 @@ fn read_pair(
         return Err(Error::invalid(place, expected, got, "write the adapter again"));
     }
     let (a, b) = (floats(a, &place)?, floats(b, &place)?);
-    Ok((AdapterPair { weight, rank, n_in, n_out, a, b }, config.scale(module)))
+    Ok((AdapterPair { weight, rank, n_in, n_out, n_expert: 1, a, b }, config.scale(module)))
 }
 
 fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {

@@ -26,6 +26,9 @@ pub struct Batch {
     pub segments: Vec<Segment>,
     /// The wanted log-probs, `[S]`, in the order in which completions were pushed.
     pub scored: Vec<Scored>,
+    /// Of each layer from the first, the experts that the tokens take, `[used, T]`, ascending whole numbers; a token
+    /// whose first is negative chooses by itself. Of no layer: all choose.
+    pub experts: Vec<Vec<f32>>,
 }
 
 impl Batch {
