@@ -81,11 +81,11 @@ impl Adapters {
         for (spec, file) in &adapters.list {
             for pair in &file.pairs {
                 let first = adapters.deltas(&pair.weight)[0].pair;
-                if (pair.n_in, pair.n_out) != (first.n_in, first.n_out) {
+                if pair.shape() != first.shape() {
                     return Err(Error::invalid(
                         format!("{}: {}", spec.path.display(), pair.weight),
-                        format!("{} inputs and {} outputs", first.n_in, first.n_out),
-                        format!("{} and {}", pair.n_in, pair.n_out),
+                        format!("a pair for shape {:?}", first.shape()),
+                        format!("one for {:?}", pair.shape()),
                         "apply adapters of one model together",
                     ));
                 }

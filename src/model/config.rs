@@ -87,6 +87,11 @@ impl LayerConfig {
         self.n_head * self.head_size
     }
 
+    /// Width of all that a token goes through in the FFN: of the experts that it takes, and the shared one.
+    pub fn ffn_width(&self) -> usize {
+        self.experts.map_or(self.n_ff, |e| e.used * e.n_ff + e.n_ff_shared)
+    }
+
     /// Width of all keys, and of all values.
     pub fn kv_width(&self) -> usize {
         self.n_head_kv * self.head_size

@@ -37,7 +37,8 @@ pub struct Family {
     /// Whether the rows of `attn_q` and `attn_k` are reordered within each head, against Hugging Face's: pairs that
     /// rotate together are neighbours.
     pub permuted: bool,
-    /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones.
+    /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones; a `*` stands
+    /// for an expert's number.
     pub modules: &'static [(&'static str, &'static str)],
     /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
     /// expect that.
@@ -243,6 +244,17 @@ pub fn ffn(t: &mut Tape<'_>, h: Var, act: Activation) -> Var {
     let inner = t.glu(gate, up, act);
     t.linear(inner, "ffn_down", d)
 }
+
+/// Hugging Face's names of a mixture's maps, where each expert has modules of its own.
+pub const EXPERT_MODULES: [(&str, &str); 7] = [
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate_exps", "mlp.experts.*.gate_proj"),
+    ("ffn_up_exps", "mlp.experts.*.up_proj"),
+    ("ffn_down_exps", "mlp.experts.*.down_proj"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+];
 
 /// How a mixture's router weighs the chosen experts.
 pub struct Router {

@@ -1,7 +1,7 @@
 //! Qwen3 with a mixture of experts: the attention of Qwen3; a softmax over all experts, of which the likeliest are taken
 //! and weighed by their shares.
 
-use super::{Family, QkNorm, Router, attention, experts, plain, pre_norm};
+use super::{EXPERT_MODULES, Family, QkNorm, Router, attention, experts, plain, pre_norm};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 use crate::ops::Gating;
@@ -12,7 +12,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &[],
+    modules: &EXPERT_MODULES,
     partial_rope: false,
     mixture: true,
 };

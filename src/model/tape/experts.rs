@@ -21,7 +21,7 @@ pub struct Routed<'a> {
 pub struct Routing<'a> {
     /// Router logits, `[E, T]`.
     pub logits: Tensor<'a>,
-    /// Chosen experts, ascending, `[used, T]`: whole numbers.
+    /// The experts that it chose, or would have chosen, ascending, `[used, T]`: whole numbers.
     pub experts: Tensor<'a>,
 }
 
@@ -48,7 +48,9 @@ impl<'a> Tape<'a> {
         let logits = self.linear(h, name, n_expert);
         self.keep(logits);
         let (arena, z, tokens) = (self.arena, self.node(logits), self.tokens());
-        let given = self.parts.batch.experts.get(self.layer - 1).map(|_| {
+        let batch = self.parts.batch;
+        let known = batch.experts.get(self.layer - 1).filter(|_| batch.replays);
+        let given = known.map(|_| {
             let layer = self.layer;
             let shape = [spec.used, tokens];
             self.input("experts", &shape, |b| Values::F32(b.experts[layer - 1].clone()))
@@ -59,7 +61,9 @@ impl<'a> Tape<'a> {
         let by_slot = ops::slot_weights(arena, weights, &routes);
         let weights = self.push(weights, false);
         self.steps.push(Step::Experts(ExpertStep::Route { logits, weights, experts, spec }));
-        self.routing = Some(Routing { logits: z, experts });
+        // Where others were given, what it would have chosen.
+        let own = given.map(|_| ops::route(arena, z, spec, None, None).1);
+        self.routing = Some(Routing { logits: z, experts: own.unwrap_or(experts) });
         Routed { routes, weights, by_slot }
     }
 
