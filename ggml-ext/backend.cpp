@@ -86,6 +86,15 @@ void run_custom(Device & device, ggml_tensor * node) {
         case BUPO_OP_GLU:            return run_glu(device, node, params_as<bupo_glu_params>(params));
         case BUPO_OP_GLU_BACK:       return run_glu_back(device, node, params_as<bupo_glu_params>(params));
         case BUPO_OP_SCALE_ROWS:     return run_scale_rows(device, node);
+        case BUPO_OP_ROUTE:          return run_route(device, node, params_as<bupo_route_params>(params));
+        case BUPO_OP_ROUTE_BACK:     return run_route_back(device, node, params_as<bupo_route_params>(params));
+        case BUPO_OP_ROUTE_ORDER:    return run_route_order(device, node, params_as<bupo_order_params>(params));
+        case BUPO_OP_EXPERTS:        return run_experts(device, node, params_as<bupo_experts_params>(params));
+        case BUPO_OP_EXPERTS_OUTER:  return run_experts_outer(device, node, params_as<bupo_experts_outer_params>(params));
+        case BUPO_OP_SLOT_WEIGHTS:   return run_slot_weights(device, node, params_as<bupo_slots_params>(params));
+        case BUPO_OP_WEIGHTS_BACK:   return run_weights_back(device, node, params_as<bupo_slots_params>(params));
+        case BUPO_OP_GATE_ROWS:      return run_gate_rows(device, node);
+        case BUPO_OP_GATE_ROWS_BACK: return run_gate_rows_back(device, node);
         case BUPO_OP_SUM_SQUARES:    return run_sum_squares(device, node);
         case BUPO_OP_ADAMW:          return run_adamw(device, node, params_as<bupo_adamw_params>(params));
         default:                     throw Failure("an op that this backend does not know");

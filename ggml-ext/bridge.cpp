@@ -33,7 +33,8 @@ bupo_status check_pair(const llama_model & model, const bupo_lora_pair & pair) {
         return fail(BUPO_ERR_ARGUMENT, "adapter for '" + name + "': no such weight, or no tensors");
     }
     const bool f32 = pair.a->type == GGML_TYPE_F32 && pair.b->type == GGML_TYPE_F32;
-    const bool fits = pair.a->ne[0] == w->ne[0] && pair.b->ne[1] == w->ne[1] && pair.a->ne[1] == pair.b->ne[0];
+    const bool fits = pair.a->ne[0] == w->ne[0] && pair.b->ne[1] == w->ne[1] && pair.a->ne[1] == pair.b->ne[0] &&
+                      pair.a->ne[2] == w->ne[2] && pair.b->ne[2] == w->ne[2];
     if (!f32 || !fits || !pair.a->data || !pair.b->data) {
         return fail(BUPO_ERR_ARGUMENT, "adapter for '" + name + "': A and B must be F32, allocated, and fit the weight");
     }
@@ -57,6 +58,8 @@ bupo_status bupo_model_hparams(const llama_model * model, bupo_hparams * out) {
         r.n_embd             = h.n_embd;
         r.n_ctx_train        = h.n_ctx_train;
         r.n_expert           = h.n_expert;
+        r.n_ff_shared        = h.n_ff_shexp;
+        r.expert_scale       = h.expert_weights_scale;
         r.n_embd_per_layer   = h.n_embd_per_layer;
         r.windowed           = h.swa_type != LLAMA_SWA_TYPE_NONE;
         r.n_layer_kv         = h.n_layer_kv_from_start < 0 ? r.n_layer : h.n_layer_kv_from_start;
@@ -99,6 +102,8 @@ bupo_status bupo_model_layer_hparams(const llama_model * model, uint32_t layer, 
         r.n_head          = h.n_head(layer);
         r.n_head_kv       = h.n_head_kv(layer);
         r.n_ff            = h.n_ff(layer);
+        r.n_ff_expert     = h.n_ff_exp(layer);
+        r.n_expert_used   = h.n_expert_used(layer);
         r.head_size_k     = h.n_embd_head_k(layer);
         r.head_size_v     = h.n_embd_head_v(layer);
         r.n_rot           = h.n_rot(layer);

@@ -48,6 +48,15 @@ enum bupo_op {
     BUPO_OP_ADAMW          = 15, // a step of the optimiser, in place
     BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
     BUPO_OP_DISTILL        = 30, // a divergence from a teacher, and its gradient by the student's hidden states
+    BUPO_OP_ROUTE          = 50, // which experts a token takes, with what weights
+    BUPO_OP_ROUTE_BACK     = 51,
+    BUPO_OP_ROUTE_ORDER    = 52, // slots sorted by expert
+    BUPO_OP_EXPERTS        = 53, // products with stacked weights, any direction
+    BUPO_OP_EXPERTS_OUTER  = 54, // G_e += scale * X dY^T of each expert's slots, in place
+    BUPO_OP_SLOT_WEIGHTS   = 55, // weights in sorted order
+    BUPO_OP_WEIGHTS_BACK   = 56,
+    BUPO_OP_GATE_ROWS      = 57, // columns times the sigmoid of a number of theirs
+    BUPO_OP_GATE_ROWS_BACK = 58,
 };
 
 #define BUPO_SUM_SQUARES_RUN 4096
@@ -58,6 +67,57 @@ struct bupo_linear_params {
     uint32_t low_rank; // sources 2 and 3 are the low-rank factor and its input
     uint32_t bias;     // the last source is a bias [N]
     uint32_t add;      // the last source is a tensor of dst's shape to be added
+};
+
+enum bupo_gating {
+    BUPO_GATING_SOFTMAX = 0, // over all experts
+    BUPO_GATING_SIGMOID = 1,
+    BUPO_GATING_CHOSEN  = 2, // softmax over the chosen ones
+};
+
+struct bupo_route_params {
+    uint32_t op;        // BUPO_OP_ROUTE or BUPO_OP_ROUTE_BACK
+    uint32_t used;      // experts of a token
+    uint32_t gating;    // enum bupo_gating
+    uint32_t normalise; // weights are divided by their sum
+    float    scale;     // of the weights
+    uint32_t bias;      // source 1 is added for the choice
+    uint32_t given;     // the last source has experts to take; negative: the token chooses
+};
+
+struct bupo_order_params {
+    uint32_t op;
+    uint32_t n_expert;
+};
+
+struct bupo_experts_params {
+    uint32_t op;
+    uint32_t n_expert;
+    uint32_t used;
+    uint32_t transposed; // W^T x instead of W x
+    uint32_t tokens_in;  // columns of source 1 are tokens; else sorted slots
+    uint32_t sum;        // columns of dst are tokens, to which their slots are summed up
+    uint32_t low_rank;   // sources 3 and 4 are the low-rank factor and its input; then as far as there are any
+    uint32_t weights;    // of the slots
+    uint32_t bias;       // [n_out, E]
+    uint32_t add;        // a tensor of dst's shape
+    float    scale;      // of the low-rank term
+};
+
+struct bupo_experts_outer_params {
+    uint32_t op;
+    uint32_t n_expert;
+    uint32_t used;
+    uint32_t tokens_x;  // columns of source 1 are tokens; else sorted slots
+    uint32_t tokens_dy; // of source 2
+    float    scale;
+};
+
+struct bupo_slots_params {
+    uint32_t op; // BUPO_OP_SLOT_WEIGHTS or BUPO_OP_WEIGHTS_BACK
+    uint32_t n_expert;
+    uint32_t used;
+    uint32_t bias; // sources 3 and 4 are the experts' bias and the cotangent of what they add up to
 };
 
 // logits = softcap tanh(z / softcap), z = scale * (E_u h + low_scale * B u); without a softcap logits = z.
@@ -127,6 +187,7 @@ struct bupo_attention_params {
     uint32_t n_head;
     uint32_t n_head_kv;
     uint32_t head_size;
+    uint32_t sinks;      // source 3 has a score for each head that takes probability and gives no value
     uint32_t n_segments;
     const struct bupo_segment * segments; // in token order, without gaps; a prefix stands before its segment
 };
@@ -134,6 +195,7 @@ struct bupo_attention_params {
 enum bupo_activation {
     BUPO_ACTIVATION_SILU = 0,
     BUPO_ACTIVATION_GELU = 1, // in its tanh form
+    BUPO_ACTIVATION_CLAMPED_SWIGLU = 2, // gpt-oss's
 };
 
 struct bupo_glu_params {
@@ -222,6 +284,8 @@ struct bupo_hparams {
     uint32_t n_embd;
     uint32_t n_ctx_train;
     uint32_t n_expert;
+    uint32_t n_ff_shared;       // width of the shared experts; 0 = none
+    float    expert_scale;      // of the experts' weights; 0 = 1
     uint32_t n_embd_per_layer;  // width of per-layer embeddings; 0 = none
     uint32_t windowed;          // some layers are said to have a window
     uint32_t n_layer_kv;        // layers from here on read keys and values of earlier ones
@@ -254,6 +318,8 @@ struct bupo_layer_hparams {
     uint32_t n_head;
     uint32_t n_head_kv;
     uint32_t n_ff;
+    uint32_t n_ff_expert;   // 0 = as n_ff
+    uint32_t n_expert_used;
     uint32_t head_size_k;
     uint32_t head_size_v;
     uint32_t n_rot;
@@ -271,7 +337,8 @@ enum bupo_status bupo_model_layer_hparams(const struct llama_model * model, uint
 size_t               bupo_model_n_tensors(const struct llama_model * model);
 enum bupo_status     bupo_model_tensor(const struct llama_model * model, size_t index, const char ** name, struct ggml_tensor ** tensor);
 
-// One adapted weight: y += scale * b (a x). a: [n_in, rank], b: [rank, n_out], F32, both borrowed.
+// One adapted weight: y += scale * b (a x). a: [n_in, rank], b: [rank, n_out], of stacked experts [n_in, rank, E] and
+// [rank, n_out, E]; F32, both borrowed.
 struct bupo_lora_pair {
     const char *         weight; // name of the base tensor, e.g. "blk.0.attn_q.weight"
     struct ggml_tensor * a;

@@ -193,7 +193,15 @@ fn a_pair_on_the_unembedding_is_the_merged_unembedding() {
     let (n_in, n_out) = (tied.model.config().n_embd, tied.model.config().n_vocab);
     let mut file = AdapterFile::read(&tied.lora_path()).unwrap();
     let (a, b) = (vec![0.1; n_in], vec![0.1; n_out]);
-    file.pairs.push(AdapterPair { weight: "output.weight".into(), rank: 1, n_in, n_out, a, b });
+    file.pairs.push(AdapterPair {
+        weight: "output.weight".into(),
+        rank: 1,
+        n_in,
+        n_out,
+        n_expert: 1,
+        a,
+        b,
+    });
     let error = Lora::from_file(&tied.model, file, "tied").err().unwrap().to_string();
     assert!(error.contains("tied to the token embedding"), "{error}");
 }

@@ -581,6 +581,7 @@ fn small_adapter() -> AdapterFile {
         rank,
         n_in,
         n_out,
+        n_expert: 1,
         a: ramp(n_in * rank),
         b: ramp(rank * n_out),
     };

@@ -308,6 +308,7 @@ fn an_adapter_of_the_unembedding_is_imported_unless_it_is_tied() {
         rank: 2,
         n_in,
         n_out,
+        n_expert: 1,
         a: ramp(2 * n_in),
         b: ramp(2 * n_out),
     };

@@ -12,7 +12,8 @@ mod harness;
 
 use bupo_gguf::ggml::{Arena, Device, Tensor, Type};
 use bupo_gguf::ops::{
-    self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment,
+    self, Activation, AdamWStep, AttentionSpec, Columns, Gating, Head, LogitMap, LowRank,
+    RouteSpec, Routes, Segment,
 };
 use common::{device, relative_error};
 use harness::{Random, Source, run_on, weight_types};
@@ -368,20 +369,23 @@ fn attention() {
         let segments = segments(trees);
         let t = segments.last().unwrap().end as usize;
         let widths = [n_head, n_head_kv, n_head_kv, n_head].map(|n| n * head_size);
-        let sources = widths.map(|width| Source::f32(&random.normal(width * t), &[width, t]));
-        for (window, softcap) in [
-            (None, None),
-            (Some(2), None),
-            (Some(7), None),
-            (Some(39), Some(2.0)),
-            (Some(1000), None),
-            (None, Some(0.5)),
-            (None, Some(50.0)),
+        let mut sources =
+            widths.map(|width| Source::f32(&random.normal(width * t), &[width, t])).to_vec();
+        sources.push(Source::f32(&random.normal(n_head), &[n_head]));
+        for (window, softcap, sinks) in [
+            (None, None, false),
+            (Some(2), None, false),
+            (Some(7), None, true),
+            (Some(39), Some(2.0), false),
+            (Some(1000), None, false),
+            (None, Some(0.5), true),
+            (None, Some(50.0), false),
         ] {
             let scale = 1.0 / (head_size as f32).sqrt();
             let spec = AttentionSpec { n_head, n_head_kv, head_size, scale, window, softcap };
-            agree(&format!("attention T={t} {spec:?}"), &sources, |arena, s| {
-                let (out, saved) = ops::attention(arena, s[0], s[1], s[2], &segments, spec);
+            agree(&format!("attention T={t} {spec:?} sinks {sinks}"), &sources, |arena, s| {
+                let sinks = sinks.then_some(s[4]);
+                let (out, saved) = ops::attention(arena, s[0], s[1], s[2], sinks, &segments, spec);
                 let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
                 vec![out, dq, dk, dv]
             });
@@ -406,11 +410,125 @@ fn rowwise() {
                     ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), 1e-6),
                     ops::scale_rows(arena, s[0], s[4]),
                 ];
-                for activation in [Activation::Silu, Activation::Gelu] {
+                for activation in [Activation::Silu, Activation::Gelu, Activation::ClampedSwiglu] {
                     let (d_gate, d_up) = ops::glu_back(arena, s[0], s[1], s[2], activation);
                     all.extend([ops::glu(arena, s[0], s[1], activation), d_gate, d_up]);
                 }
                 all
+            },
+            exact,
+        );
+    }
+}
+
+#[test]
+fn routes() {
+    let mut random = Random::new(21);
+    for gating in [Gating::Softmax, Gating::Sigmoid, Gating::Chosen] {
+        for (n, used, t, normalise) in [(8, 2, 70, true), (33, 8, 5, false), (4, 4, 3, true)] {
+            let spec = RouteSpec { used, gating, normalise, scale: 1.5 };
+            let mut given: Vec<f32> = (0..used * t).map(|i| (i % used) as f32).collect();
+            given[..used].fill(-1.0);
+            let sources = [
+                Source::f32(&random.normal(n * t), &[n, t]),
+                Source::f32(&random.normal(n), &[n]),
+                Source::f32(&given, &[used, t]),
+                Source::f32(&random.normal(used * t), &[used, t]),
+            ];
+            let exact = [PRECISE; 2];
+            agree_within(
+                &format!("route {n} {spec:?}"),
+                &sources,
+                |arena, s| {
+                    let (weights, experts) = ops::route(arena, s[0], spec, None, None);
+                    let (biased, others) = ops::route(arena, s[0], spec, Some(s[1]), Some(s[2]));
+                    let order = ops::route_order(arena, experts, n);
+                    let routes = Routes { order, n_expert: n, used, tokens: t };
+                    let back = ops::route_back(arena, s[0], experts, s[3], spec);
+                    let by_slot = ops::slot_weights(arena, weights, &routes);
+                    vec![weights, experts, biased, others, order, back, by_slot]
+                },
+                exact,
+            );
+        }
+    }
+}
+
+#[test]
+fn experts() {
+    let mut random = Random::new(22);
+    for (ty, k, n, e, used, t, r) in [
+        (Type::Q8_0, 64, 133, 5, 2, 40, 3),
+        (Type::F16, 40, 70, 8, 3, 9, 16),
+        (Type::F32, 7, 3, 2, 1, 5, 2),
+        (Type::Q8_0, 320, 96, 3, 3, 7, 1),
+    ] {
+        let s = used * t;
+        // The last expert has no token where there are enough others.
+        let most = (e - 1).max(used);
+        let chosen: Vec<f32> = (0..t)
+            .flat_map(|t| {
+                let mut own: Vec<usize> = (0..used).map(|i| (t + i) % most).collect();
+                own.sort();
+                own.into_iter().map(|e| e as f32)
+            })
+            .collect();
+        let (w, _) = random.weight(ty, k, n * e);
+        let Source::Blocks(_, bytes, _) = w else { unreachable!("weights are blocks") };
+        let mut f32 = |shape: &[usize]| Source::f32(&random.normal(shape.iter().product()), shape);
+        let sources = [
+            Source::Blocks(ty, bytes, vec![k, n, e]),
+            Source::f32(&chosen, &[used, t]),
+            f32(&[k, t]),    // x by token
+            f32(&[k, s]),    // x by slot
+            f32(&[n, t]),    // dy by token
+            f32(&[n, s]),    // dy by slot
+            f32(&[k, r, e]), // A
+            f32(&[r, n, e]), // B
+            f32(&[r, s]),    // u, du
+            f32(&[n, e]),    // bias
+            f32(&[used, t]), // weights
+        ];
+        let what = format!("experts {ty} {k}x{n} E={e} used={used} T={t}");
+        agree(&what, &sources, |arena, source| {
+            let &[w, chosen, x, h, dz, dy, a, b, u, bias, weights] = source else {
+                unreachable!("eleven sources")
+            };
+            let order = ops::route_order(arena, chosen, e);
+            let routes = Routes { order, n_expert: e, used, tokens: t };
+            let by_slot = ops::slot_weights(arena, weights, &routes);
+            let (tokens, slots) = (Columns::Tokens, Columns::Slots);
+            let low = |factor| Some(LowRank { factor, input: u, scale: 0.7 });
+            let g = ops::experts_back(arena, w, (dz, tokens), &routes, low(a));
+            vec![
+                ops::experts(arena, w, (x, tokens), &routes, low(b), Some(bias)),
+                ops::experts(arena, w, (h, slots), &routes, None, None),
+                ops::experts_sum(arena, w, h, by_slot, &routes, low(b), Some(bias)),
+                g,
+                ops::experts_back(arena, w, (dy, slots), &routes, None),
+                ops::experts_back_sum(arena, w, dy, &routes, low(a), Some(x)),
+                ops::weights_back(arena, g, h, Some((bias, dz)), &routes),
+                // In place: the copy keeps the source as it is.
+                ops::experts_outer(arena, arena.add(a, a), (x, tokens), (u, slots), &routes, 0.3),
+                ops::experts_outer(arena, arena.add(b, b), (u, slots), (dz, tokens), &routes, 1.5),
+            ]
+        });
+    }
+}
+
+#[test]
+fn gates_of_shared_experts() {
+    let mut random = Random::new(23);
+    for (n, t) in [(70, 9), (300, 2), (1, 5)] {
+        let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
+        let sources = [f32(n, t), f32(1, t), f32(n, t)];
+        let exact = [PRECISE; 2];
+        agree_within(
+            &format!("gate_rows {n}x{t}"),
+            &sources,
+            |arena, s| {
+                let (dx, dg) = ops::gate_rows_back(arena, s[0], s[1], s[2]);
+                vec![ops::gate_rows(arena, s[0], s[1]), dx, dg]
             },
             exact,
         );

@@ -53,6 +53,7 @@ fn both_logprobs(path: &Path) -> (Vec<f32>, Vec<f32>) {
         n_batch: 1,
         kv_f32: true,
         products: Products::Ggml,
+        experts: false,
     };
     let mut context = Context::new(model.engine(), &pool, options).unwrap();
     let mut theirs = Vec::new();

@@ -12,7 +12,7 @@ use bupo_gguf::Model;
 use bupo_gguf::ggml::ThreadPool;
 use bupo_gguf::gguf::{GgufFile, Value};
 use bupo_gguf::model::{Batch, Engine, Lora, Policy, Targets};
-use bupo_gguf::synth::{self, Mixture, Rope, Shape};
+use bupo_gguf::synth::{self, Experts, Mixture, Rope, Shape};
 use llama_cpp_2::llama_backend::LlamaBackend;
 
 fn write(shape: &Shape, mixture: &str) -> (tempfile::TempDir, PathBuf) {
@@ -65,7 +65,7 @@ fn shapes_keep_their_settings_and_spell_text() {
     for shape in Shape::ALL {
         // As the file says it, but for the size.
         let small = shape.with_layers(1).unwrap().with_vocab(1024).unwrap();
-        let small = Shape { n_ff: 256, ..small };
+        let small = Shape { n_ff: 256, experts: few(shape), ..small };
         let (_dir, model) = open(&small, "q4_k_m");
         let (c, name) = (model.config(), shape.name);
         assert_eq!((c.family.name, c.n_ctx_train), (shape.arch, shape.n_ctx), "{name}");
@@ -89,16 +89,21 @@ fn shapes_keep_their_settings_and_spell_text() {
     }
 }
 
+/// A mixture of few and narrow experts, where there is one.
+fn few(shape: Shape) -> Option<Experts> {
+    shape.experts.map(|_| Experts { count: 6, used: 2, n_ff: 256 })
+}
+
 /// Two periods of every pattern of layers, few heads, a narrow FFN.
 fn small(shape: Shape) -> Shape {
     let n_head = shape.n_head / shape.n_head_kv;
     // llama.cpp wants the heads of these to be as wide as the residual together.
     let n_embd = match shape.arch {
-        "qwen2" | "phi3" | "olmo2" => n_head * shape.head_size,
+        "qwen2" | "phi3" | "olmo2" | "olmoe" => n_head * shape.head_size,
         _ => 512,
     };
     let small = shape.with_layers(12).unwrap().with_vocab(1024).unwrap();
-    Shape { n_head, n_head_kv: 1, n_embd, n_ff: 256, ..small }
+    Shape { n_head, n_head_kv: 1, n_embd, n_ff: 256, experts: few(shape), ..small }
 }
 
 /// One test, for the backend can be started once in a process.

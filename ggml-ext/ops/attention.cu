@@ -49,9 +49,9 @@ __device__ static Run seen(const Tile & tile, int i) {
 }
 
 // A block per (key/value head, query): scores become probabilities in `p`. With a softcap (not 0) the scores of keys that
-// are seen are bent in place before.
+// are seen are bent in place before. Sinks may be null.
 template <typename E>
-static __global__ void softmax(Tile tile, Heads heads, float softcap, float * scores, E * p, float * lse) {
+static __global__ void softmax(Tile tile, Heads heads, float softcap, const float * sinks, float * scores, E * p, float * lse) {
     const int     i    = blockIdx.x % tile.queries;
     const int     kv   = blockIdx.x / tile.queries;
     const size_t  skip = (size_t) blockIdx.x * tile.pitch;
@@ -64,19 +64,20 @@ static __global__ void softmax(Tile tile, Heads heads, float softcap, float * sc
         }
         max = Largest()(max, s[j]);
     }
-    max = over_block<Largest>(max);
+    const int head = kv * heads.group + heads.first;
+    max = over_block<Largest>(sinks ? Largest()(max, sinks[head]) : max);
     float sum = 0.0f;
     for (int j = live.first + threadIdx.x; j < live.last; j += blockDim.x) {
         sum += expf(s[j] - max);
     }
-    sum = over_block<Sum>(sum);
+    sum = over_block<Sum>(sum) + (sinks ? expf(sinks[head] - max) : 0.0f);
     const float scale = PROBABILITY_SCALE<E> / sum;
     for (int j = threadIdx.x; j < tile.prefix + tile.own; j += blockDim.x) {
         const bool visible = j >= live.first && j < live.last;
         p[skip + j]        = from_float<E>(visible ? scale * expf(s[j] - max) : 0.0f);
     }
     if (threadIdx.x == 0) {
-        lse[(size_t) (tile.query + i) * heads.n + kv * heads.group + heads.first] = max + logf(sum);
+        lse[(size_t) (tile.query + i) * heads.n + head] = max + logf(sum);
     }
 }
 
@@ -205,13 +206,14 @@ template <typename E> static void forward(Device & device, ggml_tensor * dst, co
     const Values v   = device.activations(data_of(dst->src[2]), t * walk.kv_width, walk.kind);
     float *      out = data_of(dst);
     float *      lse = out + t * walk.q_width;
+    const float * sinks = params.sinks ? device.small(dst->src[3]) : nullptr;
 
     walk.each([&](const bupo_segment & s, const Tile & tile, int64_t j) {
         float * scores = device.floats(walk.scores(tile));
         E *     p      = sizeof(E) == sizeof(float) ? (E *) scores : (E *) device.scratch(walk.scores(tile) * sizeof(E));
         walk.products(s, tile, k, walk.queries(q, tile, j), params.scale, scores);
         device.launch(softmax<E>, (size_t) (tile.queries * walk.kv), threads_for(tile.pitch), tile, walk.heads(j),
-                      params.softcap, scores, p, lse);
+                      params.softcap, sinks, scores, p, lse);
         float beta = 0.0f;
         walk.each_part(s, tile, [&](int64_t token, int64_t n, int64_t at) {
             Product product = { walk.size, tile.queries, n };

@@ -293,6 +293,15 @@ void run_rms_norm_back(Device & device, ggml_tensor * dst, const bupo_norm_param
 void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
 void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
 void run_scale_rows(Device & device, ggml_tensor * dst);
+void run_route(Device & device, ggml_tensor * dst, const bupo_route_params & params);
+void run_route_back(Device & device, ggml_tensor * dst, const bupo_route_params & params);
+void run_route_order(Device & device, ggml_tensor * dst, const bupo_order_params & params);
+void run_experts(Device & device, ggml_tensor * dst, const bupo_experts_params & params);
+void run_experts_outer(Device & device, ggml_tensor * dst, const bupo_experts_outer_params & params);
+void run_slot_weights(Device & device, ggml_tensor * dst, const bupo_slots_params & params);
+void run_weights_back(Device & device, ggml_tensor * dst, const bupo_slots_params & params);
+void run_gate_rows(Device & device, ggml_tensor * dst);
+void run_gate_rows_back(Device & device, ggml_tensor * dst);
 void run_sum_squares(Device & device, ggml_tensor * dst);
 void run_adamw(Device & device, ggml_tensor * dst, const bupo_adamw_params & params);
 // ggml's own GGML_OP_GET_ROWS of a table in host memory, where llama.cpp keeps the token embedding.

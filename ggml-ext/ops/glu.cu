@@ -53,6 +53,31 @@ static __global__ void glu_back(size_t n, const float * gate, const float * up, 
     }
 }
 
+// gpt-oss's gate and line, which are cut off.
+constexpr float LIMIT     = 7.0f;
+constexpr float STEEPNESS = 1.702f;
+
+static __global__ void clamped_swiglu(size_t n, const float * gate, const float * up, float * y) {
+    const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const float a = fminf(gate[i], LIMIT);
+        const float s = 1.0f / (1.0f + expf(-STEEPNESS * fmaxf(a, -50.0f)));
+        y[i] = a * s * (fminf(fmaxf(up[i], -LIMIT), LIMIT) + 1.0f);
+    }
+}
+
+static __global__ void clamped_swiglu_back(size_t n, const float * gate, const float * up, const float * dy, float * d_gate,
+                                           float * d_up) {
+    const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) {
+        const float a    = fminf(gate[i], LIMIT);
+        const float s    = 1.0f / (1.0f + expf(-STEEPNESS * fmaxf(a, -50.0f)));
+        const float line = fminf(fmaxf(up[i], -LIMIT), LIMIT) + 1.0f;
+        d_gate[i] = gate[i] <= LIMIT ? dy[i] * line * s * (1.0f + STEEPNESS * a * (1.0f - s)) : 0.0f;
+        d_up[i]   = fabsf(up[i]) <= LIMIT ? dy[i] * a * s : 0.0f;
+    }
+}
+
 template <typename Act> static void forward(Device & device, ggml_tensor * dst) {
     const size_t n = ggml_nelements(dst);
     device.launch(glu<Act>, blocks_for(n), THREADS, n, data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst));
@@ -64,6 +89,17 @@ template <typename Act> static void backward(Device & device, ggml_tensor * dst)
                   data_of(dst), data_of(dst) + n);
 }
 
+static void clamped_forward(Device & device, ggml_tensor * dst) {
+    const size_t n = ggml_nelements(dst);
+    device.launch(clamped_swiglu, blocks_for(n), THREADS, n, data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst));
+}
+
+static void clamped_backward(Device & device, ggml_tensor * dst) {
+    const size_t n = ggml_nelements(dst->src[0]);
+    device.launch(clamped_swiglu_back, blocks_for(n), THREADS, n, data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst->src[2]),
+                  data_of(dst), data_of(dst) + n);
+}
+
 [[noreturn]] static void refuse(uint32_t activation) {
     throw Failure("activation " + std::to_string(activation) + " is not known here");
 }
@@ -72,6 +108,7 @@ void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params)
     switch (params.activation) {
         case BUPO_ACTIVATION_SILU: return forward<Silu>(device, dst);
         case BUPO_ACTIVATION_GELU: return forward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_CLAMPED_SWIGLU: return clamped_forward(device, dst);
         default:                   refuse(params.activation);
     }
 }
@@ -80,6 +117,7 @@ void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & pa
     switch (params.activation) {
         case BUPO_ACTIVATION_SILU: return backward<Silu>(device, dst);
         case BUPO_ACTIVATION_GELU: return backward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_CLAMPED_SWIGLU: return clamped_backward(device, dst);
         default:                   refuse(params.activation);
     }
 }

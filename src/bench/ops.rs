@@ -5,7 +5,7 @@ use super::measure::{device_rates, median, median_seconds, timed};
 use super::{Bench, Row, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
-use crate::model::Map;
+use crate::model::{Map, Model};
 use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
@@ -134,10 +134,15 @@ fn weight<'m>(bench: &Bench<'m>, map: &Map) -> Tensor<'m> {
     bench.model.weights().find(&map.weight()).expect("a map of the model")
 }
 
+/// Maps that are no stacks of experts.
+fn plain(model: &Model) -> impl DoubleEndedIterator<Item = &Map> {
+    model.maps().iter().filter(|map| map.n_expert == 1)
+}
+
 /// The last map of layer 1 whose inputs are the residual's width: `ffn_up`, fused or not.
 fn ffn_up<'m>(bench: &Bench<'m>) -> Tensor<'m> {
     let d = bench.model.config().n_embd;
-    let mut maps = bench.model.maps().iter().filter(|map| map.layer == 1 && map.n_in == d);
+    let mut maps = plain(bench.model).filter(|map| map.layer == 1 && map.n_in == d);
     weight(bench, maps.next_back().expect("a layer has maps"))
 }
 
@@ -145,7 +150,7 @@ fn ffn_up<'m>(bench: &Bench<'m>) -> Tensor<'m> {
 fn linear(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let mut seen = Vec::new();
     let mut rows = Vec::new();
-    for map in bench.model.maps() {
+    for map in plain(bench.model) {
         {
             let w = weight(bench, map);
             let [k, n, ..] = w.shape();
@@ -229,7 +234,7 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let mut seen = Vec::new();
     let mut rows = Vec::new();
     let unembedding = bench.model.weights().unembedding();
-    let maps = bench.model.maps().iter().map(|map| weight(bench, map));
+    let maps = plain(bench.model).map(|map| weight(bench, map));
     for w in maps.chain([unembedding]) {
         let arena = Arena::new(2);
         let rows_of = w.shape()[1].min(COLUMNS_ROWS);
@@ -383,13 +388,13 @@ fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
             w,
             |arena, graph, inputs| {
                 let [q, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
-                graph.output(ops::attention(arena, q, k, v, &segments, spec).0);
+                graph.output(ops::attention(arena, q, k, v, None, &segments, spec).0);
             },
         )?);
         let name = format!("attention, attention_back {name}");
         rows.push(time(bench, name, 7.0 * flop, w, |arena, graph, inputs| {
             let [q_in, k, v] = [q, kv, kv].map(|shape| inputs.f32(arena, shape));
-            let (_, saved) = ops::attention(arena, q_in, k, v, &segments, spec);
+            let (_, saved) = ops::attention(arena, q_in, k, v, None, &segments, spec);
             let d_out = inputs.f32(arena, q);
             for d in ops::attention_back(arena, &saved, d_out) {
                 graph.output(d);

@@ -87,6 +87,7 @@ impl Bare {
             n_batch: n_seq.max(PROMPT),
             kv_f32: false,
             products: Products::Ggml,
+            experts: false,
         };
         let context = Context::new(bench.model.engine(), &bench.pool, options)?;
         Ok(Bare { context, prompt: prompt.to_vec(), n_seq })

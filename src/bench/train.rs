@@ -5,7 +5,7 @@ use super::measure::timed;
 use super::{Bench, Row, cost, row};
 use crate::Result;
 use crate::ggml::TensorSet;
-use crate::model::{Batch, Engine, Lora, Model, Policy};
+use crate::model::{Batch, Engine, Lora, Map, Model, Policy};
 
 /// Names of the cases.
 pub(super) const CASES: [&str; 9] = [
@@ -91,10 +91,14 @@ impl Case {
     }
 }
 
-/// Weights of the linear maps of layers 1 to `depth`.
+/// Weights of the linear maps of layers 1 to `depth` that a token goes through: of experts those that it takes.
 fn layer_weights(model: &Model, depth: usize) -> f64 {
+    let used = |map: &Map| match model.config().layer(map.layer).experts {
+        Some(experts) if map.n_expert > 1 => experts.used,
+        _ => 1,
+    };
     let maps = model.maps().iter().filter(|map| map.layer <= depth);
-    maps.map(|map| map.n_in * map.n_out).sum::<usize>() as f64
+    maps.map(|map| used(map) * map.n_in * map.n_out).sum::<usize>() as f64
 }
 
 /// What computes forwards and backwards.

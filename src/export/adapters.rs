@@ -81,11 +81,11 @@ impl Adapters {
         for (spec, file) in &adapters.list {
             for pair in &file.pairs {
                 let first = adapters.deltas(&pair.weight)[0].pair;
-                if (pair.n_in, pair.n_out) != (first.n_in, first.n_out) {
+                if pair.shape() != first.shape() {
                     return Err(Error::invalid(
                         format!("{}: {}", spec.path.display(), pair.weight),
-                        format!("{} inputs and {} outputs", first.n_in, first.n_out),
-                        format!("{} and {}", pair.n_in, pair.n_out),
+                        format!("a pair for shape {:?}", first.shape()),
+                        format!("one for {:?}", pair.shape()),
                         "apply adapters of one model together",
                     ));
                 }
@@ -142,11 +142,11 @@ impl Adapters {
                     let expected = format!("a tensor of {name}");
                     return Err(Error::invalid(place, expected, "one it lacks", advice));
                 };
-                if tensor.shape != [pair.n_in as u64, pair.n_out as u64] {
+                if tensor.shape != pair.shape() {
                     return Err(Error::invalid(
                         place,
                         format!("a pair for shape {:?}", tensor.shape),
-                        format!("one for [{}, {}]", pair.n_in, pair.n_out),
+                        format!("one for {:?}", pair.shape()),
                         advice,
                     ));
                 }
@@ -184,12 +184,14 @@ impl Adapters {
 fn sum(deltas: &[Delta]) -> AdapterPair {
     let first = deltas[0].pair;
     let rank = deltas.iter().map(|d| d.pair.rank).sum();
-    let a = deltas.iter().flat_map(|d| &d.pair.a).copied().collect();
-    let mut b = Vec::with_capacity(rank * first.n_out);
-    for row in 0..first.n_out {
+    let (n_in, n_out, n_expert) = (first.n_in, first.n_out, first.n_expert);
+    let of_expert = |e| deltas.iter().flat_map(move |d| d.pair.expert(e).0);
+    let a = (0..n_expert).flat_map(of_expert).copied().collect();
+    let mut b = Vec::with_capacity(rank * n_out * n_expert);
+    for row in 0..n_out * n_expert {
         for Delta { pair, scale } in deltas {
             b.extend(pair.b[row * pair.rank..][..pair.rank].iter().map(|x| scale * x));
         }
     }
-    AdapterPair { weight: first.weight.clone(), rank, n_in: first.n_in, n_out: first.n_out, a, b }
+    AdapterPair { weight: first.weight.clone(), rank, n_in, n_out, n_expert, a, b }
 }

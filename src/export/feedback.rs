@@ -25,11 +25,16 @@ pub(super) struct Feedback {
 }
 
 impl Feedback {
-    /// For these terms; none without any.
-    pub fn new(deltas: &[Delta]) -> Option<Feedback> {
+    /// For these terms, of each expert; of a plain map there is one.
+    pub fn of_experts(deltas: &[Delta]) -> Vec<Option<Feedback>> {
+        let n_expert = deltas.first().map_or(0, |d| d.pair.n_expert);
+        (0..n_expert).map(|expert| Feedback::new(deltas, expert)).collect()
+    }
+
+    fn new(deltas: &[Delta], expert: usize) -> Option<Feedback> {
         let rank: usize = deltas.iter().map(|d| d.pair.rank).sum();
         let n_in = deltas.first()?.pair.n_in;
-        let a: Vec<f32> = deltas.iter().flat_map(|d| &d.pair.a).copied().collect();
+        let a: Vec<f32> = deltas.iter().flat_map(|d| d.pair.expert(expert).0).copied().collect();
         let row = |r: usize| &a[r * n_in..(r + 1) * n_in];
         let mut gram = vec![0f64; rank * rank];
         for i in 0..rank {
@@ -117,10 +122,11 @@ mod tests {
             rank,
             n_in,
             n_out: 1,
+            n_expert: 1,
             a: a.clone(),
             b: vec![0.0; rank],
         };
-        let feedback = Feedback::new(&[Delta { pair: &pair, scale: 1.0 }]).unwrap();
+        let feedback = Feedback::new(&[Delta { pair: &pair, scale: 1.0 }], 0).unwrap();
         // e = 2 a_0 - 0.5 a_2
         let e: Vec<f32> = (0..n_in).map(|k| 2.0 * a[k] - 0.5 * a[2 * n_in + k]).collect();
         let (u, norm) = feedback.project(&e);

@@ -263,8 +263,11 @@ impl Merger {
         }
         // From eight bits on, rounding to nearest keeps what there is to keep.
         let few_bits = to.block_bytes() < to.block_size();
-        let feedback =
-            if few_bits && !options.plain_rounding { Feedback::new(&deltas) } else { None };
+        let feedback = if few_bits && !options.plain_rounding {
+            Feedback::of_experts(&deltas)
+        } else {
+            Vec::new()
+        };
         Ok(Some(Conversion { file, info, to, deltas, importance, feedback }))
     }
 

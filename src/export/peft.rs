@@ -99,8 +99,50 @@ fn weight(family: &Family, module: &str) -> Option<String> {
     }
     let rest = LAYERS.iter().find_map(|prefix| module.strip_prefix(prefix))?;
     let (layer, name) = rest.split_once('.')?;
-    let (gguf, _) = modules(family).find(|(_, module)| *module == name)?;
+    let (gguf, _) = modules(family).find(|(_, module)| *module == without_expert(name).0)?;
     Some(format!("blk.{}.{gguf}.weight", layer.parse::<u32>().ok()?))
+}
+
+/// `mlp.experts.7.gate_proj` -> `mlp.experts.*.gate_proj` and 7; other names as they are.
+fn without_expert(module: &str) -> (String, Option<usize>) {
+    let parts: Vec<&str> = module.split('.').collect();
+    let [.., "experts", expert, map] = parts[..] else { return (module.into(), None) };
+    let Ok(expert) = expert.parse() else { return (module.into(), None) };
+    let before = &module[..module.len() - parts[parts.len() - 2].len() - map.len() - 1];
+    (format!("{before}*.{map}"), Some(expert))
+}
+
+/// The pairs of each expert by itself; of a plain map the one that it is.
+fn one_by_one(pair: &AdapterPair) -> Vec<AdapterPair> {
+    let one = |expert| {
+        let (a, b) = pair.expert(expert);
+        let AdapterPair { weight, rank, n_in, n_out, .. } = pair.clone();
+        AdapterPair { weight, rank, n_in, n_out, n_expert: 1, a: a.to_vec(), b: b.to_vec() }
+    };
+    (0..pair.n_expert).map(one).collect()
+}
+
+/// Pairs of one map's experts, in their order, as one; all of one rank and scale.
+fn stack(place: &str, mut found: Vec<(usize, (AdapterPair, f64))>) -> Result<(AdapterPair, f64)> {
+    found.sort_by_key(|(expert, _)| *expert);
+    let (_, (first, scale)) = found[0].clone();
+    let like_first = |(i, (expert, (pair, own))): (usize, &(usize, (AdapterPair, f64)))| {
+        let shape = (pair.rank, pair.n_in, pair.n_out);
+        i == *expert && *own == scale && shape == (first.rank, first.n_in, first.n_out)
+    };
+    if let Some(i) = found.iter().enumerate().position(|expert| !like_first(expert)) {
+        return Err(Error::invalid(
+            format!("{place}: expert {i} of {}", first.weight),
+            "a pair of each expert from 0 on, all of one rank, shape and alpha",
+            "none, or another",
+            "adapt all experts alike",
+        ));
+    }
+    let all = |half: fn(&AdapterPair) -> &[f32]| -> Vec<f32> {
+        found.iter().flat_map(|(_, (pair, _))| half(pair)).copied().collect()
+    };
+    let (a, b) = (all(|pair| &pair.a), all(|pair| &pair.b));
+    Ok((AdapterPair { n_expert: found.len(), a, b, ..first }, scale))
 }
 
 /// Linear maps by their names in GGUF and in Hugging Face's modules, in the order of a layer.
@@ -170,11 +212,14 @@ pub fn write_peft(
             got: pair.weight.clone(),
             supported: "linear weights of layers, and output.weight".into(),
         })?;
-        let b = permuted(base, pair, false, &place)?;
-        let name = |half| format!("{PREFIX}{module}.lora_{half}.weight");
-        tensors.insert(name('A'), (vec![pair.rank, pair.n_in], bytes(&pair.a)));
-        tensors.insert(name('B'), (vec![pair.n_out, pair.rank], bytes(&b)));
-        modules.push((module, pair.rank));
+        for (expert, pair) in one_by_one(pair).into_iter().enumerate() {
+            let module = module.replace('*', &expert.to_string());
+            let b = permuted(base, &pair, false, &place)?;
+            let name = |half| format!("{PREFIX}{module}.lora_{half}.weight");
+            tensors.insert(name('A'), (vec![pair.rank, pair.n_in], bytes(&pair.a)));
+            tensors.insert(name('B'), (vec![pair.n_out, pair.rank], bytes(&b)));
+            modules.push((module, pair.rank));
+        }
     }
     let refused = |e: safetensors::SafeTensorError| {
         Error::engine(format!("writing {place}"), e.to_string(), "report it")
@@ -232,6 +277,7 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
         halves.entry(module.to_owned()).or_default()[half] = Some(view);
     }
     let mut pairs = Vec::with_capacity(halves.len());
+    let mut experts: BTreeMap<String, Vec<_>> = BTreeMap::new();
     for (module, halves) in &halves {
         let [Some(a), Some(b)] = halves else {
             let got = if halves[0].is_some() { "no lora_B" } else { "no lora_A" };
@@ -246,7 +292,15 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
             return Err(Error::invalid(place, expected, got, "mend adapter_config.json"));
         }
         let weight = weight(base.arch, module).expect("names were checked");
-        pairs.push(read_pair(&place, module, weight, [a, b], &config)?);
+        let expert = without_expert(module).1;
+        let pair = read_pair(&place, module, weight.clone(), [a, b], &config)?;
+        match expert {
+            None => pairs.push(pair),
+            Some(expert) => experts.entry(weight).or_default().push((expert, pair)),
+        }
+    }
+    for found in experts.into_values() {
+        pairs.push(stack(&place, found)?);
     }
     if pairs.is_empty() {
         return Err(Error::invalid(place, "lora_A and lora_B tensors", "none", "write it again"));
@@ -366,7 +420,7 @@ fn read_pair(
         return Err(Error::invalid(place, expected, got, "write the adapter again"));
     }
     let (a, b) = (floats(a, &place)?, floats(b, &place)?);
-    Ok((AdapterPair { weight, rank, n_in, n_out, a, b }, config.scale(module)))
+    Ok((AdapterPair { weight, rank, n_in, n_out, n_expert: 1, a, b }, config.scale(module)))
 }
 
 fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {

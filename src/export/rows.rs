@@ -29,8 +29,8 @@ pub(super) struct Conversion<'a> {
     pub deltas: Vec<Delta<'a>>,
     /// Importance of its columns, `[ne0]`.
     pub importance: Option<&'a [f32]>,
-    /// Error feedback within the rows of A.
-    pub feedback: Option<Feedback>,
+    /// Error feedback within the rows of A, of each expert; empty: none.
+    pub feedback: Vec<Option<Feedback>>,
 }
 
 /// Sums over a tensor, from which the loss by rounding is told. W: base, W': with the low-rank terms, Q:
@@ -64,17 +64,25 @@ impl Conversion<'_> {
         let row_bytes = self.row_bytes(self.info.ty, width)?;
         let bytes = self.file.bytes(self.info);
         let step = (PIECE / width).max(1);
-        let batch = step * rayon::current_num_threads().max(1) * 2;
+        // No piece goes from one expert into the next: each has its own low-rank terms.
+        let own = n_rows / self.n_expert();
+        let cut: Vec<std::ops::Range<usize>> = (0..self.n_expert())
+            .flat_map(|e| (e * own..(e + 1) * own).step_by(step).map(move |at| (at, (e + 1) * own)))
+            .map(|(at, end)| at..(at + step).min(end))
+            .collect();
         let mut sums = Sums::default();
-        for first in (0..n_rows).step_by(batch) {
-            let last = (first + batch).min(n_rows);
-            let pieces: Vec<(Vec<u8>, Sums)> = (first..last)
-                .step_by(step)
-                .collect::<Vec<_>>()
-                .into_par_iter()
-                .map(|start| {
-                    let rows = start..(start + step).min(last);
-                    self.piece(&bytes[rows.start * row_bytes..rows.end * row_bytes], rows, width)
+        for batch in cut.chunks(rayon::current_num_threads().max(1) * 2) {
+            let (first, last) = (batch[0].start, batch[batch.len() - 1].end);
+            let pieces: Vec<(Vec<u8>, Sums)> = batch
+                .par_iter()
+                .map(|rows| {
+                    let bytes = &bytes[rows.start * row_bytes..rows.end * row_bytes];
+                    self.piece(
+                        bytes,
+                        rows.start / own,
+                        rows.start % own..rows.end - rows.start / own * own,
+                        width,
+                    )
                 })
                 .collect::<Result<_>>()?;
             for (bytes, part) in &pieces {
@@ -86,10 +94,16 @@ impl Conversion<'_> {
         Ok(sums)
     }
 
-    /// The new data of some rows.
+    /// Experts of a stack; 1 of a matrix.
+    fn n_expert(&self) -> usize {
+        self.info.shape.get(2).map_or(1, |&n| n as usize).max(1)
+    }
+
+    /// The new data of some rows of an expert.
     fn piece(
         &self,
         from: &[u8],
+        expert: usize,
         rows: std::ops::Range<usize>,
         width: usize,
     ) -> Result<(Vec<u8>, Sums)> {
@@ -97,7 +111,7 @@ impl Conversion<'_> {
         self.info.ty.dequantize(from, &mut values);
         let base = (!self.deltas.is_empty()).then(|| values.clone());
         for Delta { pair, scale } in &self.deltas {
-            add_low_rank(&mut values, rows.clone(), (&pair.a, &pair.b), pair.rank, *scale);
+            add_low_rank(&mut values, rows.clone(), pair.expert(expert), pair.rank, *scale);
         }
         let row_bytes = self.row_bytes(self.to, width)?;
         let mut out = vec![0u8; rows.len() * row_bytes];
@@ -105,7 +119,7 @@ impl Conversion<'_> {
         let Some(base) = base else { return Ok((out, Sums::default())) };
         let mut back = vec![0f32; values.len()];
         self.to.dequantize(&out, &mut back);
-        if let Some(feedback) = &self.feedback {
+        if let Some(feedback) = self.feedback.get(expert).and_then(Option::as_ref) {
             self.feed_back(feedback, &values, width, &mut out, &mut back)?;
         }
         let mut sums = Sums::default();

@@ -1,7 +1,8 @@
 //! LoRA adapter files, as llama.cpp reads them (its `src/llama-adapter.cpp`).
 //!
 //! For a weight `W: [n_in, n_out]` the file holds `W.lora_a: [n_in, rank]` and `W.lora_b: [rank, n_out]`
-//! (ggml order), and `y = W x + scale * B (A x)` with `scale = alpha / rank`, or 1 when alpha is 0.
+//! (ggml order), and `y = W x + scale * B (A x)` with `scale = alpha / rank`, or 1 when alpha is 0. Of a stack of experts
+//! `[n_in, n_out, E]` both are stacked, too: `[n_in, rank, E]` and `[rank, n_out, E]`.
 //!
 //! Departures from llama.cpp: pairs on token embeddings (A and B swapped there) and activated LoRA are
 //! refused; so are numbers that are not finite. As in llama.cpp, tensors of norms are passed over.
@@ -49,10 +50,44 @@ pub struct AdapterPair {
     pub n_in: usize,
     /// ne1 of the weight.
     pub n_out: usize,
-    /// `[n_in, rank]`
+    /// ne2 of the weight, E: 1 but for a stack of experts.
+    pub n_expert: usize,
+    /// `[n_in, rank, E]`
     pub a: Vec<f32>,
-    /// `[rank, n_out]`
+    /// `[rank, n_out, E]`
     pub b: Vec<f32>,
+}
+
+impl AdapterPair {
+    /// A `[n_in, rank]` and B `[rank, n_out]` of an expert; of a plain map there is expert 0 alone.
+    pub fn expert(&self, expert: usize) -> (&[f32], &[f32]) {
+        let (a, b) = (self.n_in * self.rank, self.rank * self.n_out);
+        (&self.a[expert * a..][..a], &self.b[expert * b..][..b])
+    }
+
+    /// The shape of the weight: two extents, three of a stack.
+    pub fn shape(&self) -> Vec<u64> {
+        self.stacked([self.n_in, self.n_out])
+    }
+
+    fn stacked(&self, [n, m]: [usize; 2]) -> Vec<u64> {
+        let all = [n as u64, m as u64, self.n_expert as u64];
+        if self.n_expert == 1 { all[..2].to_vec() } else { all.to_vec() }
+    }
+
+    /// Filled up with zeros to a higher rank.
+    fn widen(&mut self, rank: usize, factor: f32) {
+        let mut a = Vec::with_capacity(self.n_in * rank * self.n_expert);
+        for own in self.a.chunks(self.n_in * self.rank) {
+            a.extend_from_slice(own);
+            a.resize(a.len() + self.n_in * (rank - self.rank), 0.0);
+        }
+        let mut b = vec![0.0; rank * self.n_out * self.n_expert];
+        for (wide, narrow) in b.chunks_mut(rank).zip(self.b.chunks(self.rank)) {
+            wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = factor * narrow);
+        }
+        (self.rank, self.a, self.b) = (rank, a, b);
+    }
 }
 
 impl AdapterFile {
@@ -117,14 +152,7 @@ impl AdapterFile {
         let rank = self.pairs.iter().map(|pair| pair.rank).max().unwrap_or(0);
         for pair in self.pairs.iter_mut().filter(|pair| pair.rank < rank) {
             let factor = if self.alpha == 0.0 { 1.0 } else { rank as f32 / pair.rank as f32 };
-            pair.a.resize(pair.n_in * rank, 0.0);
-            let mut b = vec![0.0; rank * pair.n_out];
-            for (wide, narrow) in b.chunks_mut(rank).zip(pair.b.chunks(pair.rank)) {
-                for (wide, narrow) in wide.iter_mut().zip(narrow) {
-                    *wide = factor * narrow;
-                }
-            }
-            (pair.rank, pair.b) = (rank, b);
+            pair.widen(rank, factor);
         }
         self
     }
@@ -169,7 +197,8 @@ impl AdapterFile {
                     in_f16.push(name.clone());
                 }
                 let place = format!("tensor '{}' in {own}", shown(&name));
-                out.tensor(&name, own, &shape.map(|n| n as u64), move |sink| {
+                let stacked = pair.stacked(shape);
+                out.tensor(&name, own, &stacked, move |sink| {
                     let mut bytes = vec![0; own.row_bytes(data.len()).unwrap_or(0)];
                     own.quantize(data, shape[0], None, &mut bytes).map_err(|got| {
                         Error::invalid(place, "numbers that it can hold", got, "use f32 or bf16")
@@ -196,6 +225,7 @@ impl AdapterFile {
                 ("lora_a", &pair.a, pair.n_in.checked_mul(pair.rank)),
                 ("lora_b", &pair.b, pair.rank.checked_mul(pair.n_out)),
             ] {
+                let expected = expected.and_then(|n| n.checked_mul(pair.n_expert));
                 let wrong = |expected: String, got: String| {
                     let place = format!("{file}: tensor '{}.{suffix}'", shown(&pair.weight));
                     Err(Error::invalid(place, expected, got, RETRAIN))
@@ -268,26 +298,31 @@ fn pair(file: &GgufFile, weight: &str, a: &TensorInfo, b: &TensorInfo) -> Result
             supported: "linear layers".to_owned(),
         });
     }
-    match (matrix(a), matrix(b)) {
-        (Some([n_in, rank]), Some([b_rank, n_out])) if rank == b_rank => Ok(AdapterPair {
-            weight: weight.to_owned(),
-            rank,
-            n_in,
-            n_out,
-            a: file.dequantize(a)?,
-            b: file.dequantize(b)?,
-        }),
+    match (stack(a), stack(b)) {
+        (Some([n_in, rank, n_expert]), Some([b_rank, n_out, b_expert]))
+            if rank == b_rank && n_expert == b_expert =>
+        {
+            Ok(AdapterPair {
+                weight: weight.to_owned(),
+                rank,
+                n_in,
+                n_out,
+                n_expert,
+                a: file.dequantize(a)?,
+                b: file.dequantize(b)?,
+            })
+        }
         _ => Err(Error::invalid(
             format!("{}: LoRA of '{}'", file.name(), shown(weight)),
-            "A [n_in, rank] and B [rank, n_out]",
+            "A [n_in, rank] and B [rank, n_out], or both for as many experts",
             format!("A {:?} and B {:?}", a.shape, b.shape),
             RETRAIN,
         )),
     }
 }
 
-/// The shape of a matrix or vector; `None` when there are more dimensions than two.
-fn matrix(tensor: &TensorInfo) -> Option<[usize; 2]> {
+/// The shape of a matrix, a vector or a stack; `None` when there are more dimensions than three.
+fn stack(tensor: &TensorInfo) -> Option<[usize; 3]> {
     let ne = |i: usize| tensor.shape.get(i).map_or(1, |ne| *ne as usize);
-    (ne(2) == 1 && ne(3) == 1).then(|| [ne(0), ne(1)])
+    (ne(3) == 1).then(|| [ne(0), ne(1), ne(2)])
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ggml_sys as sys;
 
+use super::experts::{Recorder, callback};
 use super::{LiveAdapter, Model, check, log};
 use crate::ggml::ThreadPool;
 use crate::{Error, Result};
@@ -45,6 +46,8 @@ pub struct ContextOptions {
     pub kv_f32: bool,
     /// Products with weights on the CPU.
     pub products: Products,
+    /// Whether the experts that tokens take are kept, of a mixture: see [`Context::experts`].
+    pub experts: bool,
 }
 
 /// One token of a batch.
@@ -77,6 +80,8 @@ pub struct Context {
     draws_attached: bool,
     n_vocab: usize,
     _adapter: Option<Arc<LiveAdapter>>,
+    // What llama.cpp's callback writes to, which has its address.
+    recorder: Option<NonNull<Recorder>>,
     pool: Arc<ThreadPool>,
     model: Arc<Model>,
 }
@@ -106,6 +111,10 @@ impl Context {
             Error::invalid("context", "less than 2^32 tokens in all", got, "lower --max-response")
         })?;
         let threads = pool.n_threads() as i32;
+        let recorder = match options.experts {
+            true => recorder(model, n_ctx_seq)?,
+            false => None,
+        };
         // SAFETY: default parameters with plain fields changed; a live model and pool.
         let raw = unsafe {
             let mut params = sys::llama_context_default_params();
@@ -119,6 +128,10 @@ impl Context {
             // Windowed layers keep all tokens, so that a sequence's tail can be forgotten.
             params.swa_full = true;
             params.no_perf = true;
+            if let Some(recorder) = recorder {
+                params.cb_eval = Some(callback);
+                params.cb_eval_user_data = recorder.as_ptr().cast();
+            }
 
             params.offload_kqv = !model.device().is_host();
             // Logits are kept for one token per sequence: [n_batch, V] would be gigabytes.
@@ -146,6 +159,7 @@ impl Context {
             draws_attached: false,
             n_vocab: model.vocab().n_tokens(),
             _adapter: None,
+            recorder,
             pool: pool.clone(),
             model: model.clone(),
         })
@@ -229,6 +243,10 @@ impl Context {
             logits: logits.as_mut_ptr(),
         };
         let mut result = 0;
+        if let Some(recorder) = self.recorder {
+            // SAFETY: made in `new`, freed in `drop`; nothing is computed now.
+            unsafe { (*recorder.as_ptr()).begin() };
+        }
         // SAFETY: arrays of n_tokens entries each that live for the call; ids, sequences and positions
         // were checked above.
         let status = unsafe {
@@ -247,6 +265,14 @@ impl Context {
         self.has_logits.extend(tokens.iter().map(|t| t.logits && !drawn(t)));
         self.drawn.extend(tokens.iter().map(drawn));
         Ok(())
+    }
+
+    /// The experts that the last batch's token at this position of a sequence took, in a context that keeps them: of each
+    /// layer as many as a token takes, ascending; -1 in a layer that did not compute it.
+    pub fn experts(&self, sequence: usize, position: usize) -> Option<&[i16]> {
+        // SAFETY: made in `new`, freed in `drop`; written only within `decode`, which needs `&mut self`.
+        let recorder = unsafe { self.recorder?.as_ref() };
+        recorder.of(sequence as i32, position as i32).map(Vec::as_slice)
     }
 
     /// Logits `[V]` after token `index` of the last batch, for which they were wanted.
@@ -371,6 +397,22 @@ impl Drop for Draw {
 impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: made once, freed once, before its model, adapter and pool.
-        unsafe { sys::llama_free(self.raw.as_ptr()) }
+        unsafe {
+            sys::llama_free(self.raw.as_ptr());
+            if let Some(recorder) = self.recorder {
+                drop(Box::from_raw(recorder.as_ptr()));
+            }
+        }
     }
+}
+
+/// A recorder for a mixture of experts; none for other models.
+fn recorder(model: &Model, n_cells: usize) -> Result<Option<NonNull<Recorder>>> {
+    let h = model.hparams()?;
+    if h.n_expert == 0 {
+        return Ok(None);
+    }
+    let used = model.layer_hparams(h.n_layer as usize)?.n_expert_used as usize;
+    let made = Box::new(Recorder::new(h.n_layer as usize, used, n_cells));
+    Ok(Some(NonNull::from(Box::leak(made))))
 }

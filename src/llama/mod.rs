@@ -4,6 +4,7 @@
 
 mod adapter;
 mod context;
+mod experts;
 mod log;
 mod model;
 mod quantize;

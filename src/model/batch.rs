@@ -26,6 +26,11 @@ pub struct Batch {
     pub segments: Vec<Segment>,
     /// The wanted log-probs, `[S]`, in the order in which completions were pushed.
     pub scored: Vec<Scored>,
+    /// Of each layer from the first, the experts that the tokens take, `[used, T]`, ascending whole numbers; a token
+    /// whose first is negative chooses by itself. Of no layer: all choose.
+    pub experts: Vec<Vec<f32>>,
+    /// Whether tokens take those experts; else they choose, and it is counted where they choose others.
+    pub replays: bool,
 }
 
 impl Batch {
@@ -69,6 +74,16 @@ impl Batch {
         self.positions.extend((0..tokens.len()).map(|i| (first_position + i) as i32));
         self.segments.push(Segment { begin, end, prefix_begin: prefix.0, prefix_end: prefix.1 });
         end
+    }
+
+    /// Says which experts the next tokens take that have none yet: of each, layer after layer, `[n_layer * used]`; -1 for
+    /// those that choose by themselves.
+    pub fn push_experts(&mut self, n_layer: usize, tokens: &[i16]) {
+        self.experts.resize_with(n_layer, Vec::new);
+        let used = tokens.len() / n_layer.max(1);
+        for (own, chosen) in self.experts.iter_mut().zip(tokens.chunks_exact(used.max(1))) {
+            own.extend(chosen.iter().map(|&expert| expert as f32));
+        }
     }
 
     /// Number of tokens, T.

@@ -54,6 +54,8 @@ pub struct LayerConfig {
     pub head_size: usize,
     /// Width of the FFN.
     pub n_ff: usize,
+    /// The mixture of experts that is the FFN; none is a dense one.
+    pub experts: Option<Experts>,
     /// Keys that a query sees, its own included; none is all before it.
     pub window: Option<usize>,
     /// Rotary embedding; none in layers without positions.
@@ -64,10 +66,30 @@ pub struct LayerConfig {
     pub has_kv: bool,
 }
 
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are, E.
+    pub count: usize,
+    /// How many a token takes.
+    pub used: usize,
+    /// Width of one.
+    pub n_ff: usize,
+    /// Width of the shared one, which all tokens take; 0 is none.
+    pub n_ff_shared: usize,
+    /// Factor of their weights.
+    pub scale: f32,
+}
+
 impl LayerConfig {
     /// Width of all queries.
     pub fn q_width(&self) -> usize {
         self.n_head * self.head_size
+    }
+
+    /// Width of all that a token goes through in the FFN: of the experts that it takes, and the shared one.
+    pub fn ffn_width(&self) -> usize {
+        self.experts.map_or(self.n_ff, |e| e.used * e.n_ff + e.n_ff_shared)
     }
 
     /// Width of all keys, and of all values.
@@ -112,11 +134,11 @@ impl Config {
     /// Reads llama.cpp's hyperparameters and refuses what is not computed here.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for mixtures of experts, other rope scalings, or head sizes that the attention op
+    /// [`Error::Unsupported`] for mixtures of experts where the family has none, other rope scalings, or head sizes that the attention op
     /// does not take.
     pub fn new(family: &'static Family, engine: &llama::Model) -> Result<Config> {
         let h = engine.hparams()?;
-        if h.n_expert > 0 {
+        if h.n_expert > 0 && !family.mixture {
             return refuse("mixture of experts", format!("{} experts", h.n_expert), "dense FFN");
         }
         let known = [SCALING_NONE, SCALING_LINEAR, SCALING_YARN, SCALING_LONGROPE];
@@ -237,6 +259,13 @@ impl LayerConfig {
             n_head_kv: l.n_head_kv as usize,
             head_size,
             n_ff: l.n_ff as usize,
+            experts: (h.n_expert > 0).then(|| Experts {
+                count: h.n_expert as usize,
+                used: l.n_expert_used as usize,
+                n_ff: if l.n_ff_expert > 0 { l.n_ff_expert } else { l.n_ff } as usize,
+                n_ff_shared: h.n_ff_shared as usize,
+                scale: if h.expert_scale == 0.0 { 1.0 } else { h.expert_scale },
+            }),
             window: (l.window > 0).then_some(l.window as usize),
             rope: (l.rope != 0).then(|| rope(h, l)),
             rope_factors: true,

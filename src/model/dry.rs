@@ -63,6 +63,13 @@ impl Dry {
         }
     }
 
+    /// A stack of maps `[n_in, n_out, E]` was used.
+    pub fn experts(&mut self, layer: usize, name: &str, [n_in, n_out, n_expert]: [usize; 3]) {
+        if !self.maps.iter().any(|map| map.name == name) {
+            self.maps.push(Map::new(layer, name, false, n_in, n_out).stacked(n_expert));
+        }
+    }
+
     /// The first tensor that was missing or did not fit, in the file of this name.
     ///
     /// # Errors

@@ -50,6 +50,8 @@ pub struct Engine {
     pub(super) kept: Option<Kept>,
     activations: Activations,
     work: Work,
+    // Choices of the last forward's layers that were said beforehand, and how many of these were others.
+    rerouted: [usize; 2],
 }
 
 /// Activations that outlive a graph.
@@ -123,6 +125,7 @@ impl Engine {
             kept: None,
             activations: Activations::default(),
             work: Work::default(),
+            rerouted: [0; 2],
         })
     }
 
@@ -213,6 +216,7 @@ impl Engine {
         floats: &[usize],
     ) -> Result<()> {
         let n = batch.len();
+        self.rerouted = [0; 2];
         self.reserve(model.config(), depth, batch)?;
         let kept = self.kept.as_ref().expect("just reserved");
 
@@ -235,7 +239,17 @@ impl Engine {
             graph.store(tape.node(taps.layer_out), kept.residual(&arena, layer, n));
             tape.store_shared(&mut graph);
             self.activations.store(&arena, &mut graph, tape.take_memo());
-            self.executor.run(&graph, &tape.inputs())?;
+            let chosen = tape.routing().filter(|_| !batch.experts.is_empty()).map(|r| r.experts);
+            if let Some(chosen) = chosen {
+                graph.output(chosen);
+            }
+            let computed = self.executor.run(&graph, &tape.inputs())?;
+            if let Some(chosen) = chosen {
+                let shape = chosen.shape();
+                let [n, others] =
+                    compare_experts(&batch.experts[layer - 1], &computed.f32(chosen), shape[0]);
+                self.rerouted = [self.rerouted[0] + n, self.rerouted[1] + others];
+            }
             self.work.layer_forwards += 1;
             self.work.highest_layer = self.work.highest_layer.max(layer);
         }
@@ -365,12 +379,26 @@ impl Engine {
         &mut self.executor
     }
 
+    /// Share of the last forward's tokens and layers whose experts are others than the batch said; none where it said
+    /// nothing.
+    pub fn rerouted(&self) -> Option<f64> {
+        let [n, others] = self.rerouted;
+        (n > 0).then(|| others as f64 / n as f64)
+    }
+
     /// Residual H^layer of the last forward, `[D, tokens]`.
     pub fn residual(&self, layer: usize, tokens: usize) -> Vec<f32> {
         let kept = self.kept.as_ref().expect("residual follows forward");
         let d = kept.residuals.get(layer).shape()[0];
         kept.residuals.values(layer)[..d * tokens].to_vec()
     }
+}
+
+/// Tokens whose experts were said, `used` each, and how many of these have others.
+fn compare_experts(said: &[f32], chosen: &[f32], used: usize) -> [usize; 2] {
+    let pairs = said.chunks_exact(used).zip(chosen.chunks_exact(used));
+    let known = pairs.filter(|(said, _)| said[0] >= 0.0);
+    known.fold([0, 0], |[n, others], (said, own)| [n + 1, others + (said != own) as usize])
 }
 
 /// Floats that the kept activations of each layer take for this batch.

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{DEMO, DEMO_BYTES, Model};
 use crate::Result;
-use crate::gguf::{GgufFile, Value, split_paths};
+use crate::gguf::{GgufFile, TensorInfo, Value, split_paths};
 
 /// Where the entropies of a layer's internal policies are taken (PAPER section 1).
 const TAPS: [&str; 6] = ["layer_in", "attn_in", "attn_out", "ffn_in", "ffn_out", "layer_out"];
@@ -75,6 +75,12 @@ pub struct Description {
     pub file_bytes: u64,
     /// All elements of all tensors.
     pub parameters: u64,
+    /// Those that a token goes through, of a mixture of experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active_parameters: Option<u64>,
+    /// How many experts a layer has and how many a token takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts: Option<[u64; 2]>,
     /// Layers, L.
     pub layers: Option<u64>,
     /// Width of the residual, D.
@@ -152,12 +158,23 @@ impl Description {
             Some(Value::Array(tokens)) => Some(tokens.len() as u64),
             _ => None,
         };
+        let experts = size("expert_count").zip(size("expert_used_count"));
+        let experts = experts.filter(|(count, _)| *count > 0).map(|(count, used)| [count, used]);
         Ok(Description {
             model: path.display().to_string(),
             name: first.find::<&str>("general.name").ok().flatten().map(str::to_owned),
             files: files.len(),
             file_bytes: files.iter().map(GgufFile::n_bytes).sum(),
             parameters: types.values().map(|t| t.parameters).sum(),
+            active_parameters: experts.map(|[count, used]| {
+                // Each expert's part of a stack is equal.
+                let of = |t: &TensorInfo| match t.name.contains("_exps.") {
+                    true => t.n_elements() / count * used,
+                    false => t.n_elements(),
+                };
+                tensors().map(of).sum()
+            }),
+            experts,
             layers: size("block_count"),
             width,
             ffn_width: size("feed_forward_length"),
@@ -195,7 +212,7 @@ fn layer_kinds(model: &Model) -> Vec<LayerKind> {
             layers: Vec::new(),
             heads: [l.n_head, l.n_head_kv],
             head_size: l.head_size,
-            ffn_width: l.n_ff,
+            ffn_width: l.ffn_width(),
             window: l.window,
             rope_base: l.rope.map(|rope| rope.freq_base),
             own_keys: l.has_kv,
@@ -215,11 +232,12 @@ fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
     for map in model.maps() {
         let Some(target) = map.target else { continue };
         let shape = [map.n_in as u64, map.n_out as u64];
-        let entry = match found.iter_mut().find(|t| t.target == target) {
+        let named = format!("{}.weight", map.name);
+        let known = found.iter_mut().find(|t| t.target == target && t.tensor == named);
+        let entry = match known {
             Some(entry) => entry,
             None => {
-                let tensor = format!("{}.weight", map.name);
-                let (layers, types) = (0, Vec::new());
+                let (tensor, layers, types) = (named, 0, Vec::new());
                 found.push(Trainable { target, tensor, shape, varies: false, layers, types });
                 found.last_mut().expect("just pushed")
             }
@@ -289,6 +307,13 @@ impl fmt::Display for Description {
                 number(self.heads[0]),
                 number(self.heads[1]),
                 number(self.head_size)
+            )?;
+        }
+        if let (Some([count, used]), Some(active)) = (self.experts, self.active_parameters) {
+            let million = active as f64 / 1e6;
+            writeln!(
+                f,
+                "experts       {count} a layer, of which a token takes {used}: {million:.1} M parameters are active"
             )?;
         }
         let tied = if self.tied { "tied" } else { "of its own" };

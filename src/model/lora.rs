@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 /// Linear maps by their names on the command line and in the file, in the order of a layer. A fused map, whose
 /// outputs are used in parts, has a name of its own.
-const NAMES: [(&str, &str, bool); 9] = [
+const NAMES: [(&str, &str, bool); 16] = [
     ("q", "attn_q", false),
     ("k", "attn_k", false),
     ("v", "attn_v", false),
@@ -30,9 +30,22 @@ const NAMES: [(&str, &str, bool); 9] = [
     ("up", "ffn_up", false),
     ("gate_up", "ffn_up", true),
     ("down", "ffn_down", false),
+    (SHARED, "ffn_gate_shexp", false),
+    (SHARED, "ffn_up_shexp", false),
+    (SHARED, "ffn_down_shexp", false),
+    (EXPERTS, "ffn_gate_exps", false),
+    (EXPERTS, "ffn_up_exps", false),
+    (EXPERTS, "ffn_down_exps", false),
+    (ROUTER, "ffn_gate_inp", false),
 ];
-/// What stands for every map of attention and FFN.
+/// A mixture's shared expert, each of the others, and what chooses among them.
+const SHARED: &str = "shared";
+const EXPERTS: &str = "experts";
+const ROUTER: &str = "router";
+/// What stands for every map of attention and FFN; experts and router only if asked, for there are many of the ones, and
+/// with the other other experts are chosen.
 const ALL: &str = "all";
+const ON_REQUEST: [&str; 2] = [EXPERTS, ROUTER];
 
 /// The unembedding of models that do not tie it, as a map.
 const UNEMBEDDING: &str = "output";
@@ -50,8 +63,17 @@ pub struct Map {
     pub n_in: usize,
     /// Outputs, ne1.
     pub n_out: usize,
+    /// Experts, ne2: 1 but for a stack of maps.
+    pub n_expert: usize,
     // Place in a layer.
     order: usize,
+}
+
+/// The words of the command line, each once.
+fn words() -> Vec<&'static str> {
+    let mut words: Vec<_> = NAMES.iter().map(|name| name.0).collect();
+    words.dedup();
+    words
 }
 
 impl Map {
@@ -63,8 +85,14 @@ impl Map {
             target: order.map(|i| NAMES[i].0),
             n_in,
             n_out,
+            n_expert: 1,
             order: order.unwrap_or(NAMES.len()),
         }
+    }
+
+    /// The same of a stack of so many experts.
+    pub(super) fn stacked(self, n_expert: usize) -> Map {
+        Map { n_expert, ..self }
     }
 
     /// The unembedding `[D, V]` of a model of `n_layer` layers.
@@ -92,7 +120,7 @@ impl Map {
 pub struct Targets(Option<Vec<&'static str>>);
 
 impl Targets {
-    /// Every linear map of attention and FFN.
+    /// Every linear map of attention and FFN but experts and routers.
     pub const ALL: Targets = Targets(None);
 
     /// The model's maps of this choice, in the order of the layers.
@@ -101,7 +129,10 @@ impl Targets {
     /// [`Error::Unsupported`] for a word that this model has no map for.
     pub fn of<'m>(&self, maps: &'m [Map]) -> Result<Vec<&'m Map>> {
         let known = maps.iter().filter(|map| map.target.is_some());
-        let Some(words) = &self.0 else { return Ok(known.collect()) };
+        let Some(words) = &self.0 else {
+            let asked = |map: &&Map| !map.target.is_some_and(|word| ON_REQUEST.contains(&word));
+            return Ok(known.filter(asked).collect());
+        };
         if let Some(word) = words.iter().find(|w| maps.iter().all(|map| map.target != Some(**w))) {
             let mut supported: Vec<_> = known.filter_map(|map| map.target).collect();
             supported.sort_by_key(|word| NAMES.iter().position(|n| n.0 == *word));
@@ -128,7 +159,7 @@ impl FromStr for Targets {
             found.map(|name| name.0).ok_or_else(|| Error::Unsupported {
                 what: "LoRA target",
                 got: word.into(),
-                supported: format!("{ALL}, {}", NAMES.map(|name| name.0).join(", ")),
+                supported: format!("{ALL}, {}", words().join(", ")),
             })
         };
         let mut words: Vec<_> = text.split(',').map(|w| one(w.trim())).collect::<Result<_>>()?;
@@ -161,9 +192,9 @@ impl TryFrom<String> for Targets {
 /// An adapter's pair on one linear map.
 #[derive(Clone, Copy)]
 pub struct Pair<'a> {
-    /// `[n_in, r]`
+    /// `[n_in, r]`, of a stack `[n_in, r, E]`
     pub a: Tensor<'a>,
-    /// `[r, n_out]`
+    /// `[r, n_out]`, of a stack `[r, n_out, E]`
     pub b: Tensor<'a>,
     /// alpha / rank
     pub scale: f32,
@@ -205,7 +236,7 @@ pub struct Lora {
     rank: usize,
     alpha: f32,
     slots: Vec<Map>,
-    // A of slot i at 2 i: [n_in, rank]; B at 2 i + 1: [rank, n_out].
+    // A of slot i at 2 i: [n_in, rank, E]; B at 2 i + 1: [rank, n_out, E].
     tensors: TensorSet,
 }
 
@@ -248,7 +279,7 @@ impl Lora {
     /// # Errors
     /// See [`Targets::of`].
     pub fn count_params(model: &Model, targets: &Targets, rank: usize) -> Result<usize> {
-        Ok(slots(model, targets)?.iter().map(|s| rank * (s.n_in + s.n_out)).sum())
+        Ok(slots(model, targets)?.iter().map(|s| rank * (s.n_in + s.n_out) * s.n_expert).sum())
     }
 
     /// The pairs of one layer alone, zero: what a graph of that layer looks at.
@@ -298,13 +329,15 @@ impl Lora {
                 let advice = "use the model that the adapter was trained on";
                 return Err(Error::invalid(place, expected, "an unknown tensor", advice));
             };
-            if (slot.n_in, slot.n_out) != (pair.n_in, pair.n_out) {
-                return Err(Error::invalid(
-                    place,
-                    format!("{} inputs and {} outputs", slot.n_in, slot.n_out),
-                    format!("{} and {}", pair.n_in, pair.n_out),
-                    "use the model that the adapter was trained on",
-                ));
+            let of = |n_in: usize, n_out: usize, n_expert: usize| match n_expert {
+                1 => format!("{n_in} inputs and {n_out} outputs"),
+                n => format!("{n_in} inputs and {n_out} outputs of {n} experts"),
+            };
+            let expected = of(slot.n_in, slot.n_out, slot.n_expert);
+            let got = of(pair.n_in, pair.n_out, pair.n_expert);
+            if expected != got {
+                let advice = "use the model that the adapter was trained on";
+                return Err(Error::invalid(place, expected, got, advice));
             }
             found.push((slot.clone(), pair));
         }
@@ -327,6 +360,7 @@ impl Lora {
                 rank: self.rank,
                 n_in: self.slots[i].n_in,
                 n_out: self.slots[i].n_out,
+                n_expert: self.slots[i].n_expert,
                 a: self.tensors.values(2 * i).to_vec(),
                 b: self.tensors.values(2 * i + 1).to_vec(),
             })
@@ -385,7 +419,7 @@ impl Lora {
     /// The targets that any layer adapts.
     pub fn targets(&self) -> Targets {
         let used = |word| self.slots.iter().any(|s| s.target == Some(word));
-        Targets(Some(NAMES.map(|name| name.0).into_iter().filter(|word| used(*word)).collect()))
+        Targets(Some(words().into_iter().filter(|word| used(word)).collect()))
     }
 
     /// The adapted weights, by layer and in the order of a layer.
@@ -440,8 +474,8 @@ fn shapes(slots: &[Map], rank: usize) -> Vec<(String, Shape)> {
         .iter()
         .flat_map(|s| {
             [
-                (tensor_name(s, false), [s.n_in, rank, 1, 1]),
-                (tensor_name(s, true), [rank, s.n_out, 1, 1]),
+                (tensor_name(s, false), [s.n_in, rank, s.n_expert, 1]),
+                (tensor_name(s, true), [rank, s.n_out, s.n_expert, 1]),
             ]
         })
         .collect()

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use arch::{FAMILIES, Family};
 pub use batch::{Batch, Scored};
 pub use compare::{ComparedModel, Comparison, compare};
-pub use config::{Config, LayerConfig};
+pub use config::{Config, Experts, LayerConfig};
 pub use distill::{Divergences, TeacherHidden};
 pub use engine::{Engine, Scores, Work};
 pub use inspect::Description;

@@ -77,11 +77,7 @@ pub fn check(file: &GgufFile, family: &Family) -> Result<()> {
             keys.size(&key, MAX_HEAD)?;
         }
     }
-    for key in ["expert_count", "expert_used_count", "expert_group_count"] {
-        if let Some(value) = keys.get(key).filter(|v| v.integer() != Some(0)) {
-            return Err(keys.wrong(key, "0 or no such key".into(), value.describe()));
-        }
-    }
+    check_experts(&keys, family)?;
     if keys.find::<bool>("attention.causal")? == Some(false) {
         return Err(keys.wrong("attention.causal", "true".into(), "false".into()));
     }
@@ -137,6 +133,30 @@ fn check_sizes(keys: &Keys<'_>) -> Result<(usize, usize)> {
         keys.size(window, MAX_CONTEXT)?;
     }
     Ok((n_layer, d))
+}
+
+/// llama.cpp's `LLAMA_MAX_EXPERTS`.
+const MAX_EXPERTS: usize = 1024;
+
+/// Counts of a mixture of experts; 0 where the family has none.
+fn check_experts(keys: &Keys<'_>, family: &Family) -> Result<()> {
+    let none = |key: &str, expected: &str| match keys.get(key).filter(|v| v.integer() != Some(0)) {
+        Some(value) => Err(keys.wrong(key, expected.into(), value.describe())),
+        None => Ok(()),
+    };
+    none("expert_group_count", "0 or no such key: groups of experts are not computed here")?;
+    if !family.mixture {
+        none("expert_count", "0 or no such key")?;
+        return none("expert_used_count", "0 or no such key");
+    }
+    let count = keys.size("expert_count", MAX_EXPERTS)?;
+    keys.size("expert_used_count", count)?;
+    for key in ["expert_feed_forward_length", "expert_shared_feed_forward_length"] {
+        if keys.get(key).is_some() {
+            keys.size(key, MAX_WIDTH)?;
+        }
+    }
+    keys.number("expert_weights_scale", |_| true, "a finite number")
 }
 
 /// Numbers that a computation divides by or takes the logarithm of.

@@ -1,11 +1,18 @@
 //! `y = act(g) * u`, the gate of an FFN, and its vjp.
 //!
-//! Both activations are `act(g) = g s` with `s = sigmoid(w(g))`:
+//! Two activations are `act(g) = g s` with `s = sigmoid(w(g))`:
 //!
 //! ```text
 //! SiLU   w = g
 //! GELU   w = 2 sqrt(2/pi) (g + 0.044715 g^3), for (1 + tanh(w/2)) / 2 = sigmoid(w): GELU's tanh form
 //! dg = dy * u * s * (1 + g w' (1 - s))            du = dy * g * s
+//! ```
+//!
+//! gpt-oss has a gate and a line that are cut off (`SWIGLU_OAI` in llama.cpp):
+//!
+//! ```text
+//! a = min(g, 7), b = min(max(u, -7), 7), s = sigmoid(1.702 a)          y = a s (b + 1)
+//! dg = dy (b + 1) s (1 + 1.702 a (1 - s)) where g <= 7                  du = dy a s where |u| <= 7
 //! ```
 //!
 //! GELU is computed as it stands here; llama.cpp's CPU backend looks it up in a table of half floats.
@@ -26,6 +33,8 @@ pub enum Activation {
     Silu,
     /// `g (1 + tanh(sqrt(2/pi) (g + 0.044715 g^3))) / 2`.
     Gelu,
+    /// `min(g, 7) sigmoid(1.702 min(g, 7)) (clamp(u, -7, 7) + 1)`.
+    ClampedSwiglu,
 }
 
 impl Activation {
@@ -33,6 +42,7 @@ impl Activation {
         let activation = match self {
             Activation::Silu => sys::BUPO_ACTIVATION_SILU,
             Activation::Gelu => sys::BUPO_ACTIVATION_GELU,
+            Activation::ClampedSwiglu => sys::BUPO_ACTIVATION_CLAMPED_SWIGLU,
         };
         GluParams { op, activation }
     }
@@ -41,6 +51,7 @@ impl Activation {
         match params.activation {
             sys::BUPO_ACTIVATION_SILU => Activation::Silu,
             sys::BUPO_ACTIVATION_GELU => Activation::Gelu,
+            sys::BUPO_ACTIVATION_CLAMPED_SWIGLU => Activation::ClampedSwiglu,
             other => unreachable!("activation {other} of a node made here"),
         }
     }
@@ -117,6 +128,7 @@ unsafe extern "C" fn forward(
             match activation {
                 Activation::Silu => forward_row(y, gate, up, silu),
                 Activation::Gelu => forward_row(y, gate, up, gelu),
+                Activation::ClampedSwiglu => clamped_row(y, gate, up),
             }
         }
     }
@@ -126,6 +138,35 @@ unsafe extern "C" fn forward(
 fn forward_row(y: &mut [f32], gate: &[f32], up: &[f32], act: impl Fn(f32) -> (f32, f32)) {
     for ((y, &g), u) in y.iter_mut().zip(gate).zip(up) {
         *y = g * act(g).0 * u;
+    }
+}
+
+/// Where gate and line are cut off, and how steep the gate is.
+const LIMIT: f32 = 7.0;
+const STEEPNESS: f32 = 1.702;
+
+/// a and s.
+#[inline(always)]
+fn clamped(g: f32) -> (f32, f32) {
+    let a = g.min(LIMIT);
+    // Beyond, s is below 1e-37.
+    (a, 1.0 / (1.0 + exp(-STEEPNESS * a.max(-50.0))))
+}
+
+fn clamped_row(y: &mut [f32], gate: &[f32], up: &[f32]) {
+    for ((y, &g), u) in y.iter_mut().zip(gate).zip(up) {
+        let (a, s) = clamped(g);
+        *y = a * s * (u.clamp(-LIMIT, LIMIT) + 1.0);
+    }
+}
+
+fn clamped_back_row(d_gate: &mut [f32], d_up: &mut [f32], [gate, up, dy]: [&[f32]; 3]) {
+    let sources = gate.iter().zip(up).zip(dy);
+    for (((&g, &u), dy), (d_gate, d_up)) in sources.zip(d_gate.iter_mut().zip(d_up)) {
+        let (a, s) = clamped(g);
+        let line = u.clamp(-LIMIT, LIMIT) + 1.0;
+        *d_gate = if g <= LIMIT { dy * line * s * (1.0 + STEEPNESS * a * (1.0 - s)) } else { 0.0 };
+        *d_up = if u.abs() <= LIMIT { dy * a * s } else { 0.0 };
     }
 }
 
@@ -149,6 +190,7 @@ unsafe extern "C" fn backward(
             match activation {
                 Activation::Silu => backward_row(d_gate, d_up, rows, silu),
                 Activation::Gelu => backward_row(d_gate, d_up, rows, gelu),
+                Activation::ClampedSwiglu => clamped_back_row(d_gate, d_up, rows),
             }
         }
     }

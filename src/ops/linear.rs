@@ -185,6 +185,23 @@ impl Weight {
         Weight { ty, data: data.cast(), row_bytes }
     }
 
+    /// An expert's matrix of a stack `[K, N, E]`.
+    ///
+    /// # Safety
+    /// As [`Weight::new`], of a stack with that many experts.
+    pub(super) unsafe fn of_expert(tensor: *const sys::ggml_tensor, expert: usize) -> Weight {
+        // SAFETY: by contract.
+        unsafe {
+            let first = Weight::new(tensor);
+            Weight { data: first.data.add(expert * (*tensor).nb[2]), ..first }
+        }
+    }
+
+    /// Elements of a block.
+    pub(super) fn block_size(&self) -> usize {
+        self.ty.block_size()
+    }
+
     /// F32 rows are read where they lie, but for strides that fall on the same few cache lines.
     fn in_place(&self) -> bool {
         self.ty == Type::F32 && !self.row_bytes.is_multiple_of(1024)

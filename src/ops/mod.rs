@@ -9,6 +9,8 @@ mod attention;
 mod distill;
 mod divergence;
 mod exp;
+mod experts;
+mod gate_rows;
 mod gemm;
 mod glu;
 mod linear;
@@ -32,6 +34,11 @@ pub use attention::{
 pub use distill::{DistillSpec, Distilled, DivergenceKind, distill, distill_tiles_bytes};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
+pub use experts::{
+    Columns, Gating, RouteSpec, Routes, experts, experts_back, experts_back_sum, experts_outer,
+    experts_sum, route, route_back, route_order, slot_weights, weights_back,
+};
+pub use gate_rows::{gate_rows, gate_rows_back};
 pub use glu::{Activation, glu, glu_back};
 pub use linear::{LowRank, dequantised, linear, linear_back, outer};
 pub use logits::{Head, LogitMap};

@@ -59,6 +59,9 @@ pub struct Completion {
     pub logprobs: Vec<f32>,
     /// Why it ended.
     pub finish: Finish,
+    /// The experts that the prompt's tokens took, then those of its own that were read (all but the last): see
+    /// [`Context::experts`]; empty where they are not kept.
+    pub experts: Vec<i16>,
 }
 
 /// How far a call of [`Rollouts::generate`] is, after each round of tokens.
@@ -119,6 +122,8 @@ struct Group {
     request: usize,
     next: usize,
     first_logits: Arc<[f32]>,
+    // Of the prompt's tokens.
+    experts: Arc<[i16]>,
 }
 
 /// A sequence in work.
@@ -148,6 +153,7 @@ impl Rollouts {
             n_batch,
             kv_f32: false,
             products: Products::default(),
+            experts: false,
         };
         Ok(Rollouts {
             model: model.clone(),
@@ -176,6 +182,12 @@ impl Rollouts {
     /// Decodes with these products from now on; at first with whichever are faster.
     pub fn set_products(&mut self, products: Products) {
         self.sizes.products = products;
+        self.context = None;
+    }
+
+    /// Keeps the experts that tokens take, of a mixture, from now on.
+    pub fn keep_experts(&mut self) {
+        self.sizes.experts = true;
         self.context = None;
     }
 
@@ -367,9 +379,12 @@ impl Run<'_> {
         let mut followers = free[claimed.len()..].iter();
         for ((&(request, n), &slot), &index) in claimed.iter().zip(free).zip(&last) {
             let first_logits = self.context.logits(index).into();
-            self.groups.push(Group { request, next: 0, first_logits });
-            let group = self.groups.len() - 1;
             let from = self.prompt_slot.unwrap_or(slot);
+            let prompt = 0..self.requests[request].prompt_tokens.len();
+            let experts = prompt.filter_map(|i| self.context.experts(from, i)).flatten().copied();
+            let experts = experts.collect();
+            self.groups.push(Group { request, next: 0, first_logits, experts });
+            let group = self.groups.len() - 1;
             if from != slot {
                 self.context.forget(slot, 0)?;
                 self.context.copy(from, slot);
@@ -401,7 +416,12 @@ impl Run<'_> {
                 group,
                 index,
                 rng: rng(self.seed, request.seed_stream, index),
-                completion: Completion { tokens: vec![], logprobs: vec![], finish: Finish::Length },
+                completion: Completion {
+                    tokens: vec![],
+                    logprobs: vec![],
+                    finish: Finish::Length,
+                    experts: g.experts.to_vec(),
+                },
             };
             let logits = g.first_logits.clone();
             let uniform = started.rng.random();
@@ -494,6 +514,10 @@ impl Run<'_> {
             self.context.decode(&batch)?;
             self.sample(&mut slots)
         };
+        for ((&s, slot), token) in running.iter().zip(&mut slots).zip(&batch.0) {
+            let experts = self.context.experts(s, token.position as usize);
+            slot.completion.experts.extend_from_slice(experts.unwrap_or_default());
+        }
         for ((&s, mut slot), sampled) in running.iter().zip(slots).zip(sampled) {
             if self.push(&mut slot, sampled) {
                 let group = slot.group;

@@ -32,6 +32,11 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
     ] {
         put(key, count(n)?)?;
     }
+    if let Some(e) = shape.experts {
+        put("expert_count", count(e.count)?)?;
+        put("expert_used_count", count(e.used)?)?;
+        put("expert_feed_forward_length", count(e.n_ff)?)?;
+    }
     put("rope.freq_base", shape.rope_base.into())?;
     put("attention.layer_norm_rms_epsilon", shape.rms_eps.into())?;
     if let Some(window) = shape.window {
@@ -80,6 +85,9 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
             put("rope.scaling.original_context_length", count(original)?)?;
             put("rope.scaling.yarn_beta_fast", 32f32.into())?;
             put("rope.scaling.yarn_beta_slow", 1f32.into())?;
+            if temperature == 0.0 {
+                return Ok(());
+            }
             put("rope.scaling.yarn_log_multiplier", 1f32.into())?;
             put("attention.temperature_scale", temperature.into())
         }

@@ -25,7 +25,7 @@ const NAMED: [(&str, &str); 8] = [
 ];
 
 /// `enum llama_ftype`, where a type or mixture has one.
-const FILE_TYPES: [(&str, u32); 28] = [
+const FILE_TYPES: [(&str, u32); 29] = [
     ("f32", 0),
     ("f16", 1),
     ("q4_0", 2),
@@ -54,6 +54,7 @@ const FILE_TYPES: [(&str, u32); 28] = [
     ("bf16", 32),
     ("tq1_0", 36),
     ("tq2_0", 37),
+    ("mxfp4", 38),
 ];
 
 fn ty(name: &str) -> Option<Type> {
@@ -138,7 +139,15 @@ impl Mixture {
     /// A linear map of layer `i` (from 0) with rows of `n_in`.
     pub(super) fn layer(&self, what: &str, i: usize, shape: &Shape, n_in: usize) -> Type {
         // q, k and v in one map are treated as v is; tensors are counted, not layers.
-        let what = if what == "attn_qkv" { "attn_v" } else { what };
+        let what = match what {
+            "attn_qkv" => "attn_v",
+            // Of a mixture only the experts are MXFP4.
+            _ if self.name == "mxfp4" && shape.experts.is_some() && !what.ends_with("_exps") => {
+                return self.fallback("q8_0", n_in);
+            }
+            "ffn_down_exps" => "ffn_down",
+            what => what,
+        };
         let n = if what == "attn_v" { shape.n_layer_kv() } else { shape.n_layer };
         let wide_groups = shape.n_head / shape.n_head_kv >= 4;
         // The first and last eighth of the layers, and every third between.
@@ -177,7 +186,7 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::super::Weights;
-    use super::super::shape::{Gemma4, Rope};
+    use super::super::shape::{Experts, Gemma4, Rope};
     use super::*;
     use crate::llama::{FileType, Model, TensorEntry};
 
@@ -188,7 +197,9 @@ mod tests {
         let gemma4 = shape.gemma4.map(|g| Gemma4 { full_head_size: 64, per_layer_embd: 32, ..g });
         let n_head = shape.n_head / shape.n_head_kv;
         let n_embd = n_head * head_size;
-        let narrow = Shape { n_head, n_head_kv: 1, head_size, n_embd, n_ff: 256, gemma4, ..shape };
+        let experts = shape.experts.map(|_| Experts { count: 6, used: 2, n_ff: 256 });
+        let sizes = Shape { n_head, n_head_kv: 1, head_size, n_embd, n_ff: 256, ..shape };
+        let narrow = Shape { gemma4, experts, ..sizes };
         narrow.with_vocab(512).unwrap()
     }
 

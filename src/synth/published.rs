@@ -1,6 +1,6 @@
 //! Published models' shapes, from their `config.json`.
 
-use super::shape::{Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
+use super::shape::{Experts, Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
 
 /// Qwen3: heads of 128, one vocabulary, rope base 1e6.
 const QWEN3: Shape = Shape {
@@ -23,6 +23,7 @@ const QWEN3: Shape = Shape {
     softcaps: Softcaps { attention: None, logits: None },
     multipliers: None,
     gemma4: None,
+    experts: None,
 };
 
 const QWEN2: Shape = Shape { name: "qwen2", arch: "qwen2", n_ctx: 32_768, ..QWEN3 };
@@ -95,7 +96,7 @@ const PHI4_MINI_LONG: [f32; 48] = [
 ];
 
 /// All of them.
-pub(super) const ALL: [Shape; 26] = [
+pub(super) const ALL: [Shape; 29] = [
     Shape {
         name: "tiny",
         n_layer: 4,
@@ -309,5 +310,54 @@ pub(super) const ALL: [Shape; 26] = [
         rope: Rope::Plain,
         rms_eps: 1e-6,
         ..LLAMA3
+    },
+    Shape {
+        name: "qwen3-30b-a3b",
+        arch: "qwen3moe",
+        n_layer: 48,
+        n_embd: 2048,
+        n_ff: 6144,
+        n_head: 32,
+        n_head_kv: 4,
+        tied: false,
+        experts: Some(Experts { count: 128, used: 8, n_ff: 768 }),
+        ..QWEN3
+    },
+    Shape {
+        name: "gpt-oss-20b",
+        arch: "gpt-oss",
+        n_layer: 24,
+        n_embd: 2880,
+        n_ff: 2880,
+        n_head: 64,
+        n_head_kv: 8,
+        head_size: 64,
+        n_vocab: 201_088,
+        n_text: 201_080,
+        tied: false,
+        n_ctx: 131_072,
+        rope_base: 150_000.0,
+        rope: Rope::Yarn { factor: 32.0, original: 4096, temperature: 0.0 },
+        rms_eps: 1e-5,
+        window: Some(Window { size: 128, period: 2 }),
+        experts: Some(Experts { count: 32, used: 4, n_ff: 2880 }),
+        ..QWEN3
+    },
+    Shape {
+        name: "olmoe-1b-7b",
+        arch: "olmoe",
+        n_layer: 16,
+        n_embd: 2048,
+        n_ff: 1024,
+        n_head: 16,
+        n_head_kv: 16,
+        n_vocab: 50_304,
+        n_text: 50_296,
+        tied: false,
+        n_ctx: 4096,
+        rope_base: 1e4,
+        rms_eps: 1e-5,
+        experts: Some(Experts { count: 64, used: 8, n_ff: 1024 }),
+        ..QWEN3
     },
 ];

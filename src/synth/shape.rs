@@ -44,6 +44,19 @@ pub struct Shape {
     pub multipliers: Option<Multipliers>,
     /// gemma4's layers.
     pub gemma4: Option<Gemma4>,
+    /// The mixture in place of each FFN.
+    pub experts: Option<Experts>,
+}
+
+/// A mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token takes.
+    pub used: usize,
+    /// Width of one.
+    pub n_ff: usize,
 }
 
 /// How the rotation's frequencies differ from powers of the base.
@@ -265,6 +278,9 @@ mod tests {
             ("granite-3.3-2b", 2534),
             ("smollm3-3b", 3075),
             ("olmo-2-1b", 1485),
+            ("qwen3-30b-a3b", 30_532),
+            ("gpt-oss-20b", 20_915),
+            ("olmoe-1b-7b", 6919),
         ] {
             let shape = Shape::find(name).unwrap();
             let mixture = super::super::Mixture::parse("f16").unwrap();

@@ -35,6 +35,8 @@ struct Block {
     fused: bool,
     /// Biases on q, k and v.
     biases: bool,
+    /// The norm before the FFN is named as if it stood behind attention; biases on all other maps, too; heads have sinks.
+    gpt_oss: bool,
 }
 
 #[derive(PartialEq)]
@@ -50,12 +52,13 @@ impl Block {
             pre_norms: arch != "olmo2",
             post_norms: gemma || arch == "olmo2",
             qk_norms: match arch {
-                "qwen3" | "gemma3" | "gemma4" => Some(Heads::Each),
-                "olmo2" => Some(Heads::All),
+                "qwen3" | "qwen3moe" | "gemma3" | "gemma4" => Some(Heads::Each),
+                "olmo2" | "olmoe" => Some(Heads::All),
                 _ => None,
             },
             fused: arch == "phi3",
-            biases: arch == "qwen2",
+            biases: arch == "qwen2" || arch == "gpt-oss",
+            gpt_oss: arch == "gpt-oss",
         }
     }
 }
@@ -128,7 +131,8 @@ impl Weights {
         let name = |what: &str| format!("blk.{i}.{what}");
         if block.pre_norms {
             self.same(&name("attn_norm"), d, 1.0);
-            self.same(&name("ffn_norm"), d, 1.0);
+            let ffn = if block.gpt_oss { "post_attention_norm" } else { "ffn_norm" };
+            self.same(&name(ffn), d, 1.0);
         }
         if block.post_norms {
             self.same(&name("post_attention_norm"), d, sizes.step);
@@ -163,6 +167,7 @@ impl Weights {
             let there = match what {
                 "attn_qkv" => block.fused,
                 "attn_k" | "attn_v" => !block.fused && shape.has_kv(i),
+                "ffn_gate" | "ffn_up" | "ffn_down" if shape.experts.is_some() => false,
                 "attn_q" | "ffn_gate" => !block.fused,
                 _ => true,
             };
@@ -171,10 +176,45 @@ impl Weights {
             }
             self.random(&name(what), mixture.layer(what, i, shape, n_in), [n_in, n_out], spread);
             if block.biases && matches!(what, "attn_q" | "attn_k" | "attn_v") {
-                let bias = Fill::Random { spread: 0.1 };
-                self.push(format!("blk.{i}.{what}.bias"), vec![n_out], Type::F32, bias);
+                self.bias(&name(what), vec![n_out], 0.1);
             }
         }
+        if block.gpt_oss {
+            self.bias(&name("attn_output"), vec![d], 0.1 * step);
+            let sinks = Fill::Random { spread: 1.0 };
+            self.push(name("attn_sinks.weight"), vec![shape.n_head], Type::F32, sinks);
+        }
+        self.mixture(shape, mixture, step, i, block.gpt_oss);
+    }
+
+    /// The experts of layer `i`, where it has any, and their router. The chosen ones' shares are about equal, so that
+    /// their sum shrinks by the root of their number.
+    fn mixture(&mut self, shape: &Shape, mixture: &Mixture, step: f32, i: usize, biases: bool) {
+        let Some(e) = shape.experts else { return };
+        let (d, f) = (shape.n_embd, e.n_ff);
+        let name = |what: &str| format!("blk.{i}.{what}");
+        self.random(&name("ffn_gate_inp"), Type::F32, [d, e.count], of(d));
+        let step = step * (e.used as f32).sqrt();
+        for (what, n_in, n_out, spread) in [
+            ("ffn_gate_exps", d, f, of(d)),
+            ("ffn_up_exps", d, f, of(d)),
+            ("ffn_down_exps", f, d, step * of(f)),
+        ] {
+            let ty = mixture.layer(what, i, shape, n_in);
+            let fill = Fill::Random { spread };
+            self.push(name(&format!("{what}.weight")), vec![n_in, n_out, e.count], ty, fill);
+            if biases {
+                let spread = if what == "ffn_down_exps" { 0.1 * step } else { 0.1 };
+                self.bias(&name(what), vec![n_out, e.count], spread);
+            }
+        }
+        if biases {
+            self.bias(&name("ffn_gate_inp"), vec![e.count], 0.1);
+        }
+    }
+
+    fn bias(&mut self, name: &str, shape: Vec<usize>, spread: f32) {
+        self.push(format!("{name}.bias"), shape, Type::F32, Fill::Random { spread });
     }
 
     /// gemma4's tensors outside of the layers.

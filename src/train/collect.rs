@@ -177,6 +177,7 @@ fn response(judged: Answer) -> Response {
     Response {
         tokens: judged.completion.tokens,
         rollout: judged.completion.logprobs,
+        experts: judged.completion.experts,
         reward: judged.judgement.reward,
         ..Response::default()
     }

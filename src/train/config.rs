@@ -222,6 +222,9 @@ pub struct TrainConfig {
     /// rsLoRA: scale the adapter by alpha / sqrt(rank) instead of alpha / rank; the file's alpha is alpha sqrt(rank)
     #[arg(long, conflicts_with = "adapter", help_heading = "Adapter")]
     pub rslora: bool,
+    /// Of a mixture of experts: the update takes the experts that the rollout took, where rounding would choose others
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "true|false", help_heading = "Adapter")]
+    pub replay_routes: bool,
     /// Start from this adapter (GGUF); rank, alpha and targets are its own
     #[arg(long, value_name = "FILE", help_heading = "Adapter")]
     pub adapter: Option<PathBuf>,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::advantage::assign;
 use super::critic::Critic;
-use super::micro_batch::{Group, MicroBatch, pack};
+use super::micro_batch::{Group, MicroBatch, Mixture, pack};
 use super::objective::{Objective, Scored};
 use super::optimizer::AdamW;
 use super::teacher::Teacher;
@@ -23,6 +23,8 @@ pub struct Response {
     pub label: bool,
     /// Log-probs that the rollout engine sampled them with.
     pub rollout: Vec<f32>,
+    /// The experts that the prompt's tokens and its own took as they were sampled; empty where they are not known.
+    pub experts: Vec<i16>,
     /// Reward.
     pub reward: f32,
     /// Advantage of each token.
@@ -102,6 +104,8 @@ pub struct UpdateConfig {
     pub mini_batch: usize,
     /// Tokens per micro batch.
     pub micro_batch_tokens: usize,
+    /// Tokens take the experts that they took in the rollout.
+    pub replay_routes: bool,
 }
 
 /// Sums over the tokens of mini batches.
@@ -289,9 +293,16 @@ impl Learner<'_> {
                 .filter(|(_, r)| wanted(r))
                 .map(|(i, r)| (first + i, r.tokens.as_slice()))
                 .collect();
-            packable.push(Group { prompt: &group.prompt, completions });
+            let own = group.responses.iter().filter(|r| wanted(r));
+            let experts = own.map(|r| r.experts.as_slice()).collect();
+            packable.push(Group { prompt: &group.prompt, completions, experts });
         }
-        let mut packed = pack(&packable, config.micro_batch_tokens, self.model.config().n_vocab)?;
+        let known = groups.iter().flat_map(|g| &g.responses).any(|r| !r.experts.is_empty());
+        let (n_layer, n_vocab) = (self.model.config().n_layer, self.model.config().n_vocab);
+        let used = self.model.config().layers.iter().find_map(|l| l.experts).map(|e| e.used);
+        let mixture = used.filter(|_| known).map(|used| Mixture { n_layer, used });
+        let mut packed = pack(&packable, config.micro_batch_tokens, n_vocab, mixture)?;
+        packed.iter_mut().for_each(|micro| micro.batch.replays = config.replay_routes);
         let responses: Vec<&Response> = groups.iter().flat_map(|g| &g.responses).collect();
         packed.iter_mut().for_each(|micro| micro.keep(|index, t| responses[index].learns(t)));
         Ok(packed)
@@ -322,6 +333,9 @@ impl Learner<'_> {
             match pass {
                 Pass::Train => self.engine.forward_to_train(model, &self.lora, batch, depth)?,
                 Pass::Score => self.engine.forward(model, Some(&self.lora), batch, depth)?,
+            }
+            if let Some(share) = self.engine.rerouted() {
+                tally.note("experts_differ", share);
             }
             let (scores, entropies) = match (config.objective, &mut self.teacher) {
                 (Objective::Distill(spec), Some(teacher)) => {

@@ -10,6 +10,33 @@ pub struct Group<'t> {
     pub prompt: &'t [i32],
     /// (index of the response, its tokens), none empty.
     pub completions: Vec<(usize, &'t [i32])>,
+    /// Of each completion, the experts that the prompt and it took in the rollout; empty where they are not known.
+    pub experts: Vec<&'t [i16]>,
+}
+
+/// Layers of a mixture, and experts that a token takes in each.
+#[derive(Clone, Copy, Debug)]
+pub struct Mixture {
+    /// Layers.
+    pub n_layer: usize,
+    /// Experts of a token.
+    pub used: usize,
+}
+
+impl Mixture {
+    /// Says of the tokens that were pushed last which experts they took: of a prompt, then of completions.
+    fn push(self, batch: &mut Batch, prompt: usize, completions: &[(&[i32], &[i16])]) {
+        let one = self.n_layer * self.used;
+        let unknown = vec![-1; one];
+        let mut token = |experts: &[i16], at: usize| {
+            let own = experts.get(at * one..(at + 1) * one).unwrap_or(&unknown);
+            batch.push_experts(self.n_layer, own);
+        };
+        (0..prompt).for_each(|at| token(completions[0].1, at));
+        for (tokens, experts) in completions {
+            (prompt..prompt + tokens.len() - 1).for_each(|at| token(experts, at));
+        }
+    }
 }
 
 /// A packed batch and whose tokens it scores.
@@ -40,7 +67,12 @@ impl MicroBatch {
 ///
 /// # Errors
 /// What [`Batch::push_group`] refuses.
-pub fn pack(groups: &[Group<'_>], budget: usize, n_vocab: usize) -> Result<Vec<MicroBatch>> {
+pub fn pack(
+    groups: &[Group<'_>],
+    budget: usize,
+    n_vocab: usize,
+    mixture: Option<Mixture>,
+) -> Result<Vec<MicroBatch>> {
     let mut packed: Vec<MicroBatch> = Vec::new();
     let mut current = MicroBatch::default();
     for group in groups {
@@ -71,6 +103,12 @@ pub fn pack(groups: &[Group<'_>], budget: usize, n_vocab: usize) -> Result<Vec<M
             let (now, later) = rest.split_at(n.max(1));
             let tokens: Vec<&[i32]> = now.iter().map(|c| c.1).collect();
             current.batch.push_group(group.prompt, &tokens, n_vocab)?;
+            if let Some(mixture) = mixture {
+                let first = group.completions.len() - rest.len();
+                let experts = (first..).map(|i| group.experts.get(i).copied().unwrap_or_default());
+                let taken: Vec<_> = tokens.iter().copied().zip(experts).collect();
+                mixture.push(&mut current.batch, group.prompt.len(), &taken);
+            }
             current.responses.extend(now.iter().map(|(i, tokens)| (*i, tokens.len())));
             rest = later;
         }
@@ -92,10 +130,11 @@ mod tests {
             .map(|g| Group {
                 prompt: &tokens[..3 + g],
                 completions: (0..4).map(|c| (4 * g + c, &tokens[..1 + 3 * c])).collect(),
+                experts: Vec::new(),
             })
             .collect();
         for budget in [12, 17, 30, 64, 1000] {
-            let packed = pack(&groups, budget, 100).unwrap();
+            let packed = pack(&groups, budget, 100, None).unwrap();
             let mut seen: Vec<usize> = Vec::new();
             for micro in &packed {
                 assert!(micro.batch.len() <= budget.max(7 + 9), "{budget}: {}", micro.batch.len());
@@ -105,6 +144,6 @@ mod tests {
             }
             assert_eq!(seen, (0..20).collect::<Vec<_>>(), "budget {budget}");
         }
-        assert_eq!(pack(&groups, 1000, 100).unwrap().len(), 1);
+        assert_eq!(pack(&groups, 1000, 100, None).unwrap().len(), 1);
     }
 }

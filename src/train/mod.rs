@@ -310,6 +310,7 @@ impl<'m> Trainer<'m> {
             temperature: c.sampling.temperature,
             mini_batch: c.mini_batch(),
             micro_batch_tokens: c.micro_batch_tokens(),
+            replay_routes: c.replay_routes,
         }
     }
 

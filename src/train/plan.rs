@@ -12,7 +12,7 @@ use super::teacher::TeacherModel;
 use super::{Algorithm, Baseline, Reference, TrainConfig};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
-use crate::model::{Activations, Largest, Lora, Model, activations, kept_bytes};
+use crate::model::{Activations, Largest, LayerConfig, Lora, Model, activations, kept_bytes};
 use crate::ops::{distill_tiles_bytes, logprob_tiles_bytes};
 use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
@@ -132,7 +132,7 @@ impl Plan {
         let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
         let again = acts(false)?;
         let adapter = 4 * match &file {
-            Some(file) => file.pairs.iter().map(|p| rank * (p.n_in + p.n_out)).sum(),
+            Some(file) => file.pairs.iter().map(|p| rank * (p.n_in + p.n_out) * p.n_expert).sum(),
             None => Lora::count_params(model, &c.targets, rank)?,
         };
 
@@ -327,7 +327,7 @@ fn decoding_bytes(
 ) -> usize {
     let m = model.config();
     let tokens = n_batch.min(c.prompts_per_step * c.max_prompt).max(running);
-    let n_ff = m.most(|l| l.n_ff);
+    let n_ff = m.most(LayerConfig::ffn_width);
     let graph = 4 * tokens * (3 * n_ff + 4 * m.n_embd);
     let quantised_rows = 2 * tokens * n_ff.max(m.n_embd);
     let mask = 6 * tokens * c.max_prompt.next_multiple_of(256);

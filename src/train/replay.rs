@@ -105,7 +105,7 @@ impl Trainer<'_> {
 }
 
 /// Writes gradients as safetensors: `blk.0.attn_q.weight.lora_a`, .. in F32, rows first:
-/// A `[rank, n_in]`, B `[n_out, rank]`, the bytes as in the adapter GGUF.
+/// A `[rank, n_in]`, B `[n_out, rank]`, of experts stacked, the bytes as in the adapter GGUF.
 ///
 /// # Errors
 /// [`Error::Io`] when the file cannot be written.
@@ -118,8 +118,12 @@ pub fn dump_gradients(lora: &Lora, gradients: &TensorSet, path: &Path) -> Result
     };
     let mut views = Vec::with_capacity(bytes.len());
     for (i, bytes) in bytes.iter().enumerate() {
-        let [columns, rows, ..] = gradients.get(i).shape();
-        let view = TensorView::new(Dtype::F32, vec![rows, columns], bytes).map_err(refused)?;
+        let [columns, rows, experts, _] = gradients.get(i).shape();
+        let mut shape = vec![rows, columns];
+        if lora.slots()[i / 2].n_expert > 1 {
+            shape.insert(0, experts);
+        }
+        let view = TensorView::new(Dtype::F32, shape, bytes).map_err(refused)?;
         views.push((lora.tensor_name(i), view));
     }
     let file = safetensors::serialize(views, None).map_err(refused)?;

@@ -129,6 +129,9 @@ impl<'m> Trainer<'m> {
             let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 }
                 .at_most(wanted, model.engine())?;
             let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
+            if model.config().layers.iter().any(|layer| layer.experts.is_some()) {
+                rollouts.keep_experts();
+            }
             rollouts.set_adapter(Some(lora.live(model)?))?;
             Ok(rollouts)
         };

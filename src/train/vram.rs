@@ -238,7 +238,7 @@ impl<'m> Demand<'m> {
         let m = self.model.config();
         let sizes = self.sizes(usize::MAX)?;
         let n_batch = sizes.n_batch.max(n_seq);
-        let graph = 4 * n_batch * (3 * m.most(|l| l.n_ff) + 4 * m.n_embd);
+        let graph = 4 * n_batch * (3 * m.most(LayerConfig::ffn_width) + 4 * m.n_embd);
         let mask = 6 * n_batch * sizes.n_ctx_seq;
         // One more sequence for prompts.
         let kv = (n_seq + 1) * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
@@ -258,7 +258,7 @@ impl<'m> Demand<'m> {
         let acts = activations(self.model, &c.targets, self.rank, self.depth(), largest, false)?;
         let scratch = scratch_bytes(&ScratchShape {
             n_embd: m.n_embd,
-            n_ff: m.most(|l| l.n_ff),
+            n_ff: m.most(LayerConfig::ffn_width),
             n_q: m.most(LayerConfig::q_width),
             n_kv: m.most(LayerConfig::kv_width),
             n_vocab: m.n_vocab,

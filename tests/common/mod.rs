@@ -23,21 +23,29 @@ pub fn folder_of(name: &str) -> PathBuf {
 }
 
 /// Golden models of further architectures.
-pub const ARCHS: [&str; 16] = [
+pub const ARCHS: [&str; 24] = [
     "gemma2-f32",
     "gemma2-q4_0",
     "gemma3-f32",
     "gemma3-q8_0",
     "gemma4-f32",
     "gemma4-q8_0",
+    "gpt-oss-f32",
+    "gpt-oss-mxfp4",
     "granite-f32",
     "granite-q5_0",
+    "granitemoe-f32",
+    "granitemoe-q8_0",
     "mistral3-f32",
     "mistral3-q8_0",
     "olmo2-f32",
     "olmo2-q8_0",
+    "olmoe-f32",
+    "olmoe-q8_0",
     "phi3-f32",
     "phi3-q8_0",
+    "qwen3moe-f32",
+    "qwen3moe-q8_0",
     "smollm3-f32",
     "smollm3-q4_0",
 ];
@@ -139,7 +147,7 @@ impl Golden {
             let a = (0..n_in * rank).map(value).collect();
             let b = (0..rank * n_out).map(|i| value(i + 13)).collect();
             let weight = "output.weight".into();
-            file.pairs.push(AdapterPair { weight, rank, n_in, n_out, a, b });
+            file.pairs.push(AdapterPair { weight, rank, n_in, n_out, n_expert: 1, a, b });
         }
         file
     }

@@ -32,6 +32,7 @@ fn spec(n_head: usize, n_head_kv: usize, head_size: usize) -> AttentionSpec {
 /// Output and cotangents of q, k and v.
 fn computed(
     inputs: [&[f32]; 4],
+    sinks: Option<&[f32]>,
     segments: &[Segment],
     spec: AttentionSpec,
     threads: usize,
@@ -39,10 +40,12 @@ fn computed(
     let [q_width, kv_width] = [spec.n_head, spec.n_head_kv].map(|n| n * spec.head_size);
     let t = inputs[0].len() / q_width;
     let widths = [q_width, kv_width, kv_width, q_width];
-    let sources: Vec<Source> =
+    let mut sources: Vec<Source> =
         inputs.iter().zip(widths).map(|(x, width)| Source::f32(x, &[width, t])).collect();
+    sources.extend(sinks.map(|sinks| Source::f32(sinks, &[spec.n_head])));
     run(threads, &sources, |arena, s| {
-        let (out, saved) = ops::attention(arena, s[0], s[1], s[2], segments, spec);
+        let sinks = s.get(4).copied();
+        let (out, saved) = ops::attention(arena, s[0], s[1], s[2], sinks, segments, spec);
         let [dq, dk, dv] = ops::attention_back(arena, &saved, s[3]);
         vec![out, dq, dk, dv]
     })
@@ -52,6 +55,18 @@ fn computed(
 
 /// `gain` scales the queries and with them the scores.
 fn check(trees: &[Tree], spec: AttentionSpec, threads: usize, gain: f32, tolerance: f64) {
+    check_with(None, trees, spec, threads, gain, tolerance);
+}
+
+/// `sink` is what the heads' sinks are near.
+fn check_with(
+    sink: Option<f32>,
+    trees: &[Tree],
+    spec: AttentionSpec,
+    threads: usize,
+    gain: f32,
+    tolerance: f64,
+) {
     let segments = segments(trees);
     let t = segments.last().unwrap().end as usize;
     let AttentionSpec { n_head, n_head_kv, head_size, window, softcap, .. } = spec;
@@ -65,8 +80,14 @@ fn check(trees: &[Tree], spec: AttentionSpec, threads: usize, gain: f32, toleran
     let q: Vec<f32> = random.normal(q_width * t).iter().map(|x| gain * x).collect();
     let (k, v) = (random.normal(kv_width * t), random.normal(kv_width * t));
     let d = random.normal(q_width * t);
-    let [out, dq, dk, dv] = computed([&q, &k, &v, &d], &segments, spec, threads);
-    let forward = |q: &[f64], k: &[f64], v: &[f64]| reference::attention(q, k, v, &segments, spec);
+    let sinks: Option<Vec<f32>> =
+        sink.map(|sink| random.normal(n_head).iter().map(|z| z + sink).collect());
+    let inputs = [&q, &k, &v, &d].map(|x| &x[..]);
+    let [out, dq, dk, dv] = computed(inputs, sinks.as_deref(), &segments, spec, threads);
+    let sinks = sinks.as_deref().map(f64s);
+    let forward = |q: &[f64], k: &[f64], v: &[f64]| {
+        reference::attention(q, k, v, sinks.as_deref(), &segments, spec)
+    };
     let [q64, k64, v64] = [&q, &k, &v].map(|x| f64s(x));
     close(&what("forward"), &out, &forward(&q64, &k64, &v64), tolerance);
     is_vjp(&what("dq"), |q| forward(q, &k64, &v64), &q, &d, &dq, tolerance);
@@ -125,6 +146,18 @@ fn attention_of_large_scores() {
 }
 
 #[test]
+fn attention_with_sinks() {
+    let forest: &[Tree] = &[(3, &[1, 2, 4]), (1, &[]), (2, &[3]), (140, &[70])];
+    for sink in [-100.0, 0.0, 3.0, 12.0] {
+        for threads in [1, 2, 5] {
+            let windowed = AttentionSpec { window: Some(5), ..spec(4, 2, 8) };
+            check_with(Some(sink), forest, spec(4, 2, 8), threads, 1.0, EXACT);
+            check_with(Some(sink), forest, windowed, threads, 1.0, EXACT);
+        }
+    }
+}
+
+#[test]
 fn attention_with_a_window() {
     let forest: &[Tree] = &[(9, &[1, 2, 14]), (1, &[]), (2, &[3]), (40, &[])];
     for window in [2, 3, 9, 10, 23, 40, 1000] {
@@ -160,7 +193,7 @@ fn a_window_beyond_all_tokens_changes_no_bit() {
     let [k, v] = [(); 2].map(|()| random.normal(16 * t));
     let with = |window| {
         let spec = AttentionSpec { window, ..spec(4, 2, 8) };
-        computed([&q, &k, &v, &d], &segments, spec, 2)
+        computed([&q, &k, &v, &d], None, &segments, spec, 2)
     };
     let plain = with(None);
     assert_eq!(plain, with(Some(290)));
@@ -191,7 +224,7 @@ fn attention_of_scores_at_the_cap() {
     let q = vec![4.0f32; size * t];
     let k: Vec<f32> = random.normal(size * t).iter().map(|x| 1.0 + 0.01 * x).collect();
     let (v, d) = (random.normal(size * t), random.normal(size * t));
-    let [out, dq, dk, _] = computed([&q, &k, &v, &d], &segments(&[(t, &[])]), spec, 1);
+    let [out, dq, dk, _] = computed([&q, &k, &v, &d], None, &segments(&[(t, &[])]), spec, 1);
     let mean = |i: usize, c: usize| -> f64 {
         (0..=i).map(|j| v[j * size + c] as f64).sum::<f64>() / (i + 1) as f64
     };
@@ -219,7 +252,7 @@ fn a_shared_prefix_is_the_sum_of_its_copies() {
             let mut random = Random::new(6);
             let (q, d) = (random.normal(q_width * t), random.normal(q_width * t));
             let (k, v) = (random.normal(kv_width * t), random.normal(kv_width * t));
-            let [out, dq, dk, dv] = computed([&q, &k, &v, &d], &shared, spec, threads);
+            let [out, dq, dk, dv] = computed([&q, &k, &v, &d], None, &shared, spec, threads);
 
             // Token of the shared layout for each token of the unshared one.
             let alone: Vec<Vec<usize>> = shared[1..]
@@ -241,7 +274,7 @@ fn a_shared_prefix_is_the_sum_of_its_copies() {
             let [q_alone, k_alone, v_alone] =
                 [gather(&q, q_width), gather(&k, kv_width), gather(&v, kv_width)];
             let inputs = [&q_alone[..], &k_alone, &v_alone, &d_alone];
-            let results = computed(inputs, &segments(&lengths), spec, threads);
+            let results = computed(inputs, None, &segments(&lengths), spec, threads);
 
             let what = |of: &str| {
                 format!("shared {of} prompt={prompt} window={window:?} threads={threads}")
@@ -266,7 +299,7 @@ fn a_shared_prefix_is_the_sum_of_its_copies() {
 fn a_window_of_none_is_refused() {
     let x = vec![0.0; 8];
     let spec = AttentionSpec { window: Some(0), ..spec(1, 1, 8) };
-    computed([&x, &x, &x, &x], &segments(&[(1, &[])]), spec, 1);
+    computed([&x, &x, &x, &x], None, &segments(&[(1, &[])]), spec, 1);
 }
 
 #[test]
@@ -281,5 +314,5 @@ fn a_prefix_of_another_tree_is_refused() {
         prefix_end,
     });
     let x = vec![0.0; 8 * 6];
-    computed([&x, &x, &x, &x], &two, spec(1, 1, 8), 1);
+    computed([&x, &x, &x, &x], None, &two, spec(1, 1, 8), 1);
 }

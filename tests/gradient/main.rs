@@ -15,6 +15,7 @@
 mod attention;
 mod distill;
 mod divergence;
+mod experts;
 mod harness;
 mod linear;
 mod logprob;

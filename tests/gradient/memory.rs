@@ -57,7 +57,7 @@ fn results_repeat_to_the_bit() {
     let once = |threads| {
         run(threads, &sources, |arena, s| {
             let (h, e) = (s[0], s[1]);
-            let (out, saved) = ops::attention(arena, h, h, h, &segments, spec);
+            let (out, saved) = ops::attention(arena, h, h, h, None, &segments, spec);
             let [dq, dk, dv] = ops::attention_back(arena, &saved, h);
             let y = ops::linear(arena, e, out, None, None);
             let dx = ops::linear_back(arena, e, y, None, None);

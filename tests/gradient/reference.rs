@@ -42,6 +42,7 @@ pub fn attention(
     q: &[f64],
     k: &[f64],
     v: &[f64],
+    sinks: Option<&[f64]>,
     segments: &[Segment],
     spec: AttentionSpec,
 ) -> Vec<f64> {
@@ -63,8 +64,9 @@ pub fn attention(
                     .map(|j| spec.scale as f64 * dot(q, &k[j * kv_width + kv..][..size]))
                     .map(|score| capped(score, spec.softcap))
                     .collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let all = || scores.iter().copied().chain(sinks.map(|sinks| sinks[h]));
+                let max = all().fold(f64::NEG_INFINITY, f64::max);
+                let sum: f64 = all().map(|s| (s - max).exp()).sum();
                 let out = &mut out[t * q_width + h * size..][..size];
                 for (j, s) in seen().zip(scores) {
                     let p = (s - max).exp() / sum;
@@ -95,7 +97,15 @@ pub fn glu(g: &[f64], u: &[f64], activation: Activation) -> Vec<f64> {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
             0.5 * g * (1.0 + inner.tanh())
         }
+        Activation::ClampedSwiglu => unreachable!("it bends both factors"),
     };
+    if activation == Activation::ClampedSwiglu {
+        let clamped = |g: f64, u: f64| {
+            let a = g.min(7.0);
+            a / (1.0 + (-1.702 * a).exp()) * (u.clamp(-7.0, 7.0) + 1.0)
+        };
+        return g.iter().zip(u).map(|(&g, &u)| clamped(g, u)).collect();
+    }
     g.iter().zip(u).map(|(&g, u)| act(g) * u).collect()
 }
 

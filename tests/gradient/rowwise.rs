@@ -52,10 +52,11 @@ fn rms_norm() {
 }
 
 const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::Gelu];
+const GLUS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::ClampedSwiglu];
 
 #[test]
 fn glu() {
-    for activation in ACTIVATIONS {
+    for activation in GLUS {
         for [n, t] in SHAPES {
             for (threads, gain) in [(1, 1.0), (2, 1.0), (5, 1.0), (2, 30.0)] {
                 let what = |of: &str| {
@@ -102,6 +103,7 @@ fn glu_of_extreme_gates() {
                     let k = (8.0 / std::f64::consts::PI).sqrt();
                     (k * (g64 + 0.044715 * g64.powi(3)), k * (1.0 + 3.0 * 0.044715 * g64.powi(2)))
                 }
+                Activation::ClampedSwiglu => unreachable!("it bends both factors"),
             };
             let (s, rest) = (1.0 / (1.0 + (-w).exp()), 1.0 / (1.0 + w.exp()));
             // e^x stops at 88.7, so what should be below 1e-38 may be as much times g.

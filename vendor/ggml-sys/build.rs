@@ -14,7 +14,7 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 13] = [
+const KERNELS: [&str; 14] = [
     "activations",
     "linear",
     "logits",
@@ -23,6 +23,7 @@ const KERNELS: [&str; 13] = [
     "divergence",
     "distill",
     "attention",
+    "experts",
     "norm",
     "glu",
     "rows",

@@ -13,6 +13,7 @@ pub static FAMILY: Family = Family {
     permuted: false,
     modules: &[],
     partial_rope: true,
+    mixture: false,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {

@@ -14,9 +14,10 @@ pub static FAMILY: Family = Family {
     permuted: true,
     modules: &[],
     partial_rope: false,
+    mixture: false,
 };
 
-fn adjust(config: &mut Config, h: &Hparams) {
+pub(super) fn adjust(config: &mut Config, h: &Hparams) {
     let or_one = |x: f32| if x == 0.0 { 1.0 } else { x };
     config.embedding_scale = or_one(h.embedding_scale);
     config.residual_scale = or_one(h.residual_scale);

@@ -3,20 +3,24 @@
 mod gemma2;
 mod gemma3;
 mod gemma4;
+mod gpt_oss;
 mod granite;
+mod granitemoe;
 mod llama;
 mod mistral3;
 mod olmo2;
+mod olmoe;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3moe;
 mod smollm3;
 
-use super::config::Config;
+use super::config::{Config, Experts};
 use super::tape::{Tape, Taps, Var};
 use crate::gguf::GgufSet;
 use crate::llama::Hparams;
-use crate::ops::Activation;
+use crate::ops::{Activation, Gating, RouteSpec};
 use crate::{Error, Result};
 
 /// An architecture.
@@ -33,11 +37,14 @@ pub struct Family {
     /// Whether the rows of `attn_q` and `attn_k` are reordered within each head, against Hugging Face's: pairs that
     /// rotate together are neighbours.
     pub permuted: bool,
-    /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones.
+    /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones; a `*` stands
+    /// for an expert's number.
     pub modules: &'static [(&'static str, &'static str)],
     /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
     /// expect that.
     pub partial_rope: bool,
+    /// Whether its FFNs are mixtures of experts.
+    pub mixture: bool,
 }
 
 impl PartialEq for Family {
@@ -49,10 +56,11 @@ impl PartialEq for Family {
 impl Eq for Family {}
 
 /// All architectures that open.
-pub static FAMILIES: [&Family; 11] = [
+pub static FAMILIES: [&Family; 15] = [
     &llama::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
+    &qwen3moe::FAMILY,
     &gemma2::FAMILY,
     &gemma3::FAMILY,
     &gemma4::FAMILY,
@@ -61,12 +69,13 @@ pub static FAMILIES: [&Family; 11] = [
     &granite::FAMILY,
     &smollm3::FAMILY,
     &mistral3::FAMILY,
+    &gpt_oss::FAMILY,
+    &olmoe::FAMILY,
+    &granitemoe::FAMILY,
 ];
 
 /// What other architectures have that none here has, by a part of their tensors' names.
-const FOREIGN: [(&str, &str); 11] = [
-    ("_exps.", "mixtures of experts"),
-    ("attn_sinks.", "attention sinks"),
+const FOREIGN: [(&str, &str); 9] = [
     (".ssm_", "recurrent layers (state space, delta net)"),
     (".time_mix_", "recurrent layers (RWKV)"),
     (".shortconv.", "short convolutions"),
@@ -234,4 +243,53 @@ pub fn ffn(t: &mut Tape<'_>, h: Var, act: Activation) -> Var {
     let gate = t.linear(h, "ffn_gate", n_ff);
     let inner = t.glu(gate, up, act);
     t.linear(inner, "ffn_down", d)
+}
+
+/// Hugging Face's names of a mixture's maps, where each expert has modules of its own.
+pub const EXPERT_MODULES: [(&str, &str); 7] = [
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate_exps", "mlp.experts.*.gate_proj"),
+    ("ffn_up_exps", "mlp.experts.*.up_proj"),
+    ("ffn_down_exps", "mlp.experts.*.down_proj"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+];
+
+/// How a mixture's router weighs the chosen experts.
+pub struct Router {
+    /// From logits to probabilities.
+    pub gating: Gating,
+    /// Whether the chosen ones' probabilities are divided by their sum.
+    pub normalise: bool,
+}
+
+/// The sum of what a token's experts give, `sum_e w_e down_e(act(gate_e h) * (up_e h))`, of h: `[D, T]`.
+pub fn experts(t: &mut Tape<'_>, h: Var, router: Router, act: Activation) -> Var {
+    let (d, e) = (t.config().n_embd, mixture(t));
+    let Router { gating, normalise } = router;
+    let spec = RouteSpec { used: e.used, gating, normalise, scale: e.scale };
+    let to = t.route(h, "ffn_gate_inp", e.count, spec);
+    let up = t.each_expert(h, "ffn_up_exps", e.n_ff, &to);
+    let gate = t.each_expert(h, "ffn_gate_exps", e.n_ff, &to);
+    let inner = t.glu(gate, up, act);
+    t.sum_experts(inner, "ffn_down_exps", d, &to)
+}
+
+/// What the shared expert gives, which all tokens take; times `sigmoid(w . h)` where the model has a gate for it.
+pub fn shared_expert(t: &mut Tape<'_>, h: Var, act: Activation) -> Var {
+    let (d, n_ff) = (t.config().n_embd, mixture(t).n_ff_shared);
+    let up = t.linear(h, "ffn_up_shexp", n_ff);
+    let gate = t.linear(h, "ffn_gate_shexp", n_ff);
+    let inner = t.glu(gate, up, act);
+    let y = t.linear(inner, "ffn_down_shexp", d);
+    if !t.has("ffn_gate_inp_shexp.weight") {
+        return y;
+    }
+    let gate = t.linear(h, "ffn_gate_inp_shexp", 1);
+    t.gate_tokens(y, gate)
+}
+
+fn mixture(t: &Tape<'_>) -> Experts {
+    t.layer().experts.expect("the checks before loading want a count of experts")
 }

@@ -15,6 +15,7 @@ pub static FAMILY: Family = Family {
     permuted: false,
     modules: &[],
     partial_rope: false,
+    mixture: false,
 };
 
 fn adjust(config: &mut Config, _: &Hparams) {

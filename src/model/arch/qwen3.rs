@@ -12,6 +12,7 @@ pub static FAMILY: Family = Family {
     permuted: false,
     modules: &[],
     partial_rope: false,
+    mixture: false,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {

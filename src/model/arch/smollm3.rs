@@ -14,6 +14,7 @@ pub static FAMILY: Family = Family {
     permuted: true,
     modules: &[],
     partial_rope: false,
+    mixture: false,
 };
 
 /// Of so many layers the last one does not rotate; not in the file.

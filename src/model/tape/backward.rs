@@ -78,6 +78,7 @@ impl<'a> Tape<'a> {
                 | Step::Rope { x, y, .. }
                 | Step::Scale { x, y, .. }
                 | Step::ScaleTokens { x, y, .. } => needs[y.0] |= needs[x.0],
+                Step::Experts(step) => step.need(&mut needs),
             }
         }
         needs
@@ -85,8 +86,8 @@ impl<'a> Tape<'a> {
 }
 
 /// The way back.
-struct Walk<'a> {
-    arena: &'a Arena,
+pub(super) struct Walk<'a> {
+    pub(super) arena: &'a Arena,
     eps: f32,
     needs: Vec<bool>,
     // d_name is the cotangent of name; of each value, as far as it has been summed up.
@@ -94,7 +95,22 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    fn add(&mut self, v: Var, d: Tensor<'a>) {
+    /// Whether a value's cotangent is needed.
+    pub(super) fn needs(&self, v: Var) -> bool {
+        self.needs[v.0]
+    }
+
+    /// A value's cotangent so far.
+    pub(super) fn of(&self, v: Var) -> Option<Tensor<'a>> {
+        self.cotangents[v.0]
+    }
+
+    /// A value's cotangent, what it was so far included.
+    pub(super) fn set(&mut self, v: Var, d: Tensor<'a>) {
+        self.cotangents[v.0] = Some(d);
+    }
+
+    pub(super) fn add(&mut self, v: Var, d: Tensor<'a>) {
         if self.needs[v.0] {
             let sum = self.cotangents[v.0].map_or(d, |so_far| self.arena.add(so_far, d));
             self.cotangents[v.0] = Some(sum);
@@ -161,6 +177,7 @@ impl<'a> Walk<'a> {
                 let Some(dy) = of(self, *y) else { return };
                 self.add(*x, ops::scale_rows(arena, dy, *by));
             }
+            Step::Experts(step) => self.expert_step(tape, graph, step),
         }
     }
 

@@ -9,6 +9,7 @@
 //! finds out which tensors a layer reads and which of them are linear maps.
 
 mod backward;
+mod experts;
 
 use super::batch::Batch;
 use super::config::{Config, LayerConfig};
@@ -19,6 +20,8 @@ use super::shared::Shared;
 use super::weights::Weights;
 use crate::ggml::{Arena, Graph, Input, Rope, Tensor, Type};
 use crate::ops::{self, Activation, AttentionSaved, AttentionSpec};
+use experts::ExpertStep;
+pub use experts::Routing;
 
 /// Room for the nodes of a layer's forward and backward.
 pub const LAYER_NODES: usize = 768;
@@ -83,6 +86,7 @@ enum Step<'a> {
     Add { a: Var, b: Var, y: Var },
     Scale { x: Var, y: Var, by: f32 },
     ScaleTokens { x: Var, y: Var, by: Tensor<'a> },
+    Experts(ExpertStep<'a>),
 }
 
 /// Values of an input that the batch has not as they are needed.
@@ -104,6 +108,7 @@ pub struct Tape<'a> {
     inputs: Vec<(&'static str, Tensor<'a>, Values)>,
     gives: Option<[Var; 2]>,
     takes: Option<(usize, [Var; 2])>,
+    routing: Option<Routing<'a>>,
 }
 
 impl<'a> Tape<'a> {
@@ -120,6 +125,7 @@ impl<'a> Tape<'a> {
             inputs: Vec::new(),
             gives: None,
             takes: None,
+            routing: None,
         }
     }
 
@@ -232,13 +238,18 @@ impl<'a> Tape<'a> {
         self.parts.batch.len()
     }
 
-    fn input(&mut self, name: &'static str, make: impl FnOnce(&Batch) -> Values) -> Tensor<'a> {
+    fn input(
+        &mut self,
+        name: &'static str,
+        shape: &[usize],
+        make: impl FnOnce(&Batch) -> Values,
+    ) -> Tensor<'a> {
         if let Some((_, tensor, _)) = self.inputs.iter().find(|(known, ..)| *known == name) {
             return *tensor;
         }
         let values = make(self.parts.batch);
         let ty = if matches!(values, Values::F32(_)) { Type::F32 } else { Type::I32 };
-        let tensor = self.arena.input(name, ty, &[self.parts.batch.len()]);
+        let tensor = self.arena.input(name, ty, shape);
         self.inputs.push((name, tensor, values));
         tensor
     }
@@ -377,15 +388,16 @@ impl<'a> Tape<'a> {
     }
 
     fn positions(&mut self) -> Tensor<'a> {
-        self.input("positions", |_| Values::Positions)
+        self.input("positions", &[self.tokens()], |_| Values::Positions)
     }
 
     /// Causal attention of queries `[hd * n_head, T]` to keys and values `[hd * n_head_kv, T]`, within the layer's
-    /// window.
+    /// window; with the layer's sinks, where it has them.
     pub fn attend(&mut self, q: Var, k: Var, v: Var, scale: f32) -> Var {
         for x in [q, k, v] {
             self.keep(x);
         }
+        let sinks = self.find_weight("attn_sinks.weight", &[self.layer().n_head]);
         let layer = self.layer();
         let spec = AttentionSpec {
             n_head: layer.n_head,
@@ -397,7 +409,8 @@ impl<'a> Tape<'a> {
         };
         let [nq, nk, nv] = [q, k, v].map(|x| self.node(x));
         let (arena, segments) = (self.arena, &self.parts.batch.segments);
-        let whole = self.memo.node(ops::attention(arena, nq, nk, nv, segments, spec).1.whole());
+        let computed = ops::attention(arena, nq, nk, nv, sinks, segments, spec);
+        let whole = self.memo.node(computed.1.whole());
         let (mixed, saved) = ops::attention_kept(arena, whole, nq, nk, nv, segments, spec);
         let y = self.push(mixed, false);
         self.steps.push(Step::Attention { q, k, v, y, saved });
@@ -435,7 +448,7 @@ impl<'a> Tape<'a> {
 
     /// Each token's column of x times a factor that depends on its position.
     pub fn scale_by_position(&mut self, x: Var, factor: impl Fn(i32) -> f32) -> Var {
-        let by = self.input("scales", |batch| {
+        let by = self.input("scales", &[self.tokens()], |batch| {
             Values::F32(batch.positions.iter().map(|&p| factor(p)).collect())
         });
         let node = ops::scale_rows(self.arena, self.node(x), by);
@@ -446,7 +459,7 @@ impl<'a> Tape<'a> {
 
     /// The rows of a table `[n, V]` at the tokens: `[n, T]`. No gradient reaches the table.
     pub fn token_rows(&mut self, table: Tensor<'a>) -> Tensor<'a> {
-        let ids = self.input("tokens", |_| Values::Tokens);
+        let ids = self.input("tokens", &[self.tokens()], |_| Values::Tokens);
         self.arena.rows(table, ids)
     }
 

@@ -75,6 +75,10 @@ unsafe fn tile(job: &Job<'_>, tile: &Tile, kv: usize, out: Heads<*mut f32>, lse:
         }
         for c in 0..columns {
             let (token, head) = (tile.queries.start + c % n, kv * job.group() + c / n);
+            if let Some(sinks) = job.sinks {
+                let mut sink = [sinks[head]];
+                absorb(&mut sink, 0..1, &mut max[c], &mut sum[c], &mut o[c * stride..][..size]);
+            }
             // SAFETY: by contract.
             unsafe {
                 for (y, o) in out.row_mut(token, head).iter_mut().zip(&o[c * stride..]) {

@@ -13,6 +13,9 @@
 //! dq_i = scale sum_j dx_ij k_j               dk_j = scale sum_i dx_ij q_i
 //! ```
 //!
+//! A head may have a sink, a score z of its own that takes probability and gives no value: `lse_i = log(e^z + sum_j
+//! e^(s_ij))`. All else stays as it is, in the vjp too, for what it would add to D_i is 0.
+//!
 //! Keys before the window of all queries of a tile are not looked at: time goes with tokens x window.
 //! Scores exist for one tile of queries by keys at a time (flash attention: running maximum and sum
 //! forward, probabilities again from lse backward). Grouped queries: head h reads key/value head
@@ -68,7 +71,7 @@ struct Params {
     units: Queue,
 }
 
-fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
+fn params(op: u32, spec: AttentionSpec, segments: &[Segment], sinks: bool) -> Params {
     let segments = segments.to_vec();
     // A window of more positions than there are is none.
     let window = spec.window.map_or(0, |w| u32::try_from(w).unwrap_or(0));
@@ -81,6 +84,7 @@ fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
             n_head: spec.n_head as u32,
             n_head_kv: spec.n_head_kv as u32,
             head_size: spec.head_size as u32,
+            sinks: sinks as u32,
             n_segments: segments.len() as u32,
             segments: segments.as_ptr(),
         },
@@ -89,7 +93,7 @@ fn params(op: u32, spec: AttentionSpec, segments: &[Segment]) -> Params {
     }
 }
 
-/// `o: [hd * n_head, T]` from `q: [hd * n_head, T]` and `k, v: [hd * n_head_kv, T]`, F32, contiguous.
+/// `o: [hd * n_head, T]` from `q: [hd * n_head, T]`, `k, v: [hd * n_head_kv, T]` and `sinks: [n_head]`, F32, contiguous.
 ///
 /// `segments` cover `[0, T)` in order without gaps; a prefix is the last segment before that has none:
 /// completions follow their prompt, since the threads of the vjp share out such trees.
@@ -98,16 +102,23 @@ pub fn attention<'a>(
     q: Tensor<'a>,
     k: Tensor<'a>,
     v: Tensor<'a>,
+    sinks: Option<Tensor<'a>>,
     segments: &[Segment],
     spec: AttentionSpec,
 ) -> (Tensor<'a>, AttentionSaved<'a>) {
     let t = q.shape()[1];
     check_inputs(q, k, v, spec);
     check_segments(segments, t);
-    let op = params(sys::BUPO_OP_ATTENTION, spec, segments);
+    let op = params(sys::BUPO_OP_ATTENTION, spec, segments, sinks.is_some());
     // One result: [hd * n_head, T], then lse [n_head, T].
     let len = spec.n_head * (spec.head_size + 1) * t;
-    let all = arena.custom([len, 1, 1, 1], &[q, k, v], forward::kernel, op);
+    let mut sources = vec![q, k, v];
+    if let Some(sinks) = sinks {
+        assert!(sinks.ty() == Type::F32 && sinks.is_contiguous(), "attention with {sinks:?}");
+        assert_eq!(sinks.shape(), [spec.n_head, 1, 1, 1], "attention with {sinks:?}");
+        sources.push(sinks);
+    }
+    let all = arena.custom([len, 1, 1, 1], &sources, forward::kernel, op);
     attention_kept(arena, all, q, k, v, segments, spec)
 }
 
@@ -155,7 +166,7 @@ pub fn attention_back<'a>(
     let kv_width = saved.k.shape()[0];
     assert!(d_out.ty() == Type::F32 && d_out.is_contiguous(), "attention_back of {d_out:?}");
     assert_eq!(d_out.shape(), saved.q.shape(), "attention_back of {d_out:?}");
-    let op = params(sys::BUPO_OP_ATTENTION_BACK, saved.spec, &saved.segments);
+    let op = params(sys::BUPO_OP_ATTENTION_BACK, saved.spec, &saved.segments, false);
     let sources = [saved.q, saved.k, saved.v, saved.out, saved.lse, d_out];
     // One result: dq, then dk, then dv.
     let all = arena.custom([(q_width + 2 * kv_width) * t, 1, 1, 1], &sources, backward::kernel, op);

@@ -164,13 +164,15 @@ pub(super) struct Job<'k> {
     pub q: Heads<*const f32>,
     pub k: Heads<*const f32>,
     pub v: Heads<*const f32>,
+    /// Of each head, where they have any.
+    pub sinks: Option<&'k [f32]>,
 }
 
 impl<'k> Job<'k> {
     /// # Safety
     /// `dst` is a node of `attention` or `attention_back`, `userdata` its parameters.
     pub(super) unsafe fn new(dst: *mut sys::ggml_tensor, userdata: *mut c_void) -> Job<'k> {
-        // SAFETY: by contract: q, k, v are sources 0 to 2, F32 contiguous of the checked shapes.
+        // SAFETY: by contract: q, k, v are sources 0 to 2 and sinks, if any, 3; F32 contiguous of the checked shapes.
         unsafe {
             let params = &*userdata.cast::<Params>();
             let src = &(*dst).src;
@@ -193,6 +195,10 @@ impl<'k> Job<'k> {
                 q: heads(0),
                 k: heads(1),
                 v: heads(2),
+                sinks: (params.c.sinks != 0).then(|| {
+                    let n = (*src[3]).ne[0] as usize;
+                    std::slice::from_raw_parts((*src[3]).data as *const f32, n)
+                }),
             }
         }
     }
