@@ -132,16 +132,17 @@ bupo_status bupo_model_tensor(const llama_model * model, size_t index, const cha
     return BUPO_OK;
 }
 
-bupo_status bupo_model_products(llama_model * model, bupo_product product, const int64_t * columns) {
-    if (!model || !product || !columns) {
+bupo_status bupo_model_decoding(llama_model * model, const bupo_decoding * decoding) {
+    if (!model || !decoding || !decoding->product || !decoding->columns || !decoding->attention) {
         return fail(BUPO_ERR_ARGUMENT, "null argument");
     }
     return guarded([&] {
+        bupo::set_attention(decoding->attention, decoding->most_heads);
         for (const auto & [name, w] : llama_internal_get_tensor_map(model)) {
             const bool converts = w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float;
             const bool plain    = ggml_is_matrix(w) && ggml_is_contiguous(w) && !w->extra;
             if (converts && plain && w->buffer && ggml_backend_buffer_is_host(w->buffer)) {
-                bupo::mark_weight(w, product, columns[w->type]);
+                bupo::mark_weight(w, decoding->product, decoding->columns[w->type]);
             }
         }
         return BUPO_OK;

@@ -356,13 +356,24 @@ void bupo_cpu_init(void);
 // Which products with weights a decode takes.
 enum bupo_products {
     BUPO_PRODUCTS_GGML   = 0,
-    BUPO_PRODUCTS_FASTER = 1, // ours from as many columns on as bupo_model_products says
+    BUPO_PRODUCTS_FASTER = 1, // ours from as many columns on as bupo_decoding says
     BUPO_PRODUCTS_EXACT  = 2, // ours
 };
 
-// Offers `product` for products with this model's weights that lie in host memory: the faster one from columns[type] columns
-// on, 0: never; `columns` has GGML_TYPE_COUNT entries. One for all models of the process.
-enum bupo_status bupo_model_products(struct llama_model * model, bupo_product product, const int64_t * columns);
+// What is ours in decoding.
+struct bupo_decoding {
+    bupo_product    product;   // with weights
+    const int64_t * columns;   // from which it is the faster one, by type: GGML_TYPE_COUNT numbers, 0: never
+    bupo_product    attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each, q F32,
+                               // k, v and mask F16 in whole rows in host memory, without sinks, slopes or softcap
+    int64_t         most_heads; // of queries to a head of keys, for which `attention` is made
+};
+
+// Sequences from which on attention is ours.
+#define BUPO_ATTENTION_SEQUENCES 4
+
+// Offers these for the model's weights that lie in host memory. One for all models of the process.
+enum bupo_status bupo_model_decoding(struct llama_model * model, const struct bupo_decoding * decoding);
 
 // An adapter whose tensors are the caller's: what is written into them, the next decode uses.
 // `product` computes the products with B that lie in host memory. One for all adapters of the process.

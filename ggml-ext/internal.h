@@ -29,7 +29,10 @@ void mark_factor(ggml_tensor * b, bupo_product kernel);
 // from `columns` columns on it is the faster one for this type, 0: never.
 void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns);
 
-// In its life, these products of marked weights are taken in what `pool` computes.
+// From now on attention is computed by `kernel` where OwnProducts asks for ours and bupo_decoding allows it.
+void set_attention(bupo_product kernel, int64_t most_heads);
+
+// In its life, these products of marked weights, and with them our attention, are taken in what `pool` computes.
 class OwnProducts {
 public:
     OwnProducts(const ggml_threadpool * pool, bupo_products products);

@@ -1,4 +1,4 @@
-// Our own products inside llama.cpp's graphs on the CPU, with an adapter's B and with a model's weights, by ggml's extension
+// Our own products inside llama.cpp's graphs on the CPU, with an adapter's B and with a model's weights, and our attention, by ggml's extension
 // point for that: "extra" buffer types, which every node is offered to before ggml computes it. Ours owns no memory.
 // Contract: ggml-ext.h.
 
@@ -10,6 +10,7 @@
 #include "ggml-cpu/traits.h"
 
 #include <atomic>
+#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
@@ -19,6 +20,8 @@ namespace {
 
 std::atomic<bupo_product> product{ nullptr };
 std::atomic<bupo_product> weight_product{ nullptr };
+std::atomic<bupo_product> attention{ nullptr };
+std::atomic<int64_t>      most_heads{ 0 };
 
 // The thread pools that decode with our products at the moment.
 struct Decoding {
@@ -70,11 +73,53 @@ struct WeightProduct : ggml::cpu::tensor_traits {
 
 WeightProduct weight_traits[GGML_TYPE_COUNT];
 
+// Of many sequences that decode one token each.
+struct Attention : ggml::cpu::tensor_traits {
+    // What ggml's own needs, for it may be the one that is taken.
+    bool work_size(int, const ggml_tensor *, size_t &) override { return false; }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (products_of(params->threadpool) == BUPO_PRODUCTS_GGML || !serves(op)) {
+            return false;
+        }
+        attention.load(std::memory_order_acquire)(op, params->ith, params->nth);
+        return true;
+    }
+
+private:
+    static bool host(const ggml_tensor * t) {
+        const ggml_tensor * whole = t->view_src ? t->view_src : t;
+        return whole->buffer && ggml_backend_buffer_is_host(whole->buffer);
+    }
+
+    static bool serves(const ggml_tensor * op) {
+        const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
+        float bias, cap;
+        memcpy(&bias, (const float *) op->op_params + 1, sizeof bias);
+        memcpy(&cap, (const float *) op->op_params + 2, sizeof cap);
+        const int64_t streams = q->ne[3];
+        const bool plain = bias == 0.0f && cap == 0.0f && !op->src[4];
+        const bool shapes = q->ne[1] == 1 && streams >= BUPO_ATTENTION_SEQUENCES && k->ne[3] == streams && v->ne[3] == streams &&
+                            k->ne[0] == q->ne[0] && v->ne[0] == q->ne[0] && v->ne[2] == k->ne[2] && q->ne[2] % k->ne[2] == 0 &&
+                            q->ne[2] / k->ne[2] <= most_heads.load(std::memory_order_relaxed);
+        const bool rows = q->type == GGML_TYPE_F32 && q->nb[0] == 4 && k->type == GGML_TYPE_F16 && k->nb[0] == 2 &&
+                          v->type == GGML_TYPE_F16 && v->nb[0] == 2 && ggml_is_contiguous(op) && host(k) && host(v) && host(q);
+        const bool masked = !mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == 2 && mask->ne[0] == k->ne[1] &&
+                                      mask->ne[2] == 1 && mask->ne[3] == streams && host(mask));
+        return plain && shapes && rows && masked && attention.load(std::memory_order_relaxed);
+    }
+};
+
+Attention attention_traits;
+
 struct Products : ggml::cpu::extra_buffer_type {
     // No weight is to be put into a buffer of this type.
     bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
 
     ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        if (op->op == GGML_OP_FLASH_ATTN_EXT) {
+            return &attention_traits;
+        }
         if (op->op != GGML_OP_MUL_MAT) {
             return nullptr;
         }
@@ -121,6 +166,11 @@ void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns) {
     weight_product.store(kernel, std::memory_order_release);
     weight_traits[w->type].columns.store(columns, std::memory_order_relaxed);
     w->extra = &weight_traits[w->type];
+}
+
+void set_attention(bupo_product kernel, int64_t heads) {
+    most_heads.store(heads, std::memory_order_relaxed);
+    attention.store(kernel, std::memory_order_release);
 }
 
 OwnProducts::OwnProducts(const ggml_threadpool * pool, bupo_products products) {

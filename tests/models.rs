@@ -68,6 +68,56 @@ fn both_logprobs(path: &Path) -> (Vec<f32>, Vec<f32>) {
     (ours, theirs)
 }
 
+/// Logits after the last token of each of `n` sequences, of different lengths, that decode in step.
+fn last_logits(
+    model: &Model,
+    (products, kv_f32): (Products, bool),
+    threads: usize,
+    n: usize,
+) -> Vec<Vec<f32>> {
+    let pool = Arc::new(ThreadPool::new(threads).unwrap());
+    let options =
+        ContextOptions { n_ctx_seq: 256, n_seq: n, n_batch: 256, kv_f32, products, experts: false };
+    let mut context = Context::new(model.engine(), &pool, options).unwrap();
+    let token = |position: usize, sequence: usize, logits| Token {
+        id: (33 + (position * 37 + sequence * 11) % 200) as i32,
+        position: position as i32,
+        sequence: sequence as i32,
+        logits,
+    };
+    let prompt = |sequence: usize| 1 + sequence * 29 % 100;
+    for s in 0..n {
+        let prompt = (0..prompt(s)).map(|i| token(i, s, false)).collect();
+        context.decode(&TokenBatch(prompt)).unwrap();
+    }
+    for step in 0..3 {
+        let batch = (0..n).map(|s| token(prompt(s) + step, s, true)).collect();
+        context.decode(&TokenBatch(batch)).unwrap();
+    }
+    (0..n).map(|s| context.logits(s).to_vec()).collect()
+}
+
+/// ggml rounds queries and sums of values to F16, ours nothing but what the cache holds; heads share keys by two and more,
+/// windows hide some of them.
+#[test]
+fn attention_of_many_sequences_is_nearer_to_f32_than_ggmls() {
+    for case in ["llama-f32", "qwen2-f32", "qwen3-f32", "archs/gemma3-f32", "archs/olmo2-q8_0"] {
+        let path = common::golden_dir().join(format!("{case}.gguf"));
+        let model = Model::open(&path).unwrap();
+        let decode = |products, threads, n| last_logits(&model, (products, false), threads, n);
+        // With an F32 cache llama.cpp computes attention in F32 products and a softmax.
+        let exact = last_logits(&model, (Products::Exact, true), 2, 6).concat();
+        let ours = decode(Products::Exact, 2, 6);
+        let errors = [decode(Products::Ggml, 2, 6).concat(), ours.concat()]
+            .map(|logits| relative_error(&logits, &exact));
+        println!("{case}: {:.1e} by ggml, {:.1e} by ours", errors[0], errors[1]);
+        assert!(errors[1] < 3e-3 && errors[1] < errors[0], "{case}: {errors:?}");
+        // Neither the threads nor who else decodes change a bit.
+        assert!(ours == decode(Products::Exact, 5, 6), "{case}: by threads");
+        assert!(ours[..5] == decode(Products::Exact, 1, 5)[..], "{case}: by the other sequences");
+    }
+}
+
 #[test]
 fn rope_scaling_is_llama_cpps() {
     let dir = tempfile::tempdir().unwrap();

@@ -64,6 +64,7 @@ macro_rules! converters {
 
             pub(super) fn converter(ty: Type) -> Option<Converter> {
                 Some(match ty.name() {
+                    "f16" => f16,
                     "q4_0" => q4_0,
                     "q4_1" => q4_1,
                     "q5_0" => q5_0,
@@ -126,6 +127,21 @@ macro_rules! converters {
             }
 
             // SAFETY of the converters: blocks are read whole, as many as `out` has elements for, by contract.
+
+            #[target_feature(enable = $features)]
+            unsafe fn f16(from: *const u8, out: &mut [f32]) {
+                let (eights, rest) = out.as_chunks_mut::<8>();
+                let halves = from.cast::<__m128i>();
+                unsafe {
+                    for (i, out) in eights.iter_mut().enumerate() {
+                        let y = _mm256_cvtph_ps(_mm_loadu_si128(halves.add(i)));
+                        _mm256_storeu_ps(out.as_mut_ptr(), y);
+                    }
+                    for (i, out) in rest.iter_mut().enumerate() {
+                        *out = half(from.add(2 * (8 * eights.len() + i)));
+                    }
+                }
+            }
 
             #[target_feature(enable = $features)]
             unsafe fn q4_0(mut from: *const u8, out: &mut [f32]) {
@@ -309,6 +325,7 @@ mod tests {
     /// Where halves stand in a block.
     fn halves(ty: Type) -> &'static [usize] {
         match ty.name() {
+            "f16" => &[0],
             "q4_0" | "q5_0" | "q8_0" => &[0],
             "q6_K" => &[208],
             _ => &[0, 2],
@@ -332,10 +349,10 @@ mod tests {
     }
 
     fn agrees(ty: Type, convert: Converter) {
-        let n = 16 * ty.block_size();
-        let bytes = blocks(ty, 16);
+        let n = 19 * ty.block_size();
+        let bytes = blocks(ty, 19);
         let (mut got, mut want) = (vec![0f32; n], vec![0f32; n]);
-        // SAFETY: sixteen blocks; ggml has a converter for each of these types.
+        // SAFETY: nineteen blocks; ggml has a converter for each of these types.
         unsafe {
             convert(bytes.as_ptr(), &mut got);
             ty.to_float().expect("a converter")(bytes.as_ptr().cast(), want.as_mut_ptr(), n as i64);

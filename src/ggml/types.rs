@@ -5,7 +5,6 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use ggml_sys as sys;
-use half::slice::HalfFloatSliceExt;
 
 use super::convert::{Converter, converter};
 
@@ -121,12 +120,6 @@ impl Type {
                 std::ptr::copy_nonoverlapping(from, out.as_mut_ptr().cast::<u8>(), size_of_val(out))
             };
             return;
-        }
-        if self == Type::F16 && from.addr().is_multiple_of(align_of::<half::f16>()) {
-            // SAFETY: by contract `from` holds out.len() halves; any bits are one; it is aligned.
-            let halves = unsafe { std::slice::from_raw_parts(from.cast::<half::f16>(), out.len()) };
-            // ggml takes them one by one: 7 times as long.
-            return halves.convert_to_f32_slice(out);
         }
         if let Some(convert) = self.own_converter() {
             // SAFETY: by contract of this function and of `Converter`; the processor was asked.

@@ -107,12 +107,15 @@ impl Model {
             for ty in Type::all() {
                 columns[ty.raw() as usize] = ops::faster_from(ty).unwrap_or(0) as i64;
             }
-            // SAFETY: a live model that nobody computes with yet; a product that keeps the header's contract; a
-            // number for each type.
-            let status = unsafe {
-                let product = Some(ops::weight_product as _);
-                sys::bupo_model_products(model.raw(), product, columns.as_ptr())
+            let decoding = sys::bupo_decoding {
+                product: Some(ops::weight_product),
+                columns: columns.as_ptr(),
+                attention: Some(ops::decode_attention),
+                most_heads: ops::MOST_HEADS as i64,
             };
+            // SAFETY: a live model that nobody computes with yet; kernels that keep the header's contract; a number for
+            // each type.
+            let status = unsafe { sys::bupo_model_decoding(model.raw(), &decoding) };
             check("offering our products", status, "report it")?;
         }
         Ok(model)

@@ -6,6 +6,7 @@
 
 mod adamw;
 mod attention;
+mod decode_attention;
 mod distill;
 mod divergence;
 mod exp;
@@ -31,6 +32,7 @@ pub use adamw::{AdamWStep, adamw, sum_squares};
 pub use attention::{
     AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
 };
+pub(crate) use decode_attention::{MOST_HEADS, decode_attention};
 pub use distill::{DistillSpec, Distilled, DivergenceKind, distill, distill_tiles_bytes};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
