@@ -64,20 +64,24 @@ impl Recorder {
 
     /// Gives what was found to the graph's tokens, which are known now.
     pub(super) fn flush(&mut self) {
-        let none = vec![-1; self.n_layer * self.used];
         if self.positions.len() < self.cells.len() {
             return self.reset(); // inputs under other names: nothing is known
         }
+        let sequence = |cell: &i64| (*cell as usize / self.n_cells) as i32;
+        let places = self.cells.iter().map(sequence).zip(self.positions.iter().copied());
+        let places: Vec<(i32, i32)> = places.collect();
+        for place in &places {
+            // The last layer alone may leave tokens out, also where it is the only one.
+            let none = || vec![-1; self.n_layer * self.used];
+            self.taken.entry(*place).or_insert_with(none);
+        }
         for (layer, rows, experts) in &self.found {
-            for row in 0..*rows {
+            for (row, chosen) in experts.chunks_exact(self.used).enumerate() {
                 let output = || self.outputs.get(row).map(|&token| token as usize);
-                let token = if *rows == self.cells.len() { Some(row) } else { output() };
-                let Some(token) = token.filter(|&token| token < self.cells.len()) else { continue };
-                let place =
-                    ((self.cells[token] as usize / self.n_cells) as i32, self.positions[token]);
-                let own = self.taken.entry(place).or_insert_with(|| none.clone());
+                let token = if *rows == places.len() { Some(row) } else { output() };
+                let place = token.and_then(|token| places.get(token));
+                let Some(own) = place.and_then(|place| self.taken.get_mut(place)) else { continue };
                 let own = &mut own[layer * self.used..][..self.used];
-                let chosen = &experts[row * self.used..][..self.used];
                 own.iter_mut().zip(chosen).for_each(|(to, expert)| *to = *expert as i16);
                 own.sort();
             }
