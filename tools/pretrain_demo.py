@@ -11,6 +11,9 @@ embedding had been trained at about six times the rate, throws it back (0.46 to 
 Every figure printed at the end is of the file: read back, dequantised, run.
 About 650 steps, 7 minutes on one core.
 
+With --experts N each FFN is a mixture of N experts of half its width, of which a token takes --used (Qwen3 MoE); a small
+loss keeps them equally busy. All experts are computed here, so that this takes two to three times as long.
+
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
        pretrain_demo.py --check FILE.gguf                                      (only measures a file)
@@ -34,6 +37,7 @@ import gguf, numpy as np, torch
 import torch.nn.functional as F
 
 L, D, H, KV, HD, FF, EPS, THETA, CONTEXT = 8, 128, 4, 2, 32, 384, 1e-6, 10000.0, 512
+EXPERTS, USED, FFE, BALANCE = 0, 2, FF // 2, 0.01  # of a mixture; none by default
 OUT = Path(__file__).resolve().parent.parent / "assets" / "demo.gguf"
 
 # ---- vocabulary ----------------------------------------------------------------------------------
@@ -113,6 +117,13 @@ def initial(generator):
         w[b + "attn_k.weight"] = normal(KV * HD, D, D**-0.5)
         w[b + "attn_v.weight"] = normal(KV * HD, D, D**-0.5)
         w[b + "attn_output.weight"] = normal(D, H * HD, (H * HD)**-0.5 * into_residual)
+        if EXPERTS:
+            stack = lambda rows, columns, std: normal(EXPERTS * rows, columns, std).view(EXPERTS, rows, columns)
+            w[b + "ffn_gate_inp.weight"] = normal(EXPERTS, D, D**-0.5)
+            w[b + "ffn_gate_exps.weight"] = stack(FFE, D, D**-0.5)
+            w[b + "ffn_up_exps.weight"] = stack(FFE, D, D**-0.5)
+            w[b + "ffn_down_exps.weight"] = stack(D, FFE, FFE**-0.5 * into_residual)
+            continue
         w[b + "ffn_gate.weight"] = normal(FF, D, D**-0.5)
         w[b + "ffn_up.weight"] = normal(FF, D, D**-0.5)
         w[b + "ffn_down.weight"] = normal(D, FF, FF**-0.5 * into_residual)
@@ -126,8 +137,21 @@ def rope(x):
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-def forward(w, ids):
-    """ids: [B, T] -> logits: [B, T, V]"""
+def mixture(get, h, balance):
+    """Softmax over all experts, the likeliest taken, their shares made to add up to 1. h: [B, T, D] -> [B, T, D]"""
+    p = torch.softmax(h @ get("ffn_gate_inp").T, -1)  # [B, T, E]
+    top, chosen = p.topk(USED, -1)
+    share = torch.zeros_like(p).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+    # Switch Transformers' loss (arXiv 2101.03961): E times the sum of each expert's share of tokens and of probability.
+    busy = torch.zeros_like(p).scatter(-1, chosen, 1.0 / USED).mean((0, 1))
+    balance.append(EXPERTS * (busy * p.mean((0, 1))).sum())
+    each = lambda x, name: torch.einsum("...d,efd->...ef", x, get(name))  # [B, T, E, FFE]
+    inner = F.silu(each(h, "ffn_gate_exps")) * each(h, "ffn_up_exps") * share[..., None]
+    return torch.einsum("...ef,edf->...d", inner, get("ffn_down_exps"))
+
+def forward(w, ids, balance=None):
+    """ids: [B, T] -> logits: [B, T, V]; a mixture's losses are added to `balance`."""
+    balance = [] if balance is None else balance
     B, T = ids.shape
     x = w["token_embd.weight"][ids]  # [B, T, D]
     for il in range(L):
@@ -141,7 +165,10 @@ def forward(w, ids):
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, HD]
         x = x + a.transpose(1, 2).reshape(B, T, H * HD) @ get("attn_output").T
         h = F.rms_norm(x, (D,), get("ffn_norm"), EPS)
-        x = x + (F.silu(h @ get("ffn_gate").T) * (h @ get("ffn_up").T)) @ get("ffn_down").T
+        if f"blk.{il}.ffn_gate_inp.weight" in w:
+            x = x + mixture(get, h, balance)
+        else:
+            x = x + (F.silu(h @ get("ffn_gate").T) * (h @ get("ffn_up").T)) @ get("ffn_down").T
     return F.rms_norm(x, (D,), w["output_norm.weight"], EPS) @ w["token_embd.weight"].T
 
 def loss_of(w, problems, smoothing):
@@ -149,11 +176,12 @@ def loss_of(w, problems, smoothing):
     ids, target = batch(problems)
     picked = target >= 0
     target = target[picked]  # [N]
-    logprob = torch.log_softmax(forward(w, ids)[picked], -1)  # [N, V]
+    balance = []
+    logprob = torch.log_softmax(forward(w, ids, balance)[picked], -1)  # [N, V]
     right = -logprob.gather(-1, target[:, None])[:, 0]
     digits = -logprob[:, ord("0"):ord("9") + 1].mean(-1)
     share = smoothing * ((target >= ord("0")) & (target <= ord("9")))
-    return ((1 - share) * right + share * digits).mean()
+    return ((1 - share) * right + share * digits).mean() + BALANCE * sum(balance)
 
 # ---- measuring -----------------------------------------------------------------------------------
 
@@ -187,7 +215,10 @@ def sample(w, prompts, generator, most=16):
 
 def report(path):
     """Reads the file back and measures it."""
+    global EXPERTS, USED
     reader = gguf.GGUFReader(path)
+    counts = [reader.fields.get(f"qwen3moe.expert_{name}") for name in ("count", "used_count")]
+    EXPERTS, USED = (int(f.parts[-1][0]) if f else 0 for f in counts)
     w = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
     print(f"{path}: {os.path.getsize(path)} bytes, {sum(t.numel() for t in w.values())} parameters")
     p, greedy = expected(w, "add", EVAL)
@@ -211,7 +242,9 @@ def report(path):
 def write(path, w):
     """Written beside and renamed, so that a file that is there is whole."""
     beside = Path(str(path) + ".part")
-    g = gguf.GGUFWriter(beside, "qwen3")
+    g = gguf.GGUFWriter(beside, "qwen3moe" if EXPERTS else "qwen3")
+    if EXPERTS:
+        g.add_expert_count(EXPERTS); g.add_expert_used_count(USED); g.add_expert_feed_forward_length(FFE)
     g.add_name("bupo-gguf demo"); g.add_description("tiny Qwen3 pretrained from scratch on addition by tools/pretrain_demo.py")
     g.add_context_length(CONTEXT); g.add_embedding_length(D); g.add_block_count(L); g.add_feed_forward_length(FF)
     g.add_head_count(H); g.add_head_count_kv(KV); g.add_key_length(HD); g.add_value_length(HD)
@@ -223,7 +256,7 @@ def write(path, w):
     g.add_chat_template(CHATML)
     for name, t in w.items():
         a = t.detach().numpy()
-        if a.ndim == 1:
+        if a.ndim == 1 or "ffn_gate_inp" in name:
             g.add_tensor(name, a)
         else:
             q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -237,7 +270,7 @@ def train(a):
     """Warm-up, then a constant rate; near the target the rate falls to `--slow` of it, for smooth last steps."""
     generator = torch.Generator().manual_seed(a.seed)
     w = {name: t.requires_grad_() for name, t in initial(generator).items()}
-    decays = [t for name, t in w.items() if t.dim() == 2 and name != "token_embd.weight"]
+    decays = [t for name, t in w.items() if t.dim() >= 2 and name != "token_embd.weight"]
     stays = [t for name, t in w.items() if t.dim() == 1 or name == "token_embd.weight"]
     optimizer = torch.optim.AdamW([{"params": decays, "weight_decay": a.weight_decay}, {"params": stays, "weight_decay": 0.0}],
                                   lr=a.lr, betas=(0.9, 0.98))
@@ -271,9 +304,11 @@ def train(a):
     raise SystemExit(f"accuracy {accuracy:.3f} after {a.steps} steps, below --target {a.target}: raise --steps or --lr")
 
 def main():
+    global EXPERTS, USED
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
     ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--experts", type=int, default=0, help="experts of each FFN (0 = one FFN)"); ap.add_argument("--used", type=int, default=USED, help="experts of a token")
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
     ap.add_argument("--near", type=float, default=0.33, help="held-out accuracy from which on to slow down")
     ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
@@ -283,6 +318,7 @@ def main():
     ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50, help="in steps; 10 near the target")
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
+    EXPERTS, USED = a.experts, a.used
     check_merges()
     if a.check is None:
         start = time.time()

@@ -163,7 +163,7 @@ pub fn dump<'m>(
         Answering { max_response: settings.max_response, sampling, seed: settings.seed };
     let mut answerer = Answerer::new(model, pool.clone(), answering);
     let mut findings = Findings {
-        sums: vec![Sums::new(n_layer); sides.len()],
+        sums: sides.iter().map(|side| Sums::of(side.model.config())).collect(),
         difference: Sums::new(n_layer),
         gallery: Gallery::default(),
         samples: 0,
@@ -243,6 +243,9 @@ fn check_comparable(sides: &[Side<'_>]) -> Result<()> {
 fn take(findings: &mut Findings, model: &Model, records: &[Record]) {
     for (sums, record) in findings.sums.iter_mut().zip(records) {
         sums.add(record.layer, &record.figures);
+        if let Some(routed) = &record.routed {
+            sums.add_routed(record.layer, routed);
+        }
     }
     if let [a, b] = records {
         findings.difference.add_difference(a.layer, &a.figures, &b.figures);
@@ -385,6 +388,7 @@ impl<'m> Dump<'_, 'm> {
                             text: model.engine().vocab().text(&[scored.target], true),
                             figures: m.figures,
                             tops: m.tops,
+                            routed: m.routed,
                         });
                     }
                     self.files.write(&records)?;

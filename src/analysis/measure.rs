@@ -10,6 +10,7 @@ use crate::ops::Answers;
 use crate::{Error, Result};
 
 use super::record::{Figure, Tap, Top};
+use super::routers::Routed;
 
 /// The policies' top tokens that are always kept.
 pub const TOP_TOKENS: usize = 3;
@@ -48,6 +49,8 @@ pub struct Measured {
     pub figures: [f32; Figure::N],
     /// By [`Tap`].
     pub tops: [Option<Top>; 7],
+    /// The router's choice, in a mixture of experts.
+    pub routed: Option<Routed>,
 }
 
 /// Looks at the tokens `picked` (indices into `batch.scored`): `[layer - 1][picked]`.
@@ -137,7 +140,8 @@ fn inside(
         let (residual, attn, ffn) =
             (token(input, i), token(&taps.attn_out, i), token(&taps.ffn_out, i));
         let middle: Vec<f32> = residual.iter().zip(&attn).map(|(h, a)| h + a).collect();
-        let mut m = Measured { figures: [0.0; Figure::N], tops: [const { None }; 7] };
+        let routed = taps.routing.as_ref().map(|r| Routed::new(r.logits(i), r.experts(i)));
+        let mut m = Measured { figures: [0.0; Figure::N], tops: [const { None }; 7], routed };
         for (figure, value) in [
             (Figure::AttnIn, answers.entropy(i)),
             (Figure::AttnOut, answers.entropy(s + i)),

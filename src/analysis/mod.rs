@@ -18,6 +18,7 @@ mod pack;
 mod parquet;
 mod probe;
 mod record;
+mod routers;
 pub mod report;
 mod rows;
 mod samples;

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::dump::{Findings, Settings};
 use super::record::Figure;
+use super::routers::ExpertLoad;
 use super::summary::{Boundary, Change, LayerMeans, Sums, boundary};
 
 /// One model's means.
@@ -25,6 +26,9 @@ pub struct Means {
     pub boundary: Boundary,
     /// From layer 1 up.
     pub layers: Vec<LayerMeans>,
+    /// Load of the experts and entropy of the routers, of the layers that have any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<ExpertLoad>,
 }
 
 impl Means {
@@ -41,6 +45,7 @@ impl Means {
             recommended_internal_layer: boundary.recommended,
             boundary,
             layers,
+            experts: sums.experts(),
         }
     }
 }
@@ -149,6 +154,24 @@ fn one(text: &mut String, means: &Means) {
         "final policy     entropy {:.4} nats, perplexity {:.3}\ninternal layer   {}: {}",
         means.final_entropy, means.perplexity, means.recommended_internal_layer, means.boundary.why
     );
+    if means.experts.is_empty() {
+        return;
+    }
+    let _ = writeln!(text, "layer  router entropy  load entropy (of ln E)  busiest expert  unused");
+    for e in &means.experts {
+        let most = e.load.iter().copied().fold(0.0, f64::max);
+        let busiest = e.load.iter().position(|&p| p == most).unwrap_or(0);
+        let _ = writeln!(
+            text,
+            "{:>5}  {:>14.3}  {:>12.3}  ({:>5.3})  {busiest:>6} {:>6.1} %  {:>6}",
+            e.layer,
+            e.router_entropy,
+            e.load_entropy,
+            (e.load.len() as f64).ln(),
+            100.0 * most,
+            e.unused,
+        );
+    }
 }
 
 fn layers(text: &mut String, layers: &[LayerMeans]) {

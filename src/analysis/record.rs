@@ -5,6 +5,7 @@ use std::io::Write;
 
 use serde_json::{Map, Value};
 
+use super::routers::Routed;
 use crate::error::json_fault;
 use crate::{Error, Result};
 
@@ -156,6 +157,8 @@ pub struct Record {
     pub figures: [f32; Figure::N],
     /// By [`Tap`]; always of the layer's and the final policy, of the others when asked for.
     pub tops: [Option<Top>; 7],
+    /// The router's choice, in a mixture of experts; in `entropy.jsonl` alone, as `experts` and `router_entropy`.
+    pub routed: Option<Routed>,
 }
 
 /// What a column holds.
@@ -248,6 +251,12 @@ impl Record {
                 Cell::Floats(list) => serde_json::to_writer(&mut *out, list),
             }?;
         }
+        if let Some(Routed { experts, entropy }) = &self.routed {
+            write!(out, ",\"experts\":")?;
+            serde_json::to_writer(&mut *out, experts)?;
+            write!(out, ",\"router_entropy\":")?;
+            serde_json::to_writer(&mut *out, entropy)?;
+        }
         out.write_all(b"}\n")
     }
 
@@ -291,6 +300,13 @@ impl Record {
                 taken_rank: int(&name("taken_rank"))? as u32,
             });
         }
+        let routed = match object.contains_key("experts") {
+            false => None,
+            true => Some(Routed {
+                experts: list("experts")?.iter().filter_map(|e| Some(e.as_i64()? as i32)).collect(),
+                entropy: float("router_entropy")?,
+            }),
+        };
         Ok(Record {
             row: int("row")?,
             completion: int("completion")?,
@@ -300,6 +316,7 @@ impl Record {
             text: field("text")?.as_str().unwrap_or_default().into(),
             figures,
             tops,
+            routed,
         })
     }
 }
@@ -327,6 +344,7 @@ pub(super) fn example(layer: usize, position: usize, all_taps: bool) -> Record {
         text: " \"quo\u{2603}ted\"\n".into(),
         figures,
         tops: Tap::ALL.map(|tap| wanted(tap).then(|| top(tap as usize))),
+        routed: all_taps.then(|| Routed { experts: vec![2, 7], entropy: 1.5 }),
     }
 }
 

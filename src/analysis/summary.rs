@@ -3,6 +3,8 @@
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::record::Figure;
+use super::routers::{ExpertLoad, Routed, RouterSums};
+use crate::model::Config;
 
 /// Entropy changes of a layer and its two modules (PAPER section 1), derived from the figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +100,7 @@ struct LayerSums {
 #[derive(Clone, Debug)]
 pub struct Sums {
     layers: Vec<LayerSums>,
+    routers: Vec<RouterSums>,
 }
 
 impl Sums {
@@ -105,7 +108,25 @@ impl Sums {
     pub fn new(n_layer: usize) -> Sums {
         Sums {
             layers: vec![LayerSums { n: 0, sum: [0.0; VALUES], squares: [0.0; VALUES] }; n_layer],
+            routers: vec![RouterSums::default(); n_layer],
         }
+    }
+
+    /// Nothing yet of a model, its routers included.
+    pub fn of(config: &Config) -> Sums {
+        let experts = config.layers.iter().map(|l| l.experts.map_or(0, |e| e.count));
+        Sums { routers: experts.map(RouterSums::new).collect(), ..Sums::new(config.n_layer) }
+    }
+
+    /// Takes what the router of `layer` (from 1) did with one token.
+    pub fn add_routed(&mut self, layer: usize, routed: &Routed) {
+        self.routers[layer - 1].add(routed);
+    }
+
+    /// What the routers did, of the layers that have one.
+    pub fn experts(&self) -> Vec<ExpertLoad> {
+        let layers = self.routers.iter().enumerate();
+        layers.filter_map(|(i, router)| router.load(i + 1)).collect()
     }
 
     fn add_values(&mut self, layer: usize, value: impl Fn(usize) -> f64) {

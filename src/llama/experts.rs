@@ -2,8 +2,9 @@
 //! for that.
 //!
 //! The choice stands in the nodes `ffn_moe_argsort-N`: `[E, T]`, the first of each row the chosen ones. Which token a row
-//! is of follows from two inputs of the same graph: the cells of the memory that keys go to, which tell the sequence, and
-//! the positions that rotate. In the last layer only tokens whose logits are wanted are computed.
+//! is of follows from inputs of the same graph, by llama.cpp's names: the cells of the memory that keys go to, which tell
+//! the sequence, and the positions; in the last layer, where only tokens whose logits are wanted are computed, which these
+//! are.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
@@ -63,16 +64,24 @@ impl Recorder {
 
     /// Gives what was found to the graph's tokens, which are known now.
     pub(super) fn flush(&mut self) {
-        let none = vec![-1; self.n_layer * self.used];
+        if self.positions.len() < self.cells.len() {
+            return self.reset(); // inputs under other names: nothing is known
+        }
+        let sequence = |cell: &i64| (*cell as usize / self.n_cells) as i32;
+        let places = self.cells.iter().map(sequence).zip(self.positions.iter().copied());
+        let places: Vec<(i32, i32)> = places.collect();
+        for place in &places {
+            // The last layer alone may leave tokens out, also where it is the only one.
+            let none = || vec![-1; self.n_layer * self.used];
+            self.taken.entry(*place).or_insert_with(none);
+        }
         for (layer, rows, experts) in &self.found {
-            for row in 0..*rows {
-                let token =
-                    if *rows == self.cells.len() { row } else { self.outputs[row] as usize };
-                let place =
-                    ((self.cells[token] as usize / self.n_cells) as i32, self.positions[token]);
-                let own = self.taken.entry(place).or_insert_with(|| none.clone());
+            for (row, chosen) in experts.chunks_exact(self.used).enumerate() {
+                let output = || self.outputs.get(row).map(|&token| token as usize);
+                let token = if *rows == places.len() { Some(row) } else { output() };
+                let place = token.and_then(|token| places.get(token));
+                let Some(own) = place.and_then(|place| self.taken.get_mut(place)) else { continue };
                 let own = &mut own[layer * self.used..][..self.used];
-                let chosen = &experts[row * self.used..][..self.used];
                 own.iter_mut().zip(chosen).for_each(|(to, expert)| *to = *expert as i16);
                 own.sort();
             }
@@ -111,26 +120,17 @@ impl Recorder {
     /// # Safety
     /// As [`Recorder::look`].
     unsafe fn inputs(&mut self, t: *const sys::ggml_tensor) {
-        // SAFETY: by contract; a source that is not null is a live tensor.
+        // SAFETY: by contract; a source that is not null is a live tensor, whose name ends with NUL.
         unsafe {
-            let [x, input] = [(*t).src[0], (*t).src[1]];
-            if x.is_null() || input.is_null() || (*input).op != sys::GGML_OP_NONE {
+            let input = (*t).src[1];
+            if input.is_null() || (*input).op != sys::GGML_OP_NONE {
                 return;
             }
             let n = sys::ggml_nelements(input) as usize;
-            match (*t).op {
-                sys::GGML_OP_SET_ROWS
-                    if self.cells.is_empty() && (*input).type_ == sys::GGML_TYPE_I64 =>
-                {
-                    self.cells = read(input, n);
-                }
-                sys::GGML_OP_ROPE if self.positions.is_empty() => self.positions = read(input, n),
-                // Of an activation: the tokens whose logits are wanted.
-                sys::GGML_OP_GET_ROWS
-                    if self.outputs.is_empty() && (*x).op != sys::GGML_OP_NONE =>
-                {
-                    self.outputs = read(input, n);
-                }
+            match CStr::from_ptr((*input).name.as_ptr()).to_bytes() {
+                b"attn_inp_k_idxs" if self.cells.is_empty() => self.cells = read(input, n),
+                b"inp_pos" if self.positions.is_empty() => self.positions = read(input, n),
+                b"out_ids" if self.outputs.is_empty() => self.outputs = read(input, n),
                 _ => {}
             }
         }

@@ -259,7 +259,7 @@ impl LayerConfig {
             n_head_kv: l.n_head_kv as usize,
             head_size,
             n_ff: l.n_ff as usize,
-            experts: (h.n_expert > 0).then(|| Experts {
+            experts: (h.n_expert > 0).then_some(Experts {
                 count: h.n_expert as usize,
                 used: l.n_expert_used as usize,
                 n_ff: if l.n_ff_expert > 0 { l.n_ff_expert } else { l.n_ff } as usize,

@@ -23,6 +23,30 @@ pub struct LayerTaps {
     pub ffn_out: Vec<f32>,
     /// H^l
     pub layer_out: Vec<f32>,
+    /// What the layer's router did, in a mixture of experts.
+    pub routing: Option<TokenRouting>,
+}
+
+/// Router logits and chosen experts of the picked tokens.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenRouting {
+    // [E, S] and [used, S]
+    logits: Vec<f32>,
+    experts: Vec<f32>,
+    n_expert: usize,
+    used: usize,
+}
+
+impl TokenRouting {
+    /// Logits `[E]` of picked token `i`.
+    pub fn logits(&self, i: usize) -> &[f32] {
+        &self.logits[i * self.n_expert..][..self.n_expert]
+    }
+
+    /// Experts that picked token `i` takes, ascending whole numbers.
+    pub fn experts(&self, i: usize) -> &[f32] {
+        &self.experts[i * self.used..][..self.used]
+    }
 }
 
 /// A forward pass that stops at every layer. It keeps the residual that the next layer reads and the one that it
@@ -90,14 +114,22 @@ impl<'w> Walk<'w> {
         let picked = [taps.attn_in, taps.attn_out, taps.ffn_in, taps.ffn_out, taps.layer_out]
             .map(|tap| arena.rows(tap, ids)); // [D, S]
         picked.iter().for_each(|&tap| graph.output(tap));
+        let routing = tape.routing().map(|r| [r.logits, r.experts].map(|x| arena.rows(x, ids)));
+        routing.iter().flatten().for_each(|&node| graph.output(node));
         graph.store(taps.layer_out, self.residuals.get(self.layer % 2));
         tape.store_shared(&mut graph);
         let mut inputs = tape.inputs();
         inputs.push((ids, Input::I32(self.picked)));
         let computed = engine.executor().run(&graph, &inputs)?;
         let [attn_in, attn_out, ffn_in, ffn_out, layer_out] = picked.map(|tap| computed.f32(tap));
+        let routing = routing.map(|[logits, experts]| TokenRouting {
+            logits: computed.f32(logits),
+            experts: computed.f32(experts),
+            n_expert: logits.shape()[0],
+            used: experts.shape()[0],
+        });
         self.hidden.clone_from(&layer_out);
-        Ok(Some(LayerTaps { attn_in, attn_out, ffn_in, ffn_out, layer_out }))
+        Ok(Some(LayerTaps { attn_in, attn_out, ffn_in, ffn_out, layer_out, routing }))
     }
 }
 

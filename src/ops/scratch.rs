@@ -7,8 +7,10 @@ use ggml_sys as sys;
 pub struct ScratchShape {
     /// Width of the residual.
     pub n_embd: usize,
-    /// Width of the FFN.
+    /// Width of the FFN; of a mixture, of all experts that a token takes together.
     pub n_ff: usize,
+    /// Whether FFNs are mixtures of experts.
+    pub mixture: bool,
     /// Width of queries, all heads.
     pub n_q: usize,
     /// Width of keys, all heads.
@@ -42,6 +44,8 @@ pub fn scratch_bytes(s: &ScratchShape) -> usize {
         (tile / (width * element)).max(32).min(rows) * width * element * widened
     };
     let linear = factor * s.tokens * widest + tile_of(widest, s.n_ff.max(s.n_embd).max(s.n_q));
+    // An expert's tokens side by side, and what it gives before it is summed up; all may choose the same one.
+    let slots = if s.mixture { s.tokens * s.n_embd * (element + 4) } else { 0 };
     let scores = (s.tokens * s.tokens * s.n_kv / 8 * 4).min(tile);
     let attention =
         factor * s.tokens * 2 * (s.n_q + s.n_kv) + scores * if s.precise { 2 } else { 3 };
@@ -51,5 +55,5 @@ pub fn scratch_bytes(s: &ScratchShape) -> usize {
     let rows = width * s.n_embd * element * widened;
     let logprob = n * (s.n_embd * (4 + factor) + 32) + rows + logits;
     // Each lending ends at a multiple of 256 and leaves room for a super-block.
-    linear.max(attention).max(logprob) + 16 * 1280
+    (linear + slots).max(attention).max(logprob) + 16 * 1280
 }

@@ -4,6 +4,7 @@ use super::chart::{Body, Chart, Heat, Mark, Series};
 use super::page::{Page, Part, Section};
 use crate::analysis::outcome::{Means, Outcome};
 use crate::analysis::record::Figure;
+use crate::analysis::routers::ExpertLoad;
 use crate::analysis::samples::{Gallery, Glance, View};
 use crate::analysis::summary::{Change, LayerMeans, Mean};
 
@@ -40,6 +41,9 @@ pub fn of_dump(outcome: &Outcome, gallery: &Gallery) -> Page {
         .map(|means| means.layers.as_slice())
         .collect();
     page.sections.push(layers(&sides, &outcome.means));
+    if !outcome.means.experts.is_empty() {
+        page.sections.push(experts(&outcome.means.experts));
+    }
     if let Some(difference) = &outcome.difference {
         page.sections.push(differences(&difference.layers));
     }
@@ -52,6 +56,30 @@ pub fn of_dump(outcome: &Outcome, gallery: &Gallery) -> Page {
         parts: vec![table(&outcome.means.layers)],
     });
     page
+}
+
+/// Each layer's router, and its busiest experts.
+fn experts(layers: &[ExpertLoad]) -> Section {
+    let head = ["layer", "router entropy, nats", "load entropy, nats", "unused", "busiest experts"];
+    let row = |e: &ExpertLoad| {
+        let mut busiest: Vec<(usize, f64)> = e.load.iter().copied().enumerate().collect();
+        busiest.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let busiest = busiest.iter().take(8).map(|(i, p)| format!("{i}: {:.1} %", 100.0 * p));
+        vec![
+            e.layer.to_string(),
+            format!("{:.3}", e.router_entropy),
+            format!("{:.3} of {:.3}", e.load_entropy, (e.load.len() as f64).ln()),
+            e.unused.to_string(),
+            busiest.collect::<Vec<_>>().join(", "),
+        ]
+    };
+    Section {
+        title: "Experts".into(),
+        text: "How sure the routers are (entropy of the softmax over all experts), and how evenly they spread the \
+               tokens: a load entropy of ln E means that all experts are equally busy."
+            .into(),
+        parts: vec![Part::Table(head.map(String::from).into(), layers.iter().map(row).collect())],
+    }
 }
 
 fn facts(means: &Means, of: &str) -> Vec<(String, String)> {

@@ -170,7 +170,7 @@ impl<'k> Job<'k> {
             let mut optional = |there: u32| {
                 let i = next;
                 next += there as usize;
-                (there != 0).then(|| i)
+                (there != 0).then_some(i)
             };
             let factor = optional(c.low_rank);
             let input = optional(c.low_rank);
