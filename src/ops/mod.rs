@@ -6,6 +6,8 @@
 
 mod adamw;
 mod attention;
+mod conv;
+mod delta;
 mod distill;
 mod divergence;
 mod exp;
@@ -25,12 +27,13 @@ mod products;
 mod queue;
 mod rows;
 mod scratch;
+mod segments;
 mod yardstick;
 
 pub use adamw::{AdamWStep, adamw, sum_squares};
-pub use attention::{
-    AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
-};
+pub use attention::{AttentionSaved, AttentionSpec, attention, attention_back, attention_kept};
+pub use conv::{MAX_CONV, conv_silu, conv_silu_back};
+pub use delta::{DeltaInputs, DeltaSaved, DeltaSpec, delta, delta_back, delta_flop, delta_kept};
 pub use distill::{DistillSpec, Distilled, DivergenceKind, distill, distill_tiles_bytes};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
@@ -51,4 +54,5 @@ pub(crate) use products::weight_product;
 pub use products::{faster_from, product};
 pub use rows::scale_rows;
 pub use scratch::{ScratchShape, scratch_bytes};
+pub use segments::Segment;
 pub use yardstick::Yardstick;
