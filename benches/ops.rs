@@ -239,7 +239,7 @@ fn attention(c: &mut Criterion) {
                 let q = inputs.f32(arena, [head_size * n_head, t]);
                 let k = inputs.f32(arena, [head_size * n_head_kv, t]);
                 let v = inputs.f32(arena, [head_size * n_head_kv, t]);
-                let (out, saved) = ops::attention(arena, q, k, v, &segments, spec);
+                let (out, saved) = ops::attention(arena, q, k, v, None, &segments, spec);
                 graph.output(out);
                 if backward {
                     let d_out = inputs.f32(arena, [head_size * n_head, t]);

@@ -85,6 +85,10 @@ void run_custom(Device & device, ggml_tensor * node) {
         case BUPO_OP_RMS_NORM_BACK:  return run_rms_norm_back(device, node, params_as<bupo_norm_params>(params));
         case BUPO_OP_GLU:            return run_glu(device, node, params_as<bupo_glu_params>(params));
         case BUPO_OP_GLU_BACK:       return run_glu_back(device, node, params_as<bupo_glu_params>(params));
+        case BUPO_OP_CONV:           return run_conv(device, node, params_as<bupo_conv_params>(params));
+        case BUPO_OP_CONV_BACK:      return run_conv_back(device, node, params_as<bupo_conv_params>(params));
+        case BUPO_OP_DELTA:          return run_delta(device, node, params_as<bupo_delta_params>(params));
+        case BUPO_OP_DELTA_BACK:     return run_delta_back(device, node, params_as<bupo_delta_params>(params));
         case BUPO_OP_SCALE_ROWS:     return run_scale_rows(device, node);
         case BUPO_OP_ROUTE:          return run_route(device, node, params_as<bupo_route_params>(params));
         case BUPO_OP_ROUTE_BACK:     return run_route_back(device, node, params_as<bupo_route_params>(params));

@@ -62,6 +62,12 @@ bupo_status bupo_model_hparams(const llama_model * model, bupo_hparams * out) {
         r.expert_scale       = h.expert_weights_scale;
         r.n_embd_per_layer   = h.n_embd_per_layer;
         r.windowed           = h.swa_type != LLAMA_SWA_TYPE_NONE;
+        std::copy_n(h.rope_sections.begin(), 4, r.rope_sections);
+        r.ssm_conv           = h.ssm_d_conv;
+        r.ssm_inner          = h.ssm_d_inner;
+        r.ssm_state          = h.ssm_d_state;
+        r.ssm_heads          = h.ssm_dt_rank;
+        r.ssm_groups         = h.ssm_n_group;
         r.n_layer_kv         = h.n_layer_kv_from_start < 0 ? r.n_layer : h.n_layer_kv_from_start;
         r.rms_eps            = h.f_norm_rms_eps;
         r.embedding_scale    = h.f_embedding_scale;
@@ -111,6 +117,7 @@ bupo_status bupo_model_layer_hparams(const llama_model * model, uint32_t layer, 
         r.kv              = h.has_kv(layer);
         r.rope            = h.has_rope(layer);
         r.recurrent       = h.is_recr(layer);
+        r.state           = r.recurrent ? h.n_embd_r() + h.n_embd_s() : 0;
         r.rope_freq_base  = h.is_swa(layer) ? h.rope_freq_base_train_swa : h.rope_freq_base_train;
         r.rope_freq_scale = h.is_swa(layer) ? h.rope_freq_scale_train_swa : h.rope_freq_scale_train;
         *out = r;

@@ -47,6 +47,10 @@ enum bupo_op {
     BUPO_OP_SUM_SQUARES    = 14, // of each run of BUPO_SUM_SQUARES_RUN values
     BUPO_OP_ADAMW          = 15, // a step of the optimiser, in place
     BUPO_OP_DIVERGENCE     = 20, // KL, top-1 and log-probs of two models' hidden states
+    BUPO_OP_CONV           = 24, // causal depthwise convolution over packed segments, SiLU after it
+    BUPO_OP_CONV_BACK      = 25,
+    BUPO_OP_DELTA          = 26, // gated delta rule over packed segments with shared prefixes
+    BUPO_OP_DELTA_BACK     = 27,
     BUPO_OP_DISTILL        = 30, // a divergence from a teacher, and its gradient by the student's hidden states
     BUPO_OP_ROUTE          = 50, // which experts a token takes, with what weights
     BUPO_OP_ROUTE_BACK     = 51,
@@ -192,10 +196,30 @@ struct bupo_attention_params {
     const struct bupo_segment * segments; // in token order, without gaps; a prefix stands before its segment
 };
 
+// Tokens that a convolution looks at, at most.
+#define BUPO_MAX_CONV 8
+
+struct bupo_conv_params {
+    uint32_t op; // BUPO_OP_CONV or BUPO_OP_CONV_BACK
+    uint32_t n_segments;
+    const struct bupo_segment * segments; // as for attention
+};
+
+struct bupo_delta_params {
+    uint32_t op;   // BUPO_OP_DELTA or BUPO_OP_DELTA_BACK
+    uint32_t n_k;  // key heads; value head h reads key head h mod n_k
+    uint32_t n_v;
+    uint32_t size; // of a head
+    float    eps;  // added to the squared lengths of queries and keys
+    uint32_t n_segments;
+    const struct bupo_segment * segments; // as for attention
+};
+
 enum bupo_activation {
-    BUPO_ACTIVATION_SILU = 0,
-    BUPO_ACTIVATION_GELU = 1, // in its tanh form
+    BUPO_ACTIVATION_SILU           = 0,
+    BUPO_ACTIVATION_GELU           = 1, // in its tanh form
     BUPO_ACTIVATION_CLAMPED_SWIGLU = 2, // gpt-oss's
+    BUPO_ACTIVATION_SIGMOID        = 3, // of the gate alone
 };
 
 struct bupo_glu_params {
@@ -288,6 +312,12 @@ struct bupo_hparams {
     float    expert_scale;      // of the experts' weights; 0 = 1
     uint32_t n_embd_per_layer;  // width of per-layer embeddings; 0 = none
     uint32_t windowed;          // some layers are said to have a window
+    uint32_t rope_sections[4];  // pairs of each axis of positions; all 0 = one axis
+    uint32_t ssm_conv;          // of recurrent layers: tokens that the convolution looks at
+    uint32_t ssm_inner;         // width of what they give
+    uint32_t ssm_state;         // size of a head
+    uint32_t ssm_heads;         // heads of values
+    uint32_t ssm_groups;        // heads of keys
     uint32_t n_layer_kv;        // layers from here on read keys and values of earlier ones
     float    rms_eps;
     float    embedding_scale;   // 0 = not set
@@ -327,6 +357,7 @@ struct bupo_layer_hparams {
     uint32_t kv;         // it has keys and values of its own
     uint32_t rope;       // by the file's pattern; an architecture may have one of its own besides
     uint32_t recurrent;
+    uint32_t state;      // floats of a sequence's state, 0 where it is not recurrent
     float    rope_freq_base;
     float    rope_freq_scale;
 };

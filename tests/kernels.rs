@@ -12,11 +12,11 @@ mod harness;
 
 use bupo_gguf::ggml::{Arena, Device, Tensor, Type};
 use bupo_gguf::ops::{
-    self, Activation, AdamWStep, AttentionSpec, Columns, Gating, Head, LogitMap, LowRank,
-    RouteSpec, Routes, Segment,
+    self, Activation, AdamWStep, AttentionSpec, Columns, DeltaInputs, DeltaSpec, Gating, Head,
+    LogitMap, LowRank, RouteSpec, Routes,
 };
 use common::{device, relative_error};
-use harness::{Random, Source, run_on, weight_types};
+use harness::{Random, Source, run_on, segments, weight_types};
 
 /// Relative error of sums in another order.
 const PRECISE: f32 = 1e-5;
@@ -343,20 +343,6 @@ fn distill() {
     }
 }
 
-fn segments(trees: &[(i32, &[i32])]) -> Vec<Segment> {
-    let (mut all, mut next) = (Vec::new(), 0);
-    for &(prompt, completions) in trees {
-        let (begin, end) = (next, next + prompt);
-        all.push(Segment { begin, end, prefix_begin: begin, prefix_end: begin });
-        next = end;
-        for &n in completions {
-            all.push(Segment { begin: next, end: next + n, prefix_begin: begin, prefix_end: end });
-            next += n;
-        }
-    }
-    all
-}
-
 #[test]
 fn attention() {
     let mut random = Random::new(4);
@@ -394,6 +380,70 @@ fn attention() {
 }
 
 #[test]
+fn conv() {
+    let mut random = Random::new(13);
+    for (trees, channels, k) in [
+        (&[(5, &[3, 1][..]), (1, &[][..]), (1, &[40, 2][..])][..], 3, 4),
+        (&[(70, &[33, 65][..])][..], 70, 4),
+        (&[(2, &[9, 1][..])][..], 65, 8),
+        (&[(9, &[][..])][..], 8, 1),
+    ] {
+        let segments = segments(trees);
+        let t = segments.last().unwrap().end as usize;
+        let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
+        let sources = [f32(channels, t), f32(k, channels), f32(channels, t)];
+        let exact = [PRECISE; 2];
+        agree_within(
+            &format!("conv T={t} C={channels} K={k}"),
+            &sources,
+            |arena, s| {
+                vec![
+                    ops::conv_silu(arena, s[0], s[1], &segments),
+                    ops::conv_silu_back(arena, s[0], s[1], s[2], &segments),
+                ]
+            },
+            exact,
+        );
+    }
+}
+
+#[test]
+fn delta() {
+    let mut random = Random::new(14);
+    for (trees, n_k, n_v, size) in [
+        (&[(5, &[3, 1][..]), (1, &[][..]), (9, &[40][..])][..], 2, 4, 8),
+        (&[(70, &[33, 65][..]), (64, &[1][..])][..], 1, 3, 16), // several chunks
+        (&[(130, &[1, 70][..])][..], 2, 2, 40),
+        (&[(2, &[2][..])][..], 1, 2, 128),
+    ] {
+        let segments = segments(trees);
+        let t = segments.last().unwrap().end as usize;
+        let spec = DeltaSpec { n_k, n_v, size, eps: 1e-6 };
+        let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
+        let mut sources = vec![f32(spec.width(), t), f32(n_v, t), f32(n_v, t)];
+        sources.extend([f32(n_v, 1), f32(spec.out_width(), t)]);
+        for decay in [-1e-3, -0.3, -30.0] {
+            let mut sources = sources.clone();
+            sources.push(Source::f32(&vec![decay; n_v], &[n_v, 1]));
+            // Products are F32 in either case.
+            let exact = [PRECISE; 2];
+            agree_within(
+                &format!("delta T={t} {spec:?} decay={decay}"),
+                &sources,
+                |arena, s| {
+                    let [qkv, alpha, beta, bias] = [s[0], s[1], s[2], s[3]];
+                    let inputs = DeltaInputs { qkv, alpha, beta, decay: s[5], bias };
+                    let (out, saved) = ops::delta(arena, inputs, &segments, spec);
+                    let [d_qkv, d_alpha, d_beta] = ops::delta_back(arena, &saved, s[4]);
+                    vec![out, d_qkv, d_alpha, d_beta]
+                },
+                exact,
+            );
+        }
+    }
+}
+
+#[test]
 fn rowwise() {
     let mut random = Random::new(5);
     for (n, t) in [(1, 1), (8, 3), (33, 70), (257, 5), (1000, 2)] {
@@ -410,7 +460,12 @@ fn rowwise() {
                     ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), 1e-6),
                     ops::scale_rows(arena, s[0], s[4]),
                 ];
-                for activation in [Activation::Silu, Activation::Gelu, Activation::ClampedSwiglu] {
+                for activation in [
+                    Activation::Silu,
+                    Activation::Gelu,
+                    Activation::ClampedSwiglu,
+                    Activation::Sigmoid,
+                ] {
                     let (d_gate, d_up) = ops::glu_back(arena, s[0], s[1], s[2], activation);
                     all.extend([ops::glu(arena, s[0], s[1], activation), d_gate, d_up]);
                 }

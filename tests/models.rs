@@ -8,14 +8,14 @@ use std::sync::Arc;
 use bupo_gguf::Model;
 use bupo_gguf::data::{ChatTemplate, Message};
 use bupo_gguf::ggml::ThreadPool;
-use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
+use bupo_gguf::gguf::{Array, GgufFile, GgufWriter, Value};
 use bupo_gguf::llama::{Context, ContextOptions, Products, Token, TokenBatch, chat_apply_template};
 use bupo_gguf::model::{Batch, Engine, Policy};
 use common::relative_error;
 
 /// A copy of a golden model with more metadata.
 fn with_metadata(case: &str, dir: &Path, extra: &[(&str, Value)]) -> PathBuf {
-    let file = GgufFile::open(&common::golden_dir().join(format!("{case}.gguf"))).unwrap();
+    let file = GgufFile::open(&common::folder_of(case).join(format!("{case}.gguf"))).unwrap();
     let mut writer = GgufWriter::new();
     for (key, value) in file.metadata() {
         if extra.iter().all(|(k, _)| *k != key) {
@@ -150,6 +150,42 @@ fn unknown_rope_scaling_is_refused_by_name() {
     let path = with_metadata("qwen3-f32", dir.path(), &extra);
     let error = Model::open(&path).err().expect("refused").to_string();
     assert!(error.contains("'dizzy' is not supported") && error.contains("yarn"), "{error}");
+}
+
+/// What llama.cpp divides by, trusts or asserts in models with recurrent layers, and a pattern of layers that the tensors
+/// contradict.
+#[test]
+fn delta_nets_that_do_not_fit_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let sections = |sizes: [i32; 4]| Value::from(Array::from(&sizes[..]));
+    let pattern: Vec<i32> = vec![1, 1, 0, 1];
+    for (key, value, said) in [
+        ("ssm.time_step_rank", Value::U32(3), "a multiple of ssm.group_count, 2"),
+        ("ssm.group_count", Value::U32(0), "1 to"),
+        ("ssm.inner_size", Value::U32(60), "64, 4 heads of 16"),
+        ("ssm.state_size", Value::U32(0), "1 to"),
+        ("ssm.conv_kernel", Value::U32(9), "1 to 8"),
+        ("ssm.conv_kernel", Value::U32(1), "2 to 8"),
+        ("rope.dimension_sections", sections([4, 0, 0, 0]), "take turns over 4 pairs"),
+        ("rope.dimension_sections", sections([0, 0, 0, 0]), "take turns over 4 pairs"),
+        ("full_attention_interval", Value::U32(0), "1 to"),
+        ("full_attention_interval", Value::U32(3), "tensor blk.2.ssm_out.weight"),
+        ("full_attention_interval", Value::U32(5), "tensor blk.3.attn_output.weight"),
+        ("attention.recurrent_layers", Array::from(&pattern[..]).into(), "blk.2.ssm_out.weight"),
+        ("attention.recurrent_layers", Array::from(&pattern[..3]).into(), "4 times true or false"),
+        ("nextn_predict_layers", Value::U32(4), "0 to 3"),
+    ] {
+        let full = format!("qwen35.{key}");
+        let path = with_metadata("qwen35-f32", dir.path(), &[(&full, value.clone())]);
+        let error = Model::open(&path).err().unwrap_or_else(|| panic!("{key} {value}")).to_string();
+        assert!(error.contains(&full) && error.contains(said), "{key} {value}: {error}");
+    }
+    // The same pattern in words is taken.
+    let same: Vec<i32> = vec![1, 1, 1, 0];
+    let extra = [("qwen35.attention.recurrent_layers", Array::from(&same[..]).into())];
+    let model = Model::open(&with_metadata("qwen35-f32", dir.path(), &extra)).unwrap();
+    let mixers = model.config().mixers();
+    assert_eq!(mixers, ["delta net", "delta net", "delta net", "attention"]);
 }
 
 #[test]

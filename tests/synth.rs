@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bupo_gguf::Model;
 use bupo_gguf::ggml::ThreadPool;
 use bupo_gguf::gguf::{GgufFile, Value};
-use bupo_gguf::model::{Batch, Engine, Lora, Policy, Targets};
+use bupo_gguf::model::{Batch, DeltaConfig, Engine, Lora, Policy, Targets};
 use bupo_gguf::synth::{self, Experts, Mixture, Rope, Shape};
 use llama_cpp_2::llama_backend::LlamaBackend;
 
@@ -64,12 +64,17 @@ fn every_type_loads_and_gives_finite_gradients() {
 fn shapes_keep_their_settings_and_spell_text() {
     for shape in Shape::ALL {
         // As the file says it, but for the size.
-        let small = shape.with_layers(1).unwrap().with_vocab(1024).unwrap();
-        let small = Shape { n_ff: 256, experts: few(shape), ..small };
+        let (n_layer, n_embd) = shape.delta.map_or((1, shape.n_embd), |d| (d.period, 256));
+        let small = shape.with_layers(n_layer).unwrap().with_vocab(1024).unwrap();
+        let small = Shape { n_ff: 256, n_embd, experts: few(shape), ..small };
         let (_dir, model) = open(&small, "q4_k_m");
         let (c, name) = (model.config(), shape.name);
         assert_eq!((c.family.name, c.n_ctx_train), (shape.arch, shape.n_ctx), "{name}");
-        let layer = c.layer(1);
+        if let Some(d) = shape.delta {
+            let DeltaConfig { n_k, n_v, size, kernel } = c.layer(1).delta.unwrap();
+            assert_eq!([n_k, n_v, size, kernel], [d.n_k, d.n_v, d.size, d.kernel], "{name}");
+        }
+        let layer = c.layer(n_layer);
         assert_eq!((layer.n_head, layer.n_head_kv), (shape.n_head, shape.n_head_kv), "{name}");
         assert_eq!((layer.head_size, c.rms_eps), (shape.head_size, shape.rms_eps), "{name}");
         if layer.window.is_none() {

@@ -292,6 +292,10 @@ void run_rms_norm(Device & device, ggml_tensor * dst, const bupo_norm_params & p
 void run_rms_norm_back(Device & device, ggml_tensor * dst, const bupo_norm_params & params);
 void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
 void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & params);
+void run_conv(Device & device, ggml_tensor * dst, const bupo_conv_params & params);
+void run_conv_back(Device & device, ggml_tensor * dst, const bupo_conv_params & params);
+void run_delta(Device & device, ggml_tensor * dst, const bupo_delta_params & params);
+void run_delta_back(Device & device, ggml_tensor * dst, const bupo_delta_params & params);
 void run_scale_rows(Device & device, ggml_tensor * dst);
 void run_route(Device & device, ggml_tensor * dst, const bupo_route_params & params);
 void run_route_back(Device & device, ggml_tensor * dst, const bupo_route_params & params);

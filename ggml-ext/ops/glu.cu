@@ -1,4 +1,4 @@
-// The gate of an FFN and its vjp, a thread per value. Twin: src/ops/glu.rs, which has the formulas.
+// A gate and its vjp, a thread per value. Twin: src/ops/glu.rs, which has the formulas.
 
 #include "device.h"
 
@@ -9,16 +9,23 @@ namespace bupo::BUPO_DEVICE {
 
 namespace {
 
-// act(g) = g s; `slope` is 1 + g w' (1 - s).
+// act(g) and its slope.
 struct Gate {
-    float s;
+    float value;
     float slope;
 };
 
 struct Silu {
     __device__ Gate operator()(float g) const {
         const float s = 1.0f / (1.0f + expf(-g));
-        return { s, 1.0f + g * (1.0f - s) };
+        return { g * s, s * (1.0f + g * (1.0f - s)) };
+    }
+};
+
+struct Sigmoid {
+    __device__ Gate operator()(float g) const {
+        const float s = 1.0f / (1.0f + expf(-g));
+        return { s, s / (1.0f + expf(g)) };
     }
 };
 
@@ -30,7 +37,7 @@ struct Gelu {
         const float square = x * x;
         const float e      = expf(-K * x * (1.0f + A * square));
         const float s      = 1.0f / (1.0f + e);
-        return { s, 1.0f + x * (K * (1.0f + 3.0f * A * square)) * (e * s) };
+        return { g * s, s * (1.0f + x * (K * (1.0f + 3.0f * A * square)) * (e * s)) };
     }
 };
 
@@ -39,7 +46,7 @@ struct Gelu {
 template <typename Act> static __global__ void glu(size_t n, const float * gate, const float * up, float * y) {
     const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
-        y[i] = gate[i] * Act()(gate[i]).s * up[i];
+        y[i] = Act()(gate[i]).value * up[i];
     }
 }
 
@@ -48,8 +55,8 @@ static __global__ void glu_back(size_t n, const float * gate, const float * up, 
     const size_t i = (size_t) blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) {
         const Gate act = Act()(gate[i]);
-        d_up[i]   = dy[i] * gate[i] * act.s;
-        d_gate[i] = dy[i] * up[i] * act.s * act.slope;
+        d_up[i]   = dy[i] * act.value;
+        d_gate[i] = dy[i] * up[i] * act.slope;
     }
 }
 
@@ -106,19 +113,21 @@ static void clamped_backward(Device & device, ggml_tensor * dst) {
 
 void run_glu(Device & device, ggml_tensor * dst, const bupo_glu_params & params) {
     switch (params.activation) {
-        case BUPO_ACTIVATION_SILU: return forward<Silu>(device, dst);
-        case BUPO_ACTIVATION_GELU: return forward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_SILU:           return forward<Silu>(device, dst);
+        case BUPO_ACTIVATION_GELU:           return forward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_SIGMOID:        return forward<Sigmoid>(device, dst);
         case BUPO_ACTIVATION_CLAMPED_SWIGLU: return clamped_forward(device, dst);
-        default:                   refuse(params.activation);
+        default:                             refuse(params.activation);
     }
 }
 
 void run_glu_back(Device & device, ggml_tensor * dst, const bupo_glu_params & params) {
     switch (params.activation) {
-        case BUPO_ACTIVATION_SILU: return backward<Silu>(device, dst);
-        case BUPO_ACTIVATION_GELU: return backward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_SILU:           return backward<Silu>(device, dst);
+        case BUPO_ACTIVATION_GELU:           return backward<Gelu>(device, dst);
+        case BUPO_ACTIVATION_SIGMOID:        return backward<Sigmoid>(device, dst);
         case BUPO_ACTIVATION_CLAMPED_SWIGLU: return clamped_backward(device, dst);
-        default:                   refuse(params.activation);
+        default:                             refuse(params.activation);
     }
 }
 

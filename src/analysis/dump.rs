@@ -108,6 +108,8 @@ impl Watcher for Unwatched {}
 pub struct Findings {
     /// Sums of the model, and of the one it is compared with.
     pub sums: Vec<Sums>,
+    /// What mixes tokens in each layer, of the model and of the one it is compared with.
+    pub mixers: Vec<Vec<&'static str>>,
     /// Sums of the differences, second less first.
     pub difference: Sums,
     /// A few completions to look at.
@@ -164,6 +166,7 @@ pub fn dump<'m>(
     let mut answerer = Answerer::new(model, pool.clone(), answering);
     let mut findings = Findings {
         sums: sides.iter().map(|side| Sums::of(side.model.config())).collect(),
+        mixers: sides.iter().map(|side| side.model.config().mixers()).collect(),
         difference: Sums::new(n_layer),
         gallery: Gallery::default(),
         samples: 0,

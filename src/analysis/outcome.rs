@@ -8,6 +8,7 @@ use super::dump::{Findings, Settings};
 use super::record::Figure;
 use super::routers::ExpertLoad;
 use super::summary::{Boundary, Change, LayerMeans, Sums, boundary};
+use crate::model::runs;
 
 /// One model's means.
 #[derive(Clone, Debug, Serialize)]
@@ -24,6 +25,8 @@ pub struct Means {
     pub recommended_internal_layer: usize,
     /// How sure the boundary is, and why.
     pub boundary: Boundary,
+    /// What mixes tokens in each layer, `attention` or `delta net`: A is what that adds.
+    pub mixers: Vec<&'static str>,
     /// From layer 1 up.
     pub layers: Vec<LayerMeans>,
     /// Load of the experts and entropy of the routers, of the layers that have any.
@@ -32,8 +35,8 @@ pub struct Means {
 }
 
 impl Means {
-    /// From running sums over at least one token.
-    pub fn new(sums: &Sums) -> Means {
+    /// From running sums over at least one token, and what mixes tokens in each layer.
+    pub fn new(sums: &Sums, mixers: &[&'static str]) -> Means {
         let layers = sums.means();
         let boundary = boundary(&layers);
         let last = &layers[0]; // the final policy's figures are the same in every layer
@@ -44,9 +47,23 @@ impl Means {
             boundary_layer: boundary.layer,
             recommended_internal_layer: boundary.recommended,
             boundary,
+            mixers: mixers.to_vec(),
             layers,
             experts: sums.experts(),
         }
+    }
+
+    /// Which layers have which token mixer; none where all have attention.
+    pub fn mixed(&self) -> Option<String> {
+        let of = |kind: &str| -> Vec<usize> {
+            let layers = self.mixers.iter().enumerate().filter(|(_, mixer)| **mixer == kind);
+            layers.map(|(i, _)| i + 1).collect()
+        };
+        let (mut kinds, all) = (self.mixers.clone(), self.mixers.len());
+        kinds.sort();
+        kinds.dedup();
+        let words = kinds.iter().map(|kind| format!("{kind} in layers {}", runs(&of(kind))));
+        (of("attention").len() < all).then(|| words.collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -91,7 +108,8 @@ pub struct Outcome {
 impl Outcome {
     /// From the findings of a dump.
     pub fn new(settings: &Settings, findings: &Findings) -> Outcome {
-        let compared = findings.sums.get(1).map(Means::new);
+        let means = |side: usize| Means::new(&findings.sums[side], &findings.mixers[side]);
+        let compared = (findings.sums.len() > 1).then(|| means(1));
         let difference = compared.as_ref().map(|_| {
             let layers = findings.difference.means();
             let last = layers[0].get(Figure::FinalEntropy);
@@ -105,7 +123,7 @@ impl Outcome {
             samples: findings.samples,
             tokens: findings.sums[0].tokens(),
             interrupted: findings.interrupted,
-            means: Means::new(&findings.sums[0]),
+            means: means(0),
             compared,
             difference,
         }
@@ -149,6 +167,9 @@ impl Outcome {
 
 fn one(text: &mut String, means: &Means) {
     layers(text, &means.layers);
+    if let Some(mixed) = means.mixed() {
+        let _ = writeln!(text, "token mixers     {mixed}; attn_in and attn_out are theirs");
+    }
     let _ = writeln!(
         text,
         "final policy     entropy {:.4} nats, perplexity {:.3}\ninternal layer   {}: {}",

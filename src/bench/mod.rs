@@ -8,6 +8,7 @@
 mod cost;
 mod entropy;
 mod measure;
+mod mixers;
 mod ops;
 mod rollout;
 mod train;

@@ -2,15 +2,15 @@
 //! of its measured rates, and beside the CPU's results in F32.
 
 use super::measure::{device_rates, median, median_seconds, timed};
-use super::{Bench, Row, row};
+use super::{Bench, Row, mixers, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
 use crate::model::{Map, Model};
 use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
 
 /// Names of the cases.
-pub(super) const CASES: [&str; 7] =
-    ["linear", "ggml", "columns", "head", "attention", "policies", "rows"];
+pub(super) const CASES: [&str; 8] =
+    ["linear", "ggml", "columns", "head", "attention", "delta", "policies", "rows"];
 
 /// Tokens.
 const T: usize = 512;
@@ -22,6 +22,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
         "columns" => columns(bench)?,
         "head" => head(bench)?,
         "attention" => attention(bench)?,
+        "delta" => mixers::delta(bench)?,
         "policies" => policies(bench)?,
         "rows" => rowwise(bench)?,
         _ => return Ok(None),
@@ -30,7 +31,7 @@ pub(super) fn run(bench: &Bench<'_>, name: &str) -> Result<Option<Vec<Row>>> {
 }
 
 /// A graph's inputs, with values of size 1.
-struct Inputs<'a> {
+pub(super) struct Inputs<'a> {
     /// A weight of the model.
     w: Tensor<'a>,
     floats: Vec<(Tensor<'a>, Vec<f32>)>,
@@ -38,7 +39,7 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    fn f32(&mut self, arena: &'a Arena, shape: [usize; 2]) -> Tensor<'a> {
+    pub(super) fn f32(&mut self, arena: &'a Arena, shape: [usize; 2]) -> Tensor<'a> {
         let n = shape[0] * shape[1];
         let values = (0..n).map(|i| (i * 2_654_435_761 % 1009) as f32 / 504.5 - 1.0).collect();
         let tensor = arena.input("x", Type::F32, &shape);
@@ -54,7 +55,7 @@ impl<'a> Inputs<'a> {
 }
 
 /// Times the graph that `build` makes, `flop` operations of matrix products; `w` is at hand there.
-fn time(
+pub(super) fn time(
     bench: &Bench<'_>,
     name: String,
     flop: f64,
@@ -349,7 +350,8 @@ pub fn pairs(segments: &[Segment], window: Option<usize>) -> usize {
 }
 
 fn attention(bench: &Bench<'_>) -> Result<Vec<Row>> {
-    let c = bench.model.config().layer(1);
+    let mut layers = bench.model.config().layers.iter();
+    let Some(c) = layers.find(|layer| layer.delta.is_none()) else { return Ok(Vec::new()) };
     let (n_head, n_head_kv, head_size) = (c.n_head, c.n_head_kv, c.head_size);
     let plain = AttentionSpec {
         n_head,

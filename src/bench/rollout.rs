@@ -17,8 +17,8 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     let model = bench.model;
     let mut lora = bench.adapter()?;
     let n_ctx_seq = PROMPT + DECODED;
-    let per_sequence = n_ctx_seq.next_multiple_of(256) * model.engine().kv_token_bytes()?;
-    let options = RolloutOptions { n_ctx_seq, kv_bytes: n_seq * per_sequence };
+    let options =
+        RolloutOptions { n_ctx_seq, kv_bytes: usize::MAX }.at_most(n_seq, model.engine())?;
     let mut rollouts = Rollouts::new(model.engine(), &bench.pool, options)?;
     let prompt = bench.tokens(PROMPT, 1);
     let mut bare = Bare::new(bench, n_seq, &prompt)?;

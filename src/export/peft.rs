@@ -4,13 +4,10 @@
 //! For a linear layer PEFT holds `lora_A.weight: [r, n_in]` and `lora_B.weight: [n_out, r]` (rows first, so
 //! the same bytes as ggml's `[n_in, r]` and `[r, n_out]`), applied with `lora_alpha / r`.
 //!
-//! **The permutation of llama.** GGUF files of architecture llama rotate neighbouring pairs, Hugging Face's
-//! modules pairs `(i, i + hd/2)`; so the converter permutes the rows of q and k within each head, and with
-//! them the rows of B: GGUF row `2 j + s` of a head is row `s hd/2 + j` there (j < hd/2, s in {0, 1}). Qwen is
-//! not permuted.
-//!
+//! Rows and columns are moved where GGUF has them in another order (`peft_order.rs`).
 //! Numbers are moved, never changed: what is written in F32 and read again is the same, bit by bit.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -18,6 +15,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
+use super::peft_order::{Order, ValueHeads};
 use crate::error::json_fault;
 use crate::ggml::MappedFile;
 use crate::gguf::{AdapterFile, AdapterPair, GgufFile, GgufSet, Value, write_atomically};
@@ -47,6 +45,8 @@ pub struct PeftBase {
     pub n_head: usize,
     /// Key/value heads, likewise.
     pub n_head_kv: usize,
+    /// Heads of its delta nets, if it has any.
+    pub value_heads: Option<ValueHeads>,
 }
 
 impl PeftBase {
@@ -64,16 +64,20 @@ impl PeftBase {
             n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
         }
         let n_layer = file.require(&format!("{arch}.block_count"))?;
-        Ok(PeftBase { arch, n_layer, n_head, n_head_kv })
+        let value_heads = ValueHeads::from_gguf(file, arch)?;
+        Ok(PeftBase { arch, n_layer, n_head, n_head_kv, value_heads })
     }
 
-    /// Heads whose rows are permuted in a weight; none where they are not.
-    fn permuted_heads(&self, weight: &str) -> Option<usize> {
-        match self.arch {
-            Family { permuted: false, .. } => None,
-            _ if weight.ends_with(".attn_q.weight") => Some(self.n_head),
-            _ if weight.ends_with(".attn_k.weight") => Some(self.n_head_kv),
-            _ => None,
+    /// What GGUF has in another order in a weight, if it does.
+    fn order(&self, weight: &str) -> Option<Order> {
+        match self.arch.permuted {
+            true if weight.ends_with(".attn_q.weight") => {
+                Some(Order::Rotated { heads: self.n_head })
+            }
+            true if weight.ends_with(".attn_k.weight") => {
+                Some(Order::Rotated { heads: self.n_head_kv })
+            }
+            _ => Order::of_values(self.value_heads?, weight),
         }
     }
 }
@@ -161,32 +165,21 @@ fn modules(family: &Family) -> impl Iterator<Item = (&'static str, &'static str)
     family.modules.iter().copied().chain(MODULES)
 }
 
-/// Rows of `b: [rank, n_out]` in the other order: to GGUF's, or back.
-fn permute(b: &[f32], rank: usize, heads: usize, to_gguf: bool) -> Option<Vec<f32>> {
-    let n_out = b.len() / rank;
-    if heads == 0 || !n_out.is_multiple_of(2 * heads) {
-        return None;
-    }
-    let (size, half) = (n_out / heads, n_out / heads / 2);
-    let mut out = vec![0.0; b.len()];
-    for row in 0..n_out {
-        let (head, in_head) = (row / size, row % size);
-        // `row` in GGUF's order: pair j, side s.
-        let other = head * size + in_head % 2 * half + in_head / 2;
-        let (from, to) = if to_gguf { (other, row) } else { (row, other) };
-        out[to * rank..][..rank].copy_from_slice(&b[from * rank..][..rank]);
-    }
-    Some(out)
-}
-
-/// The pair's B with its rows permuted where the architecture asks for it.
-fn permuted(base: &PeftBase, pair: &AdapterPair, to_gguf: bool, place: &str) -> Result<Vec<f32>> {
-    let Some(heads) = base.permuted_heads(&pair.weight) else { return Ok(pair.b.clone()) };
-    permute(&pair.b, pair.rank, heads, to_gguf).ok_or_else(|| {
+/// The pair's A and B in the other order where the architecture asks for it.
+fn reordered<'p>(
+    base: &PeftBase,
+    pair: &'p AdapterPair,
+    to_gguf: bool,
+    place: &str,
+) -> Result<[Cow<'p, [f32]>; 2]> {
+    let Some(order) = base.order(&pair.weight) else {
+        return Ok([Cow::Borrowed(&pair.a), Cow::Borrowed(&pair.b)]);
+    };
+    order.apply(pair, to_gguf).ok_or_else(|| {
         Error::invalid(
             format!("{place}: {}", pair.weight),
-            format!("outputs for {heads} heads of even size"),
-            pair.n_out.to_string(),
+            order.expected(),
+            format!("{} inputs and {} outputs", pair.n_in, pair.n_out),
             "use the model that the adapter was trained on",
         )
     })
@@ -214,9 +207,9 @@ pub fn write_peft(
         })?;
         for (expert, pair) in one_by_one(pair).into_iter().enumerate() {
             let module = module.replace('*', &expert.to_string());
-            let b = permuted(base, &pair, false, &place)?;
+            let [a, b] = reordered(base, &pair, false, &place)?;
             let name = |half| format!("{PREFIX}{module}.lora_{half}.weight");
-            tensors.insert(name('A'), (vec![pair.rank, pair.n_in], bytes(&pair.a)));
+            tensors.insert(name('A'), (vec![pair.rank, pair.n_in], bytes(&a)));
             tensors.insert(name('B'), (vec![pair.n_out, pair.rank], bytes(&b)));
             modules.push((module, pair.rank));
         }
@@ -324,8 +317,8 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
         if (rest - 1.0).abs() > 1e-9 {
             pair.b.iter_mut().for_each(|x| *x = (rest * *x as f64) as f32);
         }
-        pair.b = permuted(base, &pair, true, &place)?;
-        adapter.pairs.push(pair);
+        let [a, b] = reordered(base, &pair, true, &place)?.map(Cow::into_owned);
+        adapter.pairs.push(AdapterPair { a, b, ..pair });
     }
     Ok(adapter)
 }
@@ -447,8 +440,12 @@ fn floats(view: &TensorView, place: &str) -> Result<Vec<f32>> {
 fn order(weight: &str) -> (usize, usize) {
     let parts = weight.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     let Some((layer, name)) = parts else { return (usize::MAX, 0) };
-    // A fused map stands where the first of its parts would.
-    let name = if name.starts_with("attn_qkv") { "attn_q" } else { name };
+    // A fused map stands where the first of its parts would, a delta net's where those of attention would.
+    let name = match name.strip_suffix(".weight") {
+        Some("attn_qkv" | "attn_gate" | "ssm_alpha" | "ssm_beta") => "attn_q",
+        Some("ssm_out") => "attn_output",
+        _ => name,
+    };
     let target = MODULES.iter().position(|(gguf, _)| name.starts_with(gguf));
     (layer.parse().unwrap_or(usize::MAX), target.unwrap_or(usize::MAX))
 }
@@ -482,21 +479,6 @@ fn read_own(path: &Path) -> Result<Vec<(String, Value)>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_permutation_is_the_converters_and_its_own_inverse_undone() {
-        // numpy: arange(8).reshape(1, 2, 4).swapaxes(1, 2).reshape(8) = [0 4 1 5 2 6 3 7]
-        let hf: Vec<f32> = (0..8).map(|i| i as f32).collect();
-        let gguf = permute(&hf, 1, 1, true).unwrap();
-        assert_eq!(gguf, [0.0, 4.0, 1.0, 5.0, 2.0, 6.0, 3.0, 7.0]);
-        assert_eq!(permute(&gguf, 1, 1, false).unwrap(), hf);
-        // Two heads, rank 2.
-        let hf: Vec<f32> = (0..16).map(|i| i as f32).collect();
-        let gguf = permute(&hf, 2, 2, true).unwrap();
-        assert_eq!(gguf[..8], [0.0, 1.0, 4.0, 5.0, 2.0, 3.0, 6.0, 7.0]);
-        assert_eq!(permute(&gguf, 2, 2, false).unwrap(), hf);
-        assert_eq!(permute(&hf, 2, 3, true), None);
-    }
 
     #[test]
     fn names_go_both_ways() {

@@ -235,6 +235,25 @@ impl Arena {
         })
     }
 
+    /// A matrix with the same elements and no gaps between rows.
+    pub fn contiguous<'a>(&'a self, x: Tensor<'a>) -> Tensor<'a> {
+        let [d, rows, a, b] = x.shape();
+        assert!(x.ty() == Type::F32 && [a, b] == [1; 2], "contiguous copy of {x:?}");
+        self.reserve(1);
+        // SAFETY: an F32 matrix; room in the context.
+        self.wrap(unsafe { sys::ggml_cont_2d(self.context(), x.raw(), d as i64, rows as i64) })
+    }
+
+    /// Rows of `a: [n, rows]`, each with that of `b: [m, rows]` behind it.
+    pub fn side_by_side<'a>(&'a self, a: Tensor<'a>, b: Tensor<'a>) -> Tensor<'a> {
+        f32_contiguous("side_by_side", &[a, b]);
+        let ([_, n, c, d], [_, m, e, f]) = (a.shape(), b.shape());
+        assert!(n == m && [c, d, e, f] == [1; 4], "{a:?} beside {b:?}");
+        self.reserve(1);
+        // SAFETY: F32 matrices of as many rows; room in the context.
+        self.wrap(unsafe { sys::ggml_concat(self.context(), a.raw(), b.raw(), 0) })
+    }
+
     /// `shape` elements of the contiguous `x` from element `first` on, as a view.
     pub fn part<'a>(&'a self, x: Tensor<'a>, first: usize, shape: [usize; 2]) -> Tensor<'a> {
         assert!(x.ty() == Type::F32 && x.is_contiguous(), "part of {x:?}");

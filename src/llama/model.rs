@@ -175,11 +175,20 @@ impl Model {
 
     /// Bytes that a decoding context takes for one token's keys and values, F16, all layers that have their own.
     pub fn kv_token_bytes(&self) -> Result<usize> {
-        let of_layer = |layer| {
-            let h = self.layer_hparams(layer)?;
-            Ok(2 * (h.kv * h.n_head_kv * (h.head_size_k + h.head_size_v)) as usize)
-        };
-        (1..=self.hparams()?.n_layer as usize).map(of_layer).sum()
+        self.over_layers(|h| match h.recurrent {
+            0 => 2 * (h.kv * h.n_head_kv * (h.head_size_k + h.head_size_v)) as usize,
+            _ => 0,
+        })
+    }
+
+    /// Bytes that a decoding context takes for one sequence's states, F32, all recurrent layers; 0 where there are none. A
+    /// state cannot forget the last tokens that went into it.
+    pub fn state_bytes(&self) -> Result<usize> {
+        self.over_layers(|h| 4 * h.state as usize)
+    }
+
+    fn over_layers(&self, of: impl Fn(&LayerHparams) -> usize) -> Result<usize> {
+        (1..=self.hparams()?.n_layer as usize).map(|l| Ok(of(&self.layer_hparams(l)?))).sum()
     }
 
     /// Tensor `index` of [`Model::tensors`].

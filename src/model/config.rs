@@ -3,7 +3,7 @@
 use super::arch::Family;
 use crate::ggml::Rope;
 use crate::llama::{self, Hparams, LayerHparams};
-use crate::ops::LogitMap;
+use crate::ops::{DeltaSpec, LogitMap, MAX_CONV};
 use crate::{Error, Result};
 
 /// Sizes and settings of a model, as llama.cpp reads them.
@@ -64,6 +64,28 @@ pub struct LayerConfig {
     pub rope_factors: bool,
     /// Whether it has keys and values of its own.
     pub has_kv: bool,
+    /// A gated delta net instead of attention, whose sizes above are of no use then.
+    pub delta: Option<DeltaConfig>,
+}
+
+/// Sizes of a gated delta net.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeltaConfig {
+    /// Heads of keys, and of queries.
+    pub n_k: usize,
+    /// Heads of values; value head h reads key head h mod `n_k`.
+    pub n_v: usize,
+    /// Size of a head.
+    pub size: usize,
+    /// Tokens that its convolution looks at.
+    pub kernel: usize,
+}
+
+impl DeltaConfig {
+    /// Its rule.
+    pub fn spec(&self, eps: f32) -> DeltaSpec {
+        DeltaSpec { n_k: self.n_k, n_v: self.n_v, size: self.size, eps }
+    }
 }
 
 /// A mixture of experts.
@@ -82,6 +104,11 @@ pub struct Experts {
 }
 
 impl LayerConfig {
+    /// What mixes tokens.
+    pub fn mixer(&self) -> &'static str {
+        if self.delta.is_some() { "delta net" } else { "attention" }
+    }
+
     /// Width of all queries.
     pub fn q_width(&self) -> usize {
         self.n_head * self.head_size
@@ -125,6 +152,7 @@ const SCALING_LONGROPE: i32 = 3;
 /// `enum llama_rope_type`.
 const ROPE_NORMAL: i32 = 0;
 const ROPE_NEOX: i32 = 2;
+const ROPE_SECTIONED: i32 = 40;
 
 fn refuse<T>(what: &'static str, got: String, supported: &str) -> Result<T> {
     Err(Error::Unsupported { what, got, supported: supported.into() })
@@ -147,7 +175,7 @@ impl Config {
             let supported = "none, linear, yarn, longrope, llama3 (rope_freqs)";
             return refuse("rope scaling type", got, supported);
         }
-        if ![ROPE_NORMAL, ROPE_NEOX].contains(&h.rope_type) {
+        if ![ROPE_NORMAL, ROPE_NEOX, ROPE_SECTIONED].contains(&h.rope_type) {
             return refuse("rope type", h.rope_type.to_string(), "pairs of neighbours, of halves");
         }
         let n_layer = h.n_layer as usize;
@@ -220,6 +248,11 @@ impl Config {
         (1..=depth).filter(first).collect()
     }
 
+    /// What mixes tokens, layer by layer.
+    pub fn mixers(&self) -> Vec<&'static str> {
+        self.layers.iter().map(LayerConfig::mixer).collect()
+    }
+
     /// The largest of a size over all layers.
     pub fn most(&self, size: impl Fn(&LayerConfig) -> usize) -> usize {
         self.layers.iter().map(size).max().unwrap_or(0)
@@ -229,7 +262,7 @@ impl Config {
 impl LayerConfig {
     fn new(family: &Family, h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
         if l.recurrent != 0 {
-            return refuse("layer", format!("layer {layer} is recurrent"), "attention");
+            return LayerConfig::recurrent(h, l, layer);
         }
         let rotates = l.n_rot == l.head_size_k
             || (family.partial_rope && l.n_rot < l.head_size_k && l.n_rot.is_multiple_of(2));
@@ -259,19 +292,54 @@ impl LayerConfig {
             n_head_kv: l.n_head_kv as usize,
             head_size,
             n_ff: l.n_ff as usize,
-            experts: (h.n_expert > 0).then_some(Experts {
-                count: h.n_expert as usize,
-                used: l.n_expert_used as usize,
-                n_ff: if l.n_ff_expert > 0 { l.n_ff_expert } else { l.n_ff } as usize,
-                n_ff_shared: h.n_ff_shared as usize,
-                scale: if h.expert_scale == 0.0 { 1.0 } else { h.expert_scale },
-            }),
+            experts: experts(h, l),
             window: (l.window > 0).then_some(l.window as usize),
             rope: (l.rope != 0).then(|| rope(h, l)),
             rope_factors: true,
             has_kv: l.kv != 0,
+            delta: None,
         })
     }
+
+    fn recurrent(h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
+        let [n_k, n_v, size] = [h.ssm_groups, h.ssm_heads, h.ssm_state].map(|n| n as usize);
+        let divides = n_k > 0 && n_v > 0 && n_v.is_multiple_of(n_k);
+        if !divides || n_v * size != h.ssm_inner as usize || !(1..=MAX_HEAD).contains(&size) {
+            let got = format!(
+                "{n_k} key and {n_v} value heads of {size}, {} in all, in layer {layer}",
+                h.ssm_inner
+            );
+            let supported = format!("value heads a multiple of key heads, sizes up to {MAX_HEAD}");
+            return refuse("head count", got, &supported);
+        }
+        let kernel = h.ssm_conv as usize;
+        if !(1..=MAX_CONV).contains(&kernel) {
+            let supported = format!("1 to {MAX_CONV} tokens");
+            return refuse("convolution", format!("{kernel} tokens"), &supported);
+        }
+        Ok(LayerConfig {
+            n_head: 0,
+            n_head_kv: 0,
+            head_size: 0,
+            n_ff: l.n_ff as usize,
+            experts: experts(h, l),
+            window: None,
+            rope: None,
+            rope_factors: false,
+            has_kv: true,
+            delta: Some(DeltaConfig { n_k, n_v, size, kernel }),
+        })
+    }
+}
+
+fn experts(h: &Hparams, l: &LayerHparams) -> Option<Experts> {
+    (h.n_expert > 0).then_some(Experts {
+        count: h.n_expert as usize,
+        used: l.n_expert_used as usize,
+        n_ff: if l.n_ff_expert > 0 { l.n_ff_expert } else { l.n_ff } as usize,
+        n_ff_shared: h.n_ff_shared as usize,
+        scale: if h.expert_scale == 0.0 { 1.0 } else { h.expert_scale },
+    })
 }
 
 /// Head sizes that our attention computes, in steps of 8.
@@ -299,7 +367,7 @@ fn rope(h: &Hparams, l: &LayerHparams) -> Rope {
     }
     Rope {
         n_rot: l.n_rot as usize,
-        neox: h.rope_type == ROPE_NEOX,
+        neox: h.rope_type != ROPE_NORMAL,
         n_ctx_orig: h.rope_ctx_orig as usize,
         freq_base: l.rope_freq_base,
         freq_scale: own,

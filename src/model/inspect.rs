@@ -46,7 +46,9 @@ pub struct Trainable {
 pub struct LayerKind {
     /// Which, from 1.
     pub layers: Vec<usize>,
-    /// Query and key/value heads.
+    /// What mixes tokens: `attention` or `delta net`.
+    pub mixer: &'static str,
+    /// Query and key/value heads; key and value heads of a delta net.
     pub heads: [usize; 2],
     /// Size of a head.
     pub head_size: usize,
@@ -58,6 +60,8 @@ pub struct LayerKind {
     pub rope_base: Option<f32>,
     /// Whether it has keys and values of its own.
     pub own_keys: bool,
+    /// Tokens of a delta net's convolution.
+    pub convolution: Option<usize>,
 }
 
 /// A model file described.
@@ -210,12 +214,14 @@ fn layer_kinds(model: &Model) -> Vec<LayerKind> {
     for (i, l) in model.config().layers.iter().enumerate() {
         let kind = LayerKind {
             layers: Vec::new(),
-            heads: [l.n_head, l.n_head_kv],
-            head_size: l.head_size,
+            mixer: l.mixer(),
+            heads: l.delta.map_or([l.n_head, l.n_head_kv], |d| [d.n_k, d.n_v]),
+            head_size: l.delta.map_or(l.head_size, |d| d.size),
             ffn_width: l.ffn_width(),
             window: l.window,
             rope_base: l.rope.map(|rope| rope.freq_base),
             own_keys: l.has_kv,
+            convolution: l.delta.map(|d| d.kernel),
         };
         match kinds.iter_mut().find(|k| LayerKind { layers: Vec::new(), ..(*k).clone() } == kind) {
             Some(known) => known.layers.push(i + 1),
@@ -254,6 +260,16 @@ fn trainable(model: &Model, files: &[GgufFile]) -> Vec<Trainable> {
 impl fmt::Display for LayerKind {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let [n_head, n_head_kv] = self.heads;
+        if let Some(tokens) = self.convolution {
+            return write!(
+                f,
+                "{:<12}FFN {}, {} of {n_head} key and {n_head_kv} value heads of {}, convolution of {tokens} tokens",
+                runs(&self.layers),
+                self.ffn_width,
+                self.mixer,
+                self.head_size
+            );
+        }
         let window = self.window.map_or(String::new(), |n| format!(", window {n}"));
         let rope = self.rope_base.map_or(", no positions".into(), |b| format!(", rope base {b}"));
         let keys = if self.own_keys { "" } else { ", keys and values of an earlier layer" };
@@ -268,7 +284,7 @@ impl fmt::Display for LayerKind {
 }
 
 /// `1-5,7-11,13`
-fn runs(layers: &[usize]) -> String {
+pub fn runs(layers: &[usize]) -> String {
     let mut text = String::new();
     for run in layers.chunk_by(|a, b| a + 1 == *b) {
         let (first, last) = (run[0], run[run.len() - 1]);

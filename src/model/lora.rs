@@ -19,24 +19,28 @@ use crate::llama::LiveAdapter;
 use crate::{Error, Result};
 
 /// Linear maps by their names on the command line and in the file, in the order of a layer. A fused map, whose
-/// outputs are used in parts, has a name of its own.
-const NAMES: [(&str, &str, bool); 16] = [
-    ("q", "attn_q", false),
-    ("k", "attn_k", false),
-    ("v", "attn_v", false),
-    ("qkv", "attn_qkv", true),
-    ("o", "attn_output", false),
-    ("gate", "ffn_gate", false),
-    ("up", "ffn_up", false),
-    ("gate_up", "ffn_up", true),
-    ("down", "ffn_down", false),
-    (SHARED, "ffn_gate_shexp", false),
-    (SHARED, "ffn_up_shexp", false),
-    (SHARED, "ffn_down_shexp", false),
-    (EXPERTS, "ffn_gate_exps", false),
-    (EXPERTS, "ffn_up_exps", false),
-    (EXPERTS, "ffn_down_exps", false),
-    (ROUTER, "ffn_gate_inp", false),
+/// outputs are used in parts, may have a name of its own.
+const NAMES: [(&str, &str, Option<bool>); 20] = [
+    ("q", "attn_q", None),
+    ("k", "attn_k", None),
+    ("v", "attn_v", None),
+    ("qkv", "attn_qkv", None),
+    ("z", "attn_gate", None),
+    ("alpha", "ssm_alpha", None),
+    ("beta", "ssm_beta", None),
+    ("o", "attn_output", None),
+    ("out", "ssm_out", None),
+    ("gate", "ffn_gate", None),
+    ("up", "ffn_up", Some(false)),
+    ("gate_up", "ffn_up", Some(true)),
+    ("down", "ffn_down", None),
+    (SHARED, "ffn_gate_shexp", None),
+    (SHARED, "ffn_up_shexp", None),
+    (SHARED, "ffn_down_shexp", None),
+    (EXPERTS, "ffn_gate_exps", None),
+    (EXPERTS, "ffn_up_exps", None),
+    (EXPERTS, "ffn_down_exps", None),
+    (ROUTER, "ffn_gate_inp", None),
 ];
 /// A mixture's shared expert, each of the others, and what chooses among them.
 const SHARED: &str = "shared";
@@ -78,7 +82,8 @@ fn words() -> Vec<&'static str> {
 
 impl Map {
     pub(super) fn new(layer: usize, name: &str, fused: bool, n_in: usize, n_out: usize) -> Map {
-        let order = NAMES.iter().position(|&(_, gguf, f)| gguf == name && f == fused);
+        let order =
+            NAMES.iter().position(|&(_, gguf, f)| gguf == name && f.is_none_or(|f| f == fused));
         Map {
             layer,
             name: name.into(),

@@ -5,7 +5,11 @@
 //! `llama_model_base::load_hparams`, `llama_vocab::impl::load` and the graphs of the architectures in
 //! [`Family`]. What it throws on (shapes, missing tensors) it also catches and reports itself.
 
+mod recurrent;
+
 use std::collections::HashSet;
+
+pub use recurrent::check_recurrent;
 
 use super::Family;
 use super::config::MAX_HEAD;
@@ -125,6 +129,13 @@ fn check_sizes(keys: &Keys<'_>) -> Result<(usize, usize)> {
     let n_layer = keys.size("block_count", MAX_LAYERS)?;
     let d = keys.size("embedding_length", MAX_WIDTH)?;
     keys.size("context_length", MAX_CONTEXT)?;
+    let beside = "nextn_predict_layers";
+    if let Some(value) = keys.get(beside) {
+        let most = n_layer as i128 - 1;
+        if !value.integer().is_some_and(|n| (0..=most).contains(&n)) {
+            return Err(keys.wrong(beside, format!("0 to {most}"), value.describe()));
+        }
+    }
     if keys.get("feed_forward_length").is_some() {
         keys.per_layer("feed_forward_length", n_layer, MAX_WIDTH)?;
     }

@@ -1,11 +1,12 @@
-//! `y = act(g) * u`, the gate of an FFN, and its vjp.
+//! `y = act(g) * u`, the gate of an FFN, of an attention's result or of a normalised one, and its vjp.
 //!
-//! Two activations are `act(g) = g s` with `s = sigmoid(w(g))`:
+//! With `s = sigmoid(w)`:
 //!
 //! ```text
-//! SiLU   w = g
-//! GELU   w = 2 sqrt(2/pi) (g + 0.044715 g^3), for (1 + tanh(w/2)) / 2 = sigmoid(w): GELU's tanh form
-//! dg = dy * u * s * (1 + g w' (1 - s))            du = dy * g * s
+//! SiLU     act = g s   act' = s (1 + g w' (1 - s))   w = g
+//! GELU     the same, w = 2 sqrt(2/pi) (g + 0.044715 g^3), for (1 + tanh(w/2)) / 2 = sigmoid(w): GELU's tanh form
+//! sigmoid  act = s     act' = s (1 - s)              w = g
+//! dg = dy * u * act'(g)            du = dy * act(g)
 //! ```
 //!
 //! gpt-oss has a gate and a line that are cut off (`SWIGLU_OAI` in llama.cpp):
@@ -35,6 +36,8 @@ pub enum Activation {
     Gelu,
     /// `min(g, 7) sigmoid(1.702 min(g, 7)) (clamp(u, -7, 7) + 1)`.
     ClampedSwiglu,
+    /// `sigmoid(g)`.
+    Sigmoid,
 }
 
 impl Activation {
@@ -43,6 +46,7 @@ impl Activation {
             Activation::Silu => sys::BUPO_ACTIVATION_SILU,
             Activation::Gelu => sys::BUPO_ACTIVATION_GELU,
             Activation::ClampedSwiglu => sys::BUPO_ACTIVATION_CLAMPED_SWIGLU,
+            Activation::Sigmoid => sys::BUPO_ACTIVATION_SIGMOID,
         };
         GluParams { op, activation }
     }
@@ -52,6 +56,7 @@ impl Activation {
             sys::BUPO_ACTIVATION_SILU => Activation::Silu,
             sys::BUPO_ACTIVATION_GELU => Activation::Gelu,
             sys::BUPO_ACTIVATION_CLAMPED_SWIGLU => Activation::ClampedSwiglu,
+            sys::BUPO_ACTIVATION_SIGMOID => Activation::Sigmoid,
             other => unreachable!("activation {other} of a node made here"),
         }
     }
@@ -92,11 +97,18 @@ pub fn glu_back<'a>(
     (arena.row_range(both, 0, t), arena.row_range(both, t, t))
 }
 
-/// s, and `1 + g w' (1 - s)`.
+/// act and its slope.
 #[inline(always)]
 fn silu(g: f32) -> (f32, f32) {
     let s = 1.0 / (1.0 + exp(-g));
-    (s, 1.0 + g * (1.0 - s))
+    (g * s, s * (1.0 + g * (1.0 - s)))
+}
+
+/// As [`silu`].
+#[inline(always)]
+fn sigmoid(g: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp(-g));
+    (s, s / (1.0 + exp(g)))
 }
 
 /// As [`silu`].
@@ -110,7 +122,7 @@ fn gelu(g: f32) -> (f32, f32) {
     let e = exp(-K * x * (1.0 + A * square));
     let s = 1.0 / (1.0 + e);
     // e s is 1 - s without the cancellation.
-    (s, 1.0 + x * (K * (1.0 + 3.0 * A * square)) * (e * s))
+    (g * s, s * (1.0 + x * (K * (1.0 + 3.0 * A * square)) * (e * s)))
 }
 
 unsafe extern "C" fn forward(
@@ -129,6 +141,7 @@ unsafe extern "C" fn forward(
                 Activation::Silu => forward_row(y, gate, up, silu),
                 Activation::Gelu => forward_row(y, gate, up, gelu),
                 Activation::ClampedSwiglu => clamped_row(y, gate, up),
+                Activation::Sigmoid => forward_row(y, gate, up, sigmoid),
             }
         }
     }
@@ -137,7 +150,7 @@ unsafe extern "C" fn forward(
 #[inline(always)]
 fn forward_row(y: &mut [f32], gate: &[f32], up: &[f32], act: impl Fn(f32) -> (f32, f32)) {
     for ((y, &g), u) in y.iter_mut().zip(gate).zip(up) {
-        *y = g * act(g).0 * u;
+        *y = act(g).0 * u;
     }
 }
 
@@ -191,6 +204,7 @@ unsafe extern "C" fn backward(
                 Activation::Silu => backward_row(d_gate, d_up, rows, silu),
                 Activation::Gelu => backward_row(d_gate, d_up, rows, gelu),
                 Activation::ClampedSwiglu => clamped_back_row(d_gate, d_up, rows),
+                Activation::Sigmoid => backward_row(d_gate, d_up, rows, sigmoid),
             }
         }
     }
@@ -205,8 +219,8 @@ fn backward_row(
 ) {
     let sources = gate.iter().zip(up).zip(dy);
     for (((&g, u), dy), (d_gate, d_up)) in sources.zip(d_gate.iter_mut().zip(d_up)) {
-        let (s, slope) = act(g);
-        *d_up = dy * g * s;
-        *d_gate = dy * u * s * slope;
+        let (value, slope) = act(g);
+        *d_up = dy * value;
+        *d_gate = dy * u * slope;
     }
 }

@@ -6,7 +6,9 @@
 
 mod adamw;
 mod attention;
+mod conv;
 mod decode_attention;
+mod delta;
 mod distill;
 mod divergence;
 mod exp;
@@ -26,13 +28,14 @@ mod products;
 mod queue;
 mod rows;
 mod scratch;
+mod segments;
 mod yardstick;
 
 pub use adamw::{AdamWStep, adamw, sum_squares};
-pub use attention::{
-    AttentionSaved, AttentionSpec, Segment, attention, attention_back, attention_kept,
-};
+pub use attention::{AttentionSaved, AttentionSpec, attention, attention_back, attention_kept};
+pub use conv::{MAX_CONV, conv_silu, conv_silu_back};
 pub(crate) use decode_attention::{MOST_HEADS, decode_attention};
+pub use delta::{DeltaInputs, DeltaSaved, DeltaSpec, delta, delta_back, delta_flop, delta_kept};
 pub use distill::{DistillSpec, Distilled, DivergenceKind, distill, distill_tiles_bytes};
 pub use divergence::{Divergence, divergence};
 pub(crate) use exp::exp as exp_fast;
@@ -53,4 +56,5 @@ pub(crate) use products::weight_product;
 pub use products::{faster_from, product};
 pub use rows::scale_rows;
 pub use scratch::{ScratchShape, scratch_bytes};
+pub use segments::Segment;
 pub use yardstick::Yardstick;

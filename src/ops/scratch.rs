@@ -15,6 +15,10 @@ pub struct ScratchShape {
     pub n_q: usize,
     /// Width of keys, all heads.
     pub n_kv: usize,
+    /// Channels of the widest convolution; 0 without one.
+    pub n_conv: usize,
+    /// Value heads and their size of the largest delta net; 0 without one.
+    pub delta: [usize; 2],
     /// Tokens of the vocabulary.
     pub n_vocab: usize,
     /// Tokens of a batch.
@@ -54,6 +58,10 @@ pub fn scratch_bytes(s: &ScratchShape) -> usize {
     let logits = width * n * if s.precise { 4 } else { 6 };
     let rows = width * s.n_embd * element * widened;
     let logprob = n * (s.n_embd * (4 + factor) + 32) + rows + logits;
+    let conv = 4 * s.tokens * s.n_conv;
+    // Of each value head some twelve rows of 64 tokens, five triangles and three states (ggml-ext/ops/delta.cu).
+    let [n_v, size] = s.delta;
+    let delta = 4 * n_v * (14 * 64 * size + 7 * 64 * 64 + 3 * size * size);
     // Each lending ends at a multiple of 256 and leaves room for a super-block.
-    (linear + slots).max(attention).max(logprob) + 16 * 1280
+    (linear + slots).max(attention).max(logprob).max(conv).max(delta) + 32 * 1280
 }

@@ -5,9 +5,11 @@
 //! takes part in the next group. llama.cpp decodes sequences of neighbouring slots together, so at the
 //! tail, when nothing is pending, the last slot's sequence moves into the hole.
 //!
-//! On a GPU tokens are drawn in the decoding graph ([`Context::draw`]), so that `[sequences, V]` logits stay there. A
-//! prompt's own logits are wanted on the host all the same, for every completion of its group begins with them: prompts
-//! are decoded in one more sequence, in which nothing is drawn, and copied to where they are needed.
+//! Some runs decode prompts in one more sequence, one at a time, and copy it to where it is needed. On a GPU tokens are
+//! drawn in the decoding graph ([`Context::draw`]), so that `[sequences, V]` logits stay there; a prompt's own logits are
+//! wanted on the host all the same, for every completion of its group begins with them, so nothing is drawn in that
+//! sequence. And a recurrent layer's state cannot forget a completion's tokens: there a group's next completion begins with
+//! a copy of the prompt's state, and no other group begins before the last completion of this one has.
 //!
 //! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
 //! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
@@ -113,8 +115,12 @@ pub struct Rollouts {
     n_ctx_seq: usize,
     // Draws tokens, on as many threads as decode.
     workers: rayon::ThreadPool,
-    /// Sequences whose tokens are drawn on the device, where that is wanted; the one after them is for prompts.
-    n_drawn: Option<usize>,
+    // Sequences that are sampled; where prompts have one of their own, it is the one after them.
+    n_slots: usize,
+    // Tokens are drawn on the device, where that is possible.
+    draws: bool,
+    // Sequences have states, which cannot forget a completion's tokens.
+    has_states: bool,
 }
 
 /// A request in work: the logits after its prompt start every completion.
@@ -145,11 +151,12 @@ impl Rollouts {
         options: RolloutOptions,
     ) -> Result<Rollouts> {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(model)?;
-        let n_drawn = (!model.device().is_host()).then_some(n_seq.min(MAX_PARALLEL - 1));
-        let n_seq = n_drawn.map_or(n_seq, |n| n + 1);
+        let (draws, has_states) = (!model.device().is_host(), model.state_bytes()? > 0);
+        let apart = draws || has_states;
+        let n_slots = if apart { n_seq.min(MAX_PARALLEL - 1) } else { n_seq };
         let sizes = ContextOptions {
             n_ctx_seq,
-            n_seq,
+            n_seq: n_slots + apart as usize,
             n_batch,
             kv_f32: false,
             products: Products::default(),
@@ -166,17 +173,23 @@ impl Rollouts {
                 .num_threads(pool.n_threads())
                 .build()
                 .map_err(|e| Error::engine("starting threads", e.to_string(), "use fewer"))?,
-            n_drawn,
+            n_slots,
+            draws,
+            has_states,
         })
     }
 
     /// Draws tokens in the decoding graph also where logits lie in host memory, where nothing is gained: for tests.
     pub fn draw_in_graph(&mut self) {
-        if self.n_drawn.is_none() {
-            self.n_drawn = Some(self.sizes.n_seq);
-            self.sizes.n_seq += 1;
-            self.context = None;
-        }
+        self.draws = true;
+        self.sizes.n_seq = self.n_slots + 1;
+        self.context = None;
+    }
+
+    /// Keeps keys and values in F32, twice the memory: for tests, where rounding to F16 makes much of last bits.
+    pub fn keep_f32(&mut self) {
+        self.sizes.kv_f32 = true;
+        self.context = None;
     }
 
     /// Decodes with these products from now on; at first with whichever are faster.
@@ -199,7 +212,7 @@ impl Rollouts {
 
     /// Sequences decoded at once.
     pub fn n_seq(&self) -> usize {
-        self.n_drawn.unwrap_or(self.sizes.n_seq)
+        self.n_slots
     }
 
     /// Gives the memory of keys, values and decoding back, for training to use; the next call takes it anew.
@@ -268,15 +281,13 @@ impl Rollouts {
                 ));
             }
         }
-        let (n_seq, n_drawn) = (self.n_seq(), self.n_drawn);
+        let n_slots = self.n_slots;
         self.context()?;
         let (context, workers) = (self.context.as_mut().expect("just made"), &self.workers);
         context.clear();
         // A truncated or greedy choice is made from the logits.
-        let draws = n_drawn.is_some() && sampling.temperature > 0.0 && !sampling.truncates();
-        if n_drawn.is_some() {
-            context.draw(if draws { n_seq } else { 0 })?;
-        }
+        let draws = self.draws && sampling.temperature > 0.0 && !sampling.truncates();
+        context.draw(if draws { n_slots } else { 0 })?;
         let mut run = Run {
             context,
             workers,
@@ -288,12 +299,13 @@ impl Rollouts {
             slots: Vec::new(),
             done: requests.iter().map(|r| vec![None; r.n]).collect(),
             samplers: Vec::new(),
-            prompt_slot: n_drawn,
+            prompt_slot: (self.draws || self.has_states).then_some(n_slots),
+            has_states: self.has_states,
             draws,
             finished: Vec::new(),
             progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
         };
-        run.slots.resize_with(n_seq, || None);
+        run.slots.resize_with(n_slots, || None);
         while run.progress.done < run.progress.total {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
@@ -326,6 +338,8 @@ struct Run<'r> {
     samplers: Vec<Sampler>,
     /// The sequence in which prompts are decoded, if there is one for them.
     prompt_slot: Option<usize>,
+    /// A slot whose completion ended needs a copy of the prompt's sequence for the next.
+    has_states: bool,
     /// Tokens are drawn in the decoding graph.
     draws: bool,
     /// (request, index) of completions that the watcher has not seen.
@@ -338,6 +352,7 @@ impl Run<'_> {
     /// their groups, first tokens sampled.
     fn fill(&mut self) -> Result<()> {
         loop {
+            self.continue_group()?;
             let free: Vec<usize> =
                 (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
             let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
@@ -359,6 +374,23 @@ impl Run<'_> {
             }
             self.start(&claimed, &free)?;
         }
+    }
+
+    /// Where slots have states: gives free ones to completions of the last group, whose prompt is kept.
+    fn continue_group(&mut self) -> Result<()> {
+        let (true, Some(prompt)) = (self.has_states, self.prompt_slot) else { return Ok(()) };
+        for slot in 0..self.slots.len() {
+            let Some(group) = self.groups.last() else { return Ok(()) };
+            if group.next == self.requests[group.request].n {
+                return Ok(());
+            }
+            if self.slots[slot].is_none() {
+                self.context.forget(slot, 0)?;
+                self.context.copy(prompt, slot);
+                self.begin(slot, self.groups.len() - 1);
+            }
+        }
+        Ok(())
     }
 
     /// Decodes the prompts of claimed requests into the first free slots, and starts their completions.
@@ -523,6 +555,9 @@ impl Run<'_> {
                 let group = slot.group;
                 let prompt = self.requests[self.groups[group].request].prompt_tokens.len();
                 self.finish(slot);
+                if self.has_states {
+                    continue;
+                }
                 // The prompt is still there: the group's next completion starts from it.
                 self.context.forget(s, prompt)?;
                 self.begin(s, group);

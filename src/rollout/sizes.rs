@@ -26,8 +26,17 @@ pub struct RolloutSizes {
     pub n_ctx_seq: usize,
     /// Tokens in one call.
     pub n_batch: usize,
-    /// Bytes of keys and values of one sequence.
+    /// Sequences beside those, which keep a prompt.
+    pub n_kept: usize,
+    /// Bytes of keys and values, and of states, of one sequence.
     pub sequence_bytes: usize,
+}
+
+impl RolloutSizes {
+    /// Bytes of keys and values, and of states.
+    pub fn bytes(&self) -> usize {
+        (self.n_seq + self.n_kept) * self.sequence_bytes
+    }
 }
 
 impl RolloutOptions {
@@ -44,12 +53,13 @@ impl RolloutOptions {
     /// # Errors
     /// See [`llama::Model::kv_token_bytes`].
     pub fn at_most(self, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
-        let wanted = self.sequence_bytes(model)?.saturating_mul(n.max(1));
+        let n = n.max(1).saturating_add(kept_for_prompts(model)?);
+        let wanted = self.sequence_bytes(model)?.saturating_mul(n);
         Ok(RolloutOptions { kv_bytes: self.kv_bytes.min(wanted), ..self })
     }
 
     fn sequence_bytes(&self, model: &llama::Model) -> Result<usize> {
-        Ok(self.n_ctx_seq.next_multiple_of(256) * model.kv_token_bytes()?)
+        Ok(self.n_ctx_seq.next_multiple_of(256) * model.kv_token_bytes()? + model.state_bytes()?)
     }
 
     /// As many sequences as the memory for keys and values allows.
@@ -59,19 +69,28 @@ impl RolloutOptions {
     pub fn sizes(&self, model: &llama::Model) -> Result<RolloutSizes> {
         let n_ctx_seq = self.n_ctx_seq.next_multiple_of(256);
         let sequence_bytes = self.sequence_bytes(model)?;
-        let n_seq = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
+        let most = (self.kv_bytes / sequence_bytes).min(llama::max_sequences()).min(MAX_PARALLEL);
+        let n_kept = kept_for_prompts(model)?;
+        let n_seq = most.saturating_sub(n_kept);
         if n_seq == 0 {
+            let least = ((1 + n_kept) * sequence_bytes).div_ceil(1 << 20);
+            let prompt = if n_kept > 0 { " and its prompt's" } else { "" };
             return Err(Error::invalid(
                 "--kv-mib",
-                format!("at least {} MiB for one sequence", sequence_bytes.div_ceil(1 << 20)),
+                format!("at least {least} MiB for one sequence{prompt}"),
                 format!("{} MiB", self.kv_bytes >> 20),
                 "raise it, or lower --max-response",
             ));
         }
         // What all sequences hold is the most that a call can have; it sizes what a decode takes beside its cache.
         let n_batch = PREFILL_TOKENS.min(n_seq * n_ctx_seq).max(n_seq).max(n_ctx_seq);
-        Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, sequence_bytes })
+        Ok(RolloutSizes { n_seq, n_ctx_seq, n_batch, n_kept, sequence_bytes })
     }
+}
+
+/// Sequences beside those that are sampled: where they have states, which cannot forget, one keeps the prompt.
+fn kept_for_prompts(model: &llama::Model) -> Result<usize> {
+    Ok((model.state_bytes()? > 0) as usize)
 }
 
 /// Tokens of prompts that are decoded in one call.

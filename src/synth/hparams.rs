@@ -16,7 +16,7 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
     };
     let full = shape.gemma4.map_or(shape.head_size, |g| g.full_head_size);
     let rotated = match shape.rope {
-        Rope::Long { rotated, .. } => rotated,
+        Rope::Long { rotated, .. } | Rope::Sectioned { rotated, .. } => rotated,
         _ => full,
     };
     for (key, n) in [
@@ -72,6 +72,14 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
     } else {
         put("feed_forward_length", count(shape.n_ff)?)?;
     }
+    if let Some(delta) = shape.delta {
+        put("full_attention_interval", count(delta.period)?)?;
+        put("ssm.conv_kernel", count(delta.kernel)?)?;
+        put("ssm.state_size", count(delta.size)?)?;
+        put("ssm.group_count", count(delta.n_k)?)?;
+        put("ssm.time_step_rank", count(delta.n_v)?)?;
+        put("ssm.inner_size", count(delta.inner())?)?;
+    }
     match shape.rope {
         // llama3's divisors are a tensor.
         Rope::Plain | Rope::Llama3(_) => Ok(()),
@@ -90,6 +98,9 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
             }
             put("rope.scaling.yarn_log_multiplier", 1f32.into())?;
             put("attention.temperature_scale", temperature.into())
+        }
+        Rope::Sectioned { sections, .. } => {
+            put("rope.dimension_sections", Array::from(&sections[..]).into())
         }
         Rope::Long { original, .. } => {
             put("rope.scaling.type", "longrope".into())?;

@@ -186,20 +186,25 @@ impl Mixture {
 #[cfg(test)]
 mod tests {
     use super::super::Weights;
-    use super::super::shape::{Experts, Gemma4, Rope};
+    use super::super::shape::{DeltaNets, Experts, Gemma4, Rope};
     use super::*;
     use crate::llama::{FileType, Model, TensorEntry};
 
     /// As deep as the shape, with the same groups of heads, and narrow.
     fn narrow(shape: Shape) -> Shape {
         // The rotated part of a head must fit.
-        let head_size = if matches!(shape.rope, Rope::Long { .. }) { 128 } else { 32 };
+        let head_size = match shape.rope {
+            Rope::Long { .. } => 128,
+            Rope::Sectioned { rotated, .. } => rotated,
+            _ => 32,
+        };
+        let delta = shape.delta.map(|d| DeltaNets { n_k: 1, n_v: d.n_v / d.n_k, size: 32, ..d });
         let gemma4 = shape.gemma4.map(|g| Gemma4 { full_head_size: 64, per_layer_embd: 32, ..g });
         let n_head = shape.n_head / shape.n_head_kv;
         let n_embd = n_head * head_size;
         let experts = shape.experts.map(|_| Experts { count: 6, used: 2, n_ff: 256 });
         let sizes = Shape { n_head, n_head_kv: 1, head_size, n_embd, n_ff: 256, ..shape };
-        let narrow = Shape { gemma4, experts, ..sizes };
+        let narrow = Shape { gemma4, experts, delta, ..sizes };
         narrow.with_vocab(512).unwrap()
     }
 

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 
 use blocks::Blocks;
 pub use mixture::Mixture;
-pub use shape::{Experts, Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
+pub use shape::{DeltaNets, Experts, Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
 use weights::{Fill, Weights};
 
 use crate::Result;

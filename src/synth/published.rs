@@ -1,6 +1,6 @@
 //! Published models' shapes, from their `config.json`.
 
-use super::shape::{Experts, Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
+use super::shape::{DeltaNets, Experts, Gemma4, Multipliers, Rope, Shape, Softcaps, Window};
 
 /// Qwen3: heads of 128, one vocabulary, rope base 1e6.
 const QWEN3: Shape = Shape {
@@ -24,6 +24,34 @@ const QWEN3: Shape = Shape {
     multipliers: None,
     gemma4: None,
     experts: None,
+    delta: None,
+};
+
+/// Qwen3.5: three layers of four are gated delta nets; heads of 256, a quarter of which rotates.
+const QWEN35: Shape = Shape {
+    name: "qwen3.5",
+    arch: "qwen35",
+    n_layer: 24,
+    n_ff: 3584,
+    n_head: 8,
+    n_head_kv: 2,
+    head_size: 256,
+    n_vocab: 248_320,
+    n_text: 248_044,
+    n_ctx: 262_144,
+    rope_base: 1e7,
+    rope: Rope::Sectioned { rotated: 64, sections: [11, 11, 10, 0] },
+    delta: Some(DeltaNets { period: 4, n_k: 16, n_v: 16, size: 128, kernel: 4 }),
+    ..QWEN3
+};
+
+/// From 4B on: more value heads than key heads.
+const QWEN35_LARGE: Shape = Shape {
+    n_layer: 32,
+    n_head: 16,
+    n_head_kv: 4,
+    delta: Some(DeltaNets { period: 4, n_k: 16, n_v: 32, size: 128, kernel: 4 }),
+    ..QWEN35
 };
 
 const QWEN2: Shape = Shape { name: "qwen2", arch: "qwen2", n_ctx: 32_768, ..QWEN3 };
@@ -96,7 +124,7 @@ const PHI4_MINI_LONG: [f32; 48] = [
 ];
 
 /// All of them.
-pub(super) const ALL: [Shape; 29] = [
+pub(super) const ALL: [Shape; 34] = [
     Shape {
         name: "tiny",
         n_layer: 4,
@@ -130,6 +158,20 @@ pub(super) const ALL: [Shape; 29] = [
         n_head: 40,
         tied: false,
         ..QWEN3
+    },
+    Shape { name: "qwen3.5-0.8b", ..QWEN35 },
+    Shape { name: "qwen3.5-2b", n_embd: 2048, n_ff: 6144, ..QWEN35 },
+    Shape { name: "qwen3.5-4b", n_embd: 2560, n_ff: 9216, ..QWEN35_LARGE },
+    Shape { name: "qwen3.5-9b", n_embd: 4096, n_ff: 12_288, tied: false, ..QWEN35_LARGE },
+    Shape {
+        name: "qwen3.5-27b",
+        n_layer: 64,
+        n_embd: 5120,
+        n_ff: 17_408,
+        n_head: 24,
+        tied: false,
+        delta: Some(DeltaNets { period: 4, n_k: 16, n_v: 48, size: 128, kernel: 4 }),
+        ..QWEN35_LARGE
     },
     Shape {
         name: "qwen2.5-0.5b",

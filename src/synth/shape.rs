@@ -46,6 +46,8 @@ pub struct Shape {
     pub gemma4: Option<Gemma4>,
     /// The mixture in place of each FFN.
     pub experts: Option<Experts>,
+    /// Layers with a gated delta net instead of attention.
+    pub delta: Option<DeltaNets>,
 }
 
 /// A mixture of experts.
@@ -86,6 +88,14 @@ pub enum Rope {
         original: usize,
         /// Divisors, `[rotated / 2]`.
         divisors: &'static [f32],
+    },
+    /// The first `rotated` dimensions of a head turn; their pairs are shared out among axes of positions, which are one in
+    /// text.
+    Sectioned {
+        /// Dimensions that turn.
+        rotated: usize,
+        /// Pairs of each axis.
+        sections: [i32; 4],
     },
 }
 
@@ -129,6 +139,33 @@ pub struct Gemma4 {
     pub n_shared: usize,
     /// Width of the embedding that each layer has of its own.
     pub per_layer_embd: usize,
+}
+
+/// Gated delta nets, and which layers have attention.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeltaNets {
+    /// The last of every so many layers has attention.
+    pub period: usize,
+    /// Heads of keys.
+    pub n_k: usize,
+    /// Heads of values.
+    pub n_v: usize,
+    /// Size of a head.
+    pub size: usize,
+    /// Tokens of the convolution.
+    pub kernel: usize,
+}
+
+impl DeltaNets {
+    /// Width of values.
+    pub fn inner(&self) -> usize {
+        self.n_v * self.size
+    }
+
+    /// Width of queries, keys and values.
+    pub fn width(&self) -> usize {
+        (2 * self.n_k + self.n_v) * self.size
+    }
 }
 
 impl Shape {
@@ -188,6 +225,11 @@ impl Shape {
     /// Whether layer `i` (from 0) looks back only so far.
     pub fn is_windowed(&self, i: usize) -> bool {
         self.window.is_some_and(|w| !(i + 1).is_multiple_of(w.period))
+    }
+
+    /// The gated delta net of layer `i`, if it has one.
+    pub fn delta_of(&self, i: usize) -> Option<DeltaNets> {
+        self.delta.filter(|delta| !(i + 1).is_multiple_of(delta.period))
     }
 
     /// Size of a head of layer `i`.
@@ -281,6 +323,12 @@ mod tests {
             ("qwen3-30b-a3b", 30_532),
             ("gpt-oss-20b", 20_915),
             ("olmoe-1b-7b", 6919),
+            // The text part, without the block that predicts further tokens; cards say 0.8, 2, 4, 9, 27 billion.
+            ("qwen3.5-0.8b", 752),
+            ("qwen3.5-2b", 1882),
+            ("qwen3.5-4b", 4206),
+            ("qwen3.5-9b", 8954),
+            ("qwen3.5-27b", 26_896),
         ] {
             let shape = Shape::find(name).unwrap();
             let mixture = super::super::Mixture::parse("f16").unwrap();

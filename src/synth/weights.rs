@@ -1,7 +1,7 @@
 //! The tensors of a model of each architecture, and how large random weights keep activations sane.
 
 use super::Mixture;
-use super::shape::{Rope, Shape, rope_freqs};
+use super::shape::{DeltaNets, Rope, Shape, rope_freqs};
 use crate::ggml::Type;
 
 /// How a tensor gets its values.
@@ -29,6 +29,9 @@ struct Block {
     pre_norms: bool,
     /// Norms after them.
     post_norms: bool,
+    /// Attention's result is gated, by what comes with the queries; the norm before the FFN is named as one behind
+    /// attention elsewhere.
+    gated: bool,
     /// Norms on q and k: none, of each head, of all heads together.
     qk_norms: Option<Heads>,
     /// q, k and v in one map, gate and up in another.
@@ -51,8 +54,9 @@ impl Block {
         Block {
             pre_norms: arch != "olmo2",
             post_norms: gemma || arch == "olmo2",
+            gated: arch == "qwen35",
             qk_norms: match arch {
-                "qwen3" | "qwen3moe" | "gemma3" | "gemma4" => Some(Heads::Each),
+                "qwen3" | "qwen3moe" | "qwen35" | "gemma3" | "gemma4" => Some(Heads::Each),
                 "olmo2" | "olmoe" => Some(Heads::All),
                 _ => None,
             },
@@ -114,7 +118,7 @@ impl Weights {
                 all.values("rope_factors_long.weight", divisors.to_vec());
                 all.values("rope_factors_short.weight", vec![1.0; divisors.len()]);
             }
-            Rope::Plain | Rope::Linear(_) | Rope::Yarn { .. } => {}
+            Rope::Plain | Rope::Linear(_) | Rope::Yarn { .. } | Rope::Sectioned { .. } => {}
         }
         all.gemma4_head(shape, mixture);
         for i in 0..shape.n_layer {
@@ -130,9 +134,10 @@ impl Weights {
         let (q, kv) = (head * shape.n_head, head * shape.n_head_kv);
         let name = |what: &str| format!("blk.{i}.{what}");
         if block.pre_norms {
+            let behind = block.gated || block.gpt_oss;
+            let ffn_norm = if behind { "post_attention_norm" } else { "ffn_norm" };
             self.same(&name("attn_norm"), d, 1.0);
-            let ffn = if block.gpt_oss { "post_attention_norm" } else { "ffn_norm" };
-            self.same(&name(ffn), d, 1.0);
+            self.same(&name(ffn_norm), d, 1.0);
         }
         if block.post_norms {
             self.same(&name("post_attention_norm"), d, sizes.step);
@@ -140,7 +145,8 @@ impl Weights {
         }
         // Scores of size 1 where their scale is not 1/sqrt(head size): half of it by q, half by k.
         let sharp = of(head).sqrt() / shape.attention_scale(i).sqrt();
-        if let Some(heads) = &block.qk_norms {
+        let delta = shape.delta_of(i);
+        if let Some(heads) = block.qk_norms.as_ref().filter(|_| delta.is_none()) {
             let [q, k] = if *heads == Heads::All { [q, kv] } else { [head, head] };
             self.same(&name("attn_q_norm"), q, sharp);
             if shape.has_kv(i) {
@@ -154,9 +160,13 @@ impl Weights {
             (false, Some(m)) => sizes.step / m.residual,
             (false, None) => sizes.step,
         };
+        if let Some(delta) = delta {
+            self.delta_net(shape, mixture, &delta, step, i);
+        }
+        let q_out = if block.gated { 2 * q } else { q };
         for (what, n_in, n_out, spread) in [
             ("attn_qkv", d, q + 2 * kv, of(d)),
-            ("attn_q", d, q, of_qk),
+            ("attn_q", d, q_out, of_qk),
             ("attn_k", d, kv, of_qk),
             ("attn_v", d, kv, of(d)),
             ("attn_output", q, d, step * of(q)),
@@ -165,6 +175,7 @@ impl Weights {
             ("ffn_down", f, d, step * of(f)),
         ] {
             let there = match what {
+                _ if what.starts_with("attn") && delta.is_some() => false,
                 "attn_qkv" => block.fused,
                 "attn_k" | "attn_v" => !block.fused && shape.has_kv(i),
                 "ffn_gate" | "ffn_up" | "ffn_down" if shape.experts.is_some() => false,
@@ -215,6 +226,34 @@ impl Weights {
 
     fn bias(&mut self, name: &str, shape: Vec<usize>, spread: f32) {
         self.push(format!("{name}.bias"), shape, Type::F32, Fill::Random { spread });
+    }
+
+    /// What a gated delta net has, with memories of three to fifty tokens.
+    fn delta_net(
+        &mut self,
+        shape: &Shape,
+        mixture: &Mixture,
+        delta: &DeltaNets,
+        step: f32,
+        i: usize,
+    ) {
+        let (d, inner, n_v) = (shape.n_embd, delta.inner(), delta.n_v);
+        let name = |what: &str| format!("blk.{i}.{what}");
+        for (what, n_in, n_out, spread) in [
+            ("attn_qkv", d, delta.width(), of(d)),
+            ("attn_gate", d, inner, of(d)),
+            ("ssm_alpha", d, n_v, of(d)),
+            ("ssm_beta", d, n_v, of(d)),
+            ("ssm_out", inner, d, step * of(inner)),
+        ] {
+            self.random(&name(what), mixture.layer(what, i, shape, n_in), [n_in, n_out], spread);
+        }
+        let kernel = [delta.kernel, delta.width()];
+        self.random(&name("ssm_conv1d"), Type::F32, kernel, of(delta.kernel));
+        self.same(&name("ssm_norm"), delta.size, 1.0);
+        let decay = |head| -1.0 - 15.0 * head as f32 / n_v as f32;
+        self.values(&name("ssm_a"), (0..n_v).map(decay).collect());
+        self.values(&name("ssm_dt.bias"), vec![-4.0; n_v]);
     }
 
     /// gemma4's tensors outside of the layers.

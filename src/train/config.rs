@@ -216,8 +216,8 @@ pub struct TrainConfig {
     #[arg(long, value_name = "X", help_heading = "Adapter")]
     pub alpha: Option<f32>,
     /// Adapted weights: all linear maps of attention and FFN, or some by the names that `inspect` lists, such as
-    /// q,k,v,o,gate,up,down (qkv and gate_up where the model has them in one). Of a mixture of experts, shared is among
-    /// all of them; experts (each of them) and router only if they are named
+    /// q,k,v,o,gate,up,down (qkv and gate_up where the model has them in one; qkv,z,alpha,beta,out in delta nets). Of a
+    /// mixture of experts, shared is among all of them; experts (each of them) and router only if they are named
     #[arg(long, default_value = "all", value_name = "LIST", help_heading = "Adapter")]
     pub targets: Targets,
     /// rsLoRA: scale the adapter by alpha / sqrt(rank) instead of alpha / rank; the file's alpha is alpha sqrt(rank)

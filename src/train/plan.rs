@@ -163,7 +163,7 @@ impl Plan {
         if workload.samples {
             parts.push(part(
                 "kv cache",
-                sizes.n_seq * sizes.sequence_bytes,
+                sizes.bytes(),
                 format!("{} sequences of {} tokens, F16", sizes.n_seq, sizes.n_ctx_seq),
                 "lower --kv-mib or --max-response",
             ));

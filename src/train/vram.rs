@@ -262,6 +262,11 @@ impl<'m> Demand<'m> {
             mixture: m.layers.iter().any(|layer| layer.experts.is_some()),
             n_q: m.most(LayerConfig::q_width),
             n_kv: m.most(LayerConfig::kv_width),
+            n_conv: m.most(|l| l.delta.map_or(0, |d| d.spec(m.rms_eps).width())),
+            delta: [
+                m.most(|l| l.delta.map_or(0, |d| d.n_v)),
+                m.most(|l| l.delta.map_or(0, |d| d.size)),
+            ],
             n_vocab: m.n_vocab,
             tokens,
             scored: tokens,
@@ -316,7 +321,8 @@ impl<'m> Demand<'m> {
         let layers =
             kept_bytes(self.model, &c.targets, self.rank, self.depth(), micro_batch_tokens)?;
         let kept: usize = fitting(&layers, left).iter().sum();
-        let kv_bytes = n_seq * self.sizes(usize::MAX)?.sequence_bytes;
+        let sizes = self.sizes(usize::MAX)?;
+        let kv_bytes = (n_seq + sizes.n_kept) * sizes.sequence_bytes;
         Ok(Ok(GpuPlan {
             budget_bytes: budget,
             weights_bytes: least.fixed[0],

@@ -23,7 +23,7 @@ pub fn folder_of(name: &str) -> PathBuf {
 }
 
 /// Golden models of further architectures.
-pub const ARCHS: [&str; 24] = [
+pub const ARCHS: [&str; 28] = [
     "gemma2-f32",
     "gemma2-q4_0",
     "gemma3-f32",
@@ -46,6 +46,10 @@ pub const ARCHS: [&str; 24] = [
     "phi3-q8_0",
     "qwen3moe-f32",
     "qwen3moe-q8_0",
+    "qwen35-f32",
+    "qwen35-q8_0",
+    "qwen35moe-f32",
+    "qwen35moe-q8_0",
     "smollm3-f32",
     "smollm3-q4_0",
 ];

@@ -2,27 +2,9 @@
 
 use bupo_gguf::ops::{self, AttentionSpec, Segment};
 
-use super::harness::{Random, Source, close, f64s, is_vjp, run};
+use super::harness::{Random, Source, Tree, close, f64s, is_vjp, run, segments};
 use super::reference;
 use super::{CANCELLED, EXACT};
-
-/// A prompt and its completions, by length.
-type Tree<'t> = (usize, &'t [usize]);
-
-fn segments(trees: &[Tree]) -> Vec<Segment> {
-    let (mut all, mut next) = (Vec::new(), 0);
-    for &(prompt, completions) in trees {
-        let (begin, end) = (next, next + prompt as i32);
-        all.push(Segment { begin, end, prefix_begin: begin, prefix_end: begin });
-        next = end;
-        for &n in completions {
-            let own = next;
-            next += n as i32;
-            all.push(Segment { begin: own, end: next, prefix_begin: begin, prefix_end: end });
-        }
-    }
-    all
-}
 
 fn spec(n_head: usize, n_head_kv: usize, head_size: usize) -> AttentionSpec {
     let scale = 1.0 / (head_size as f32).sqrt();

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use bupo_gguf::ggml::{Arena, Device, Executor, Graph, Input, Tensor, ThreadPool, Type};
-use bupo_gguf::ops::LowRank;
+use bupo_gguf::ops::{LowRank, Segment};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -274,4 +274,22 @@ pub fn is_vjp(
     }
     let floor = 0.01 * (x.len() as f64).sqrt();
     compare(what, &along, &want, tolerance, floor);
+}
+
+/// A prompt and its completions, by length.
+pub type Tree<'t> = (usize, &'t [usize]);
+
+pub fn segments(trees: &[Tree]) -> Vec<Segment> {
+    let (mut all, mut next) = (Vec::new(), 0);
+    for &(prompt, completions) in trees {
+        let (begin, end) = (next, next + prompt as i32);
+        all.push(Segment { begin, end, prefix_begin: begin, prefix_end: begin });
+        next = end;
+        for &n in completions {
+            let own = next;
+            next += n as i32;
+            all.push(Segment { begin: own, end: next, prefix_begin: begin, prefix_end: end });
+        }
+    }
+    all
 }

@@ -13,6 +13,8 @@
 //! has its own bound.
 
 mod attention;
+mod conv;
+mod delta;
 mod distill;
 mod divergence;
 mod experts;

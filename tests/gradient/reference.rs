@@ -1,7 +1,7 @@
 //! The forward of each op in plain f64. Layouts as in ggml: the first extent is the fastest.
 
 use bupo_gguf::ggml::Rope;
-use bupo_gguf::ops::{Activation, AttentionSpec, LogitMap, Segment};
+use bupo_gguf::ops::{Activation, AttentionSpec, DeltaSpec, LogitMap, Segment};
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -93,6 +93,7 @@ pub fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
 pub fn glu(g: &[f64], u: &[f64], activation: Activation) -> Vec<f64> {
     let act = |g: f64| match activation {
         Activation::Silu => g / (1.0 + (-g).exp()),
+        Activation::Sigmoid => 1.0 / (1.0 + (-g).exp()),
         Activation::Gelu => {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
             0.5 * g * (1.0 + inner.tanh())
@@ -178,4 +179,73 @@ pub fn policy(l: &[f64], other: &[f64], taken: i32) -> Policy {
         kl_from: kl(&q, &p),
         sorted,
     }
+}
+
+/// The tokens of each token's sequence up to itself, through its prefix.
+fn histories(segments: &[Segment]) -> Vec<Vec<usize>> {
+    let of = |s: &Segment, t: i32| (s.prefix_begin..s.prefix_end).chain(s.begin..t + 1);
+    let all = segments.iter().flat_map(|s| (s.begin..s.end).map(move |t| of(s, t)));
+    all.map(|history| history.map(|t| t as usize).collect()).collect()
+}
+
+/// Causal depthwise convolution of `x: [C, T]` by `w: [K, C]`, then SiLU.
+pub fn conv_silu(x: &[f64], w: &[f64], k: usize, segments: &[Segment]) -> Vec<f64> {
+    let channels = w.len() / k;
+    let token = |history: Vec<usize>| -> Vec<f64> {
+        let channel = |c: usize| {
+            let seen = history.iter().rev().zip(w[c * k..][..k].iter().rev());
+            let s: f64 = seen.map(|(t, w)| w * x[t * channels + c]).sum();
+            s / (1.0 + (-s).exp())
+        };
+        (0..channels).map(channel).collect()
+    };
+    histories(segments).into_iter().flat_map(token).collect()
+}
+
+/// The gated delta rule, token by token: `qkv: [(2 n_k + n_v) d, T]`, `a, b: [n_v, T]`, `decay, bias: [n_v]`.
+pub fn delta(
+    [qkv, a, b, decay, bias]: [&[f64]; 5],
+    segments: &[Segment],
+    spec: DeltaSpec,
+) -> Vec<f64> {
+    let DeltaSpec { n_k, n_v, size: d, eps } = spec;
+    let t = a.len() / n_v;
+    let row = |t: usize, head: usize| &qkv[(t * (2 * n_k + n_v) + head) * d..][..d];
+    let normed = |x: &[f64]| -> Vec<f64> {
+        let length = (dot(x, x) + eps as f64).sqrt();
+        x.iter().map(|x| x / length).collect()
+    };
+    let mut out = vec![0.0; n_v * d * t];
+    for h in 0..n_v {
+        let step = |state: &mut Vec<f64>, t: usize| -> Vec<f64> {
+            let (q, k) = (normed(row(t, h % n_k)), normed(row(t, n_k + h % n_k)));
+            let gate = decay[h] * (1.0 + (a[t * n_v + h] + bias[h]).exp()).ln();
+            let beta = 1.0 / (1.0 + (-b[t * n_v + h]).exp());
+            state.iter_mut().for_each(|s| *s *= gate.exp());
+            let read = |state: &[f64], x: &[f64], j: usize| -> f64 {
+                x.iter().enumerate().map(|(i, x)| state[i * d + j] * x).sum()
+            };
+            let u: Vec<f64> = row(t, 2 * n_k + h)
+                .iter()
+                .enumerate()
+                .map(|(j, v)| beta * (v - read(state, &k, j)))
+                .collect();
+            for (s, k) in state.chunks_mut(d).zip(&k) {
+                s.iter_mut().zip(&u).for_each(|(s, u)| *s += k * u);
+            }
+            (0..d).map(|j| read(state, &q, j) / (d as f64).sqrt()).collect()
+        };
+        let mut prompt = vec![0.0; d * d];
+        for s in segments {
+            let is_prompt = s.prefix_begin == s.prefix_end;
+            let mut state = if is_prompt { vec![0.0; d * d] } else { prompt.clone() };
+            for t in s.begin as usize..s.end as usize {
+                out[(t * n_v + h) * d..][..d].copy_from_slice(&step(&mut state, t));
+            }
+            if is_prompt {
+                prompt = state;
+            }
+        }
+    }
+    out
 }

@@ -51,8 +51,9 @@ fn rms_norm() {
     }
 }
 
-const ACTIVATIONS: [Activation; 2] = [Activation::Silu, Activation::Gelu];
-const GLUS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::ClampedSwiglu];
+const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::Sigmoid];
+const GLUS: [Activation; 4] =
+    [Activation::Silu, Activation::Gelu, Activation::ClampedSwiglu, Activation::Sigmoid];
 
 #[test]
 fn glu() {
@@ -95,10 +96,10 @@ fn glu_of_extreme_gates() {
             vec![ops::glu(arena, s[0], s[1], activation), dg, du]
         });
         for (i, &g) in gate.iter().enumerate() {
-            // act(g) = g sigmoid(w), and what the slope adds to sigmoid(w).
+            // act(g) = g sigmoid(w), and what the slope adds to sigmoid(w); or sigmoid(w) itself.
             let g64 = g as f64;
             let (w, slope) = match activation {
-                Activation::Silu => (g64, 1.0),
+                Activation::Silu | Activation::Sigmoid => (g64, 1.0),
                 Activation::Gelu => {
                     let k = (8.0 / std::f64::consts::PI).sqrt();
                     (k * (g64 + 0.044715 * g64.powi(3)), k * (1.0 + 3.0 * 0.044715 * g64.powi(2)))
@@ -110,8 +111,12 @@ fn glu_of_extreme_gates() {
             let near = |a: f32, b: f64| {
                 (a as f64 - b).abs() <= 2e-6 * b.abs() + 2e-38 * (g64 * g64).max(1e5)
             };
-            let want = s + if rest > 0.0 { g64 * slope * s * rest } else { 0.0 };
-            assert!(near(results[0][i], g64 * s), "{activation:?}({g}) = {}", results[0][i]);
+            let more = if rest > 0.0 { g64 * slope * s * rest } else { 0.0 };
+            let (value, want) = match activation {
+                Activation::Sigmoid => (s, s * rest),
+                _ => (g64 * s, s + more),
+            };
+            assert!(near(results[0][i], value), "{activation:?}({g}) = {}", results[0][i]);
             assert!(near(results[1][i], want), "{activation:?}'({g}) = {}", results[1][i]);
             assert_eq!(results[2][i], results[0][i], "du of {g}");
         }

@@ -14,7 +14,7 @@ use std::process::Command;
 const CARRIER: &str = "llama-cpp-sys-2";
 
 /// Our ops' kernels, `ggml-ext/ops/<name>.cu`.
-const KERNELS: [&str; 14] = [
+const KERNELS: [&str; 16] = [
     "activations",
     "linear",
     "logits",
@@ -23,6 +23,8 @@ const KERNELS: [&str; 14] = [
     "divergence",
     "distill",
     "attention",
+    "conv",
+    "delta",
     "experts",
     "norm",
     "glu",

@@ -94,8 +94,10 @@ fn facts(means: &Means, of: &str) -> Vec<(String, String)> {
         ("boundary layer", format!("{boundary} of {}", means.layers.len())),
         ("internal layer to train", means.recommended_internal_layer.to_string()),
     ]
+    .into_iter()
+    .chain(means.mixed().map(|mixed| ("token mixers (\"attention\" below)", mixed)))
     .map(|(name, value)| (format!("{of}{name}"), value))
-    .into()
+    .collect()
 }
 
 /// A curve over layers for each side, the second dashed.

@@ -14,6 +14,8 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3moe;
+mod qwen35;
+mod qwen35moe;
 mod smollm3;
 
 use super::config::{Config, Experts};
@@ -56,11 +58,13 @@ impl PartialEq for Family {
 impl Eq for Family {}
 
 /// All architectures that open.
-pub static FAMILIES: [&Family; 15] = [
+pub static FAMILIES: [&Family; 17] = [
     &llama::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
     &qwen3moe::FAMILY,
+    &qwen35::FAMILY,
+    &qwen35moe::FAMILY,
     &gemma2::FAMILY,
     &gemma3::FAMILY,
     &gemma4::FAMILY,

@@ -1,5 +1,6 @@
 //! The way back: a tape's steps in reverse.
 
+use super::mixers::joined;
 use super::{Pair, Rows, Step, Tape, Var, runs};
 use crate::ggml::{Arena, Graph, Tensor};
 use crate::ops;
@@ -71,10 +72,15 @@ impl<'a> Tape<'a> {
                 Step::Attention { q, k, v, y, .. } => {
                     needs[y.0] |= needs[q.0] || needs[k.0] || needs[v.0];
                 }
+                Step::Delta { qkv, alpha, beta, y, .. } => {
+                    needs[y.0] |= needs[qkv.0] || needs[alpha.0] || needs[beta.0];
+                }
+                Step::Halves { x, ys, .. } => ys.iter().for_each(|y| needs[y.0] |= needs[x.0]),
                 Step::Glu { gate: a, up: b, y, .. } | Step::Add { a, b, y } => {
                     needs[y.0] |= needs[a.0] || needs[b.0];
                 }
                 Step::Norm { x, y, .. }
+                | Step::Conv { x, y, .. }
                 | Step::Rope { x, y, .. }
                 | Step::Scale { x, y, .. }
                 | Step::ScaleTokens { x, y, .. } => needs[y.0] |= needs[x.0],
@@ -156,6 +162,23 @@ impl<'a> Walk<'a> {
                 let Some(dy) = of(self, *y) else { return };
                 let d = ops::attention_back(arena, saved, dy);
                 [*q, *k, *v].into_iter().zip(d).for_each(|(x, d)| self.add(x, d));
+            }
+            Step::Conv { x, y, weight } => {
+                let (Some(dy), true) = (of(self, *y), self.needs[x.0]) else { return };
+                let (input, segments) = (tape.node(*x), &tape.parts.batch.segments);
+                self.add(*x, ops::conv_silu_back(arena, input, *weight, dy, segments));
+            }
+            Step::Delta { qkv, alpha, beta, y, saved } => {
+                let Some(dy) = of(self, *y) else { return };
+                let d = ops::delta_back(arena, saved, dy);
+                [*qkv, *alpha, *beta].into_iter().zip(d).for_each(|(x, d)| self.add(x, d));
+            }
+            Step::Halves { x, ys, size } => {
+                if !self.needs[x.0] {
+                    return;
+                }
+                let d = ys.map(|y| of(self, y).expect("both halves reach what is given"));
+                self.add(*x, joined(arena, d, *size));
             }
             Step::Glu { gate, up, y, act } => {
                 let Some(dy) = of(self, *y) else { return };

@@ -10,6 +10,7 @@
 
 mod backward;
 mod experts;
+mod mixers;
 
 use super::batch::Batch;
 use super::config::{Config, LayerConfig};
@@ -19,7 +20,7 @@ use super::memo::Memo;
 use super::shared::Shared;
 use super::weights::Weights;
 use crate::ggml::{Arena, Graph, Input, Rope, Tensor, Type};
-use crate::ops::{self, Activation, AttentionSaved, AttentionSpec};
+use crate::ops::{self, Activation, AttentionSaved, AttentionSpec, DeltaSaved};
 use experts::ExpertStep;
 pub use experts::Routing;
 
@@ -82,6 +83,9 @@ enum Step<'a> {
     Norm { x: Var, y: Var, weight: Option<Tensor<'a>>, width: usize },
     Rope { x: Var, y: Var, rope: Rope, factors: Option<Tensor<'a>> },
     Attention { q: Var, k: Var, v: Var, y: Var, saved: AttentionSaved<'a> },
+    Conv { x: Var, y: Var, weight: Tensor<'a> },
+    Delta { qkv: Var, alpha: Var, beta: Var, y: Var, saved: DeltaSaved<'a> },
+    Halves { x: Var, ys: [Var; 2], size: usize },
     Glu { gate: Var, up: Var, y: Var, act: Activation },
     Add { a: Var, b: Var, y: Var },
     Scale { x: Var, y: Var, by: f32 },

@@ -4,10 +4,11 @@ use std::ffi::{c_int, c_void};
 
 use ggml_sys as sys;
 
-use super::tiles::{Heads, Job, KEYS, LD, Tile, query_tiles, trees};
+use super::tiles::{Heads, Job, KEYS, LD, Tile, query_tiles};
 use crate::ops::exp::{exp, softcap};
 use crate::ops::gemm::{Matrix, gemm, with_scratch};
 use crate::ops::rows::maximum;
+use crate::ops::segments::trees;
 
 pub(super) unsafe extern "C" fn kernel(
     dst: *mut sys::ggml_tensor,

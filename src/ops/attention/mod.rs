@@ -28,10 +28,10 @@ mod forward;
 mod tiles;
 
 use ggml_sys as sys;
-pub use sys::bupo_segment as Segment;
 
 use super::logits::softcap_param;
 use super::queue::Queue;
+use super::segments::{Segment, check_segments};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Heads, and what is done with their scores.
@@ -175,18 +175,4 @@ pub fn attention_back<'a>(
         arena.part(all, q_width * t, [kv_width, t]),
         arena.part(all, (q_width + kv_width) * t, [kv_width, t]),
     ]
-}
-
-fn check_segments(segments: &[Segment], t: usize) {
-    let (mut next, mut root) = (0, None);
-    for (i, s) in segments.iter().enumerate() {
-        assert!(s.begin == next && s.end > s.begin, "segment {i}: {s:?}");
-        next = s.end;
-        if s.prefix_begin == s.prefix_end {
-            root = Some((s.begin, s.end));
-        } else {
-            assert_eq!(Some((s.prefix_begin, s.prefix_end)), root, "prefix of segment {i}: {s:?}");
-        }
-    }
-    assert_eq!(next as usize, t, "segments cover all tokens");
 }

@@ -5,10 +5,11 @@ use std::ops::Range;
 
 use ggml_sys as sys;
 
-use super::{Params, Segment};
+use super::Params;
 use crate::ops::gemm::{Matrix, gemm};
 use crate::ops::logits::softcap_of;
 use crate::ops::queue::Queue;
+use crate::ops::segments::Segment;
 
 /// Keys of a tile.
 pub(super) const KEYS: usize = 128;
@@ -144,11 +145,6 @@ pub(super) fn query_tiles(tree: &[Segment], most: usize, window: usize) -> Vec<T
     tiles
 }
 
-/// Runs of segments: one without prefix and those after it that build on it.
-pub(super) fn trees(segments: &[Segment]) -> impl Iterator<Item = &[Segment]> {
-    segments.chunk_by(|_, next| next.prefix_begin != next.prefix_end)
-}
-
 /// What both kernels read.
 pub(super) struct Job<'k> {
     pub segments: &'k [Segment],
@@ -262,6 +258,7 @@ pub(super) const LD: usize = KEYS + PAD;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::segments::trees;
 
     fn segment(begin: i32, end: i32, prefix: (i32, i32)) -> Segment {
         Segment { begin, end, prefix_begin: prefix.0, prefix_end: prefix.1 }

@@ -1,0 +1,37 @@
+//! Qwen3.5 and 3.6 with a mixture of experts: the token mixers of `qwen35`; the chosen experts' shares make up the whole, and a
+//! shared expert with a gate of its own stands beside them.
+
+use super::qwen35::hybrid;
+use super::{Family, Router, experts, plain, shared_expert};
+use crate::model::tape::{Tape, Taps, Var};
+use crate::ops::Activation::Silu;
+use crate::ops::Gating;
+
+pub static FAMILY: Family = Family {
+    name: "qwen35moe",
+    models: "Qwen3.5-35B-A3B, Qwen3.5-122B-A10B, Qwen3.6-35B-A3B",
+    adjust: plain,
+    layer,
+    permuted: false,
+    modules: &[
+        ("attn_qkv", "linear_attn.in_proj_qkv"),
+        ("attn_gate", "linear_attn.in_proj_z"),
+        ("ssm_alpha", "linear_attn.in_proj_a"),
+        ("ssm_beta", "linear_attn.in_proj_b"),
+        ("ssm_out", "linear_attn.out_proj"),
+        ("ffn_gate_inp", "mlp.gate"),
+        ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+        ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+        ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+    ],
+    partial_rope: true,
+    mixture: true,
+};
+
+fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
+    hybrid(t, x, |t, h| {
+        let routed = experts(t, h, Router { gating: Gating::Softmax, normalise: true }, Silu);
+        let shared = shared_expert(t, h, Silu);
+        t.add(routed, shared)
+    })
+}
