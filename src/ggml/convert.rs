@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 
 use super::Type;
 
-/// Turns the whole blocks of `out.len()` elements at `from` into F32.
+/// Turns the whole blocks of `out.len()` elements at `from`, which are readable, into F32.
 pub(super) type Converter = unsafe fn(from: *const u8, out: &mut [f32]);
 
 /// The converter of a type for this processor; `None` where ggml's own is to be taken.
@@ -126,12 +126,11 @@ macro_rules! converters {
                 where_set(_mm_set_epi64x(b, a), single, 16)
             }
 
-            // SAFETY of the converters: blocks are read whole, as many as `out` has elements for, by contract.
-
             #[target_feature(enable = $features)]
             unsafe fn f16(from: *const u8, out: &mut [f32]) {
                 let (eights, rest) = out.as_chunks_mut::<8>();
                 let halves = from.cast::<__m128i>();
+                // SAFETY: whole blocks, by the contract of `Converter`.
                 unsafe {
                     for (i, out) in eights.iter_mut().enumerate() {
                         let y = _mm256_cvtph_ps(_mm_loadu_si128(halves.add(i)));
@@ -146,6 +145,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q4_0(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(32) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(2)));
                         let eight = _mm_set1_epi8(8);
@@ -159,6 +159,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q4_1(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(32) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(4)));
                         put(low(q), scale, add, out, 0);
@@ -171,6 +172,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q5_0(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(32) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(6)));
                         let [a, b] = from.add(2).cast::<[u16; 2]>().read_unaligned();
@@ -187,6 +189,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q5_1(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(32) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(8)));
                         let [a, b] = from.add(4).cast::<[u16; 2]>().read_unaligned();
@@ -200,6 +203,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q8_0(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(32) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let scale = half(from);
                         put(bytes(from.add(2)), scale, 0.0, out, 0);
@@ -212,6 +216,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q4_k(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(256) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
                         for (pair, out) in out.chunks_exact_mut(64).enumerate() {
@@ -232,6 +237,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q5_k(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(256) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
                         for (pair, out) in out.chunks_exact_mut(64).enumerate() {
@@ -255,6 +261,7 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             unsafe fn q6_k(mut from: *const u8, out: &mut [f32]) {
                 for out in out.chunks_exact_mut(256) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let d = half(from.add(208));
                         for (part, out) in out.chunks_exact_mut(128).enumerate() {

@@ -4,8 +4,10 @@ mod encode;
 mod sampler;
 mod scheduler;
 mod sizes;
+mod watch;
 
 pub use encode::{Encoder, PromptOptions, Said, Turns};
 pub use sampler::{Sampler, Sampling};
-pub use scheduler::{Completion, Finish, Progress, Request, Rollouts, Watcher};
+pub use scheduler::{Completion, Finish, Request, Rollouts};
 pub use sizes::{RolloutOptions, RolloutSizes};
+pub use watch::{Progress, Watcher};

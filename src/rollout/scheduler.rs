@@ -25,6 +25,7 @@ use rayon::prelude::*;
 
 use super::sampler::{Sampler, Sampling};
 use super::sizes::{MAX_PARALLEL, PREFILL_TOKENS, RolloutOptions, RolloutSizes};
+use super::watch::{Progress, ProgressOnly, Watcher};
 use crate::ggml::ThreadPool;
 use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products, Token, TokenBatch};
 use crate::{Error, Result};
@@ -64,41 +65,6 @@ pub struct Completion {
     /// The experts that the prompt's tokens took, then those of its own that were read (all but the last): see
     /// [`Context::experts`]; empty where they are not kept.
     pub experts: Vec<i16>,
-}
-
-/// How far a call of [`Rollouts::generate`] is, after each round of tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Completions that have ended.
-    pub done: usize,
-    /// Completions wanted.
-    pub total: usize,
-    /// Tokens sampled.
-    pub tokens: usize,
-    /// The last one of them.
-    pub newest: Option<i32>,
-}
-
-/// Follows a call of [`Rollouts::generate_watched`]; an error ends it.
-pub trait Watcher {
-    /// After each round of tokens.
-    fn progress(&mut self, _progress: Progress) -> Result<()> {
-        Ok(())
-    }
-
-    /// Completion `index` of request `request` has ended; the others go on.
-    fn finished(&mut self, _request: usize, _index: usize, _completion: &Completion) -> Result<()> {
-        Ok(())
-    }
-}
-
-/// A closure that looks at the progress alone.
-struct ProgressOnly<'w>(&'w mut dyn FnMut(Progress) -> Result<()>);
-
-impl Watcher for ProgressOnly<'_> {
-    fn progress(&mut self, progress: Progress) -> Result<()> {
-        (self.0)(progress)
-    }
 }
 
 /// Logits at which sampling is worth several threads.
