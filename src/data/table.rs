@@ -62,7 +62,8 @@ pub fn format(path: &Path) -> Result<Format> {
     match name.rsplit_once('.').map(|(_, extension)| extension) {
         Some("parquet") => {
             let place = path.display().to_string();
-            let got = format!("{:?}", String::from_utf8_lossy(&start));
+            let first = &start[..start.len().min(PARQUET_MAGIC.len())];
+            let got = format!("{:?}", String::from_utf8_lossy(first));
             let advice = "fetch the file again, or give it its right extension";
             Err(Error::invalid(place, "a Parquet file, which begins with PAR1", got, advice))
         }
