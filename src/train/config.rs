@@ -162,7 +162,7 @@ pub struct TrainConfig {
     /// are the same
     #[arg(long, help_heading = "Batch")]
     pub recompute: bool,
-    /// Prompts longer than this lose their beginning [default: the longest prompt, outliers apart]
+    /// Prompts longer than this lose their beginning [default: the longest prompt but for outliers]
     #[arg(long, value_name = "TOKENS", help_heading = "Batch")]
     pub max_prompt: Option<usize>,
     /// Completions end at this length [default: twice the data's own solutions, or by the model's size; at most what
