@@ -155,7 +155,7 @@ fn small(algo: Algorithm) -> TrainConfig {
         algo,
         prompts_per_step: 4,
         group: 4,
-        max_response: 12,
+        max_response: Some(12),
         rank: 2,
         threads: Some(1),
         kv_mib: Some(64),

@@ -497,3 +497,75 @@ fn other_peoples_models_run_through() {
         &["U+2603", "vocabulary"],
     );
 }
+
+/// The settings that a dry run prints, and what it says beside them.
+fn dry(args: &[&str]) -> (toml::Table, String) {
+    let out = program::run(&[&["train"], args, &["--dry-run"]].concat());
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.success(), "{args:?}: {said}");
+    let file: toml::Table = String::from_utf8(out.stdout).unwrap().parse().unwrap();
+    (file["train"].as_table().unwrap().clone(), said)
+}
+
+#[test]
+fn what_is_left_out_is_settled_from_the_data_and_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("sums.jsonl");
+    let row = |prompt: String| format!("{{\"prompt\": \"{prompt}\", \"answer\": \"2\"}}\n");
+    let rows = row("1+1=".into()).repeat(200) + &row("1+".repeat(60) + "1=");
+    std::fs::write(&data, rows).unwrap();
+    let data = program::text(&data);
+    let (settings, said) = dry(&["demo", "--data", data]);
+    let number = |settings: &toml::Table, name: &str| settings[name].as_integer().unwrap();
+    let cut = number(&settings, "max-prompt");
+    assert!((8..=48).contains(&cut), "{cut}");
+    let warning = format!("warning: 1 of 201 prompts are longer than --max-prompt {cut}");
+    assert!(said.contains(&warning) && said.contains("lose their beginning"), "{said}");
+    assert!(said.contains("99 % of 201 prompts are no longer"), "{said}");
+    let (_, said) = dry(&["demo", "--data", data, "--drop-long-prompts"]);
+    assert!(said.contains("are left out"), "{said}");
+
+    // A file of settings is one that a run writes; options beside it stand.
+    let file = dir.path().join("again.toml");
+    let mut written = toml::Table::new();
+    written.insert("model".into(), "demo".into());
+    written.insert("train".into(), settings.clone().into());
+    std::fs::write(&file, written.to_string()).unwrap();
+    let (mut again, said) = dry(&["--config", program::text(&file), "--lr", "0.5"]);
+    assert!(!said.contains("prompts are no longer"), "nothing is left open: {said}");
+    assert_eq!(again.insert("lr".into(), settings["lr"].clone()), Some(0.5.into()));
+    assert_eq!(again, settings);
+    std::fs::write(&file, "steps = 3\nnonsense = 1\n").unwrap();
+    fail(&["train", "demo", "--config", program::text(&file)], &["again.toml", "nonsense"]);
+
+    let (preset, said) = dry(&["demo", "--preset", "4b", "--max-response", "24"]);
+    assert_eq!((number(&preset, "prompts-per-step"), preset["lr"].as_float()), (16, Some(1e-5)));
+    assert!(said.contains("max-response: 24 as you ask, the preset has 2048"), "{said}");
+}
+
+#[test]
+fn a_run_warns_of_cut_answers_and_of_steps_without_signal() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let words = "train demo --algo grpo --steps 1 --prompts-per-step 2 --group 2 --eval-problems 2 \
+                 --max-response 3 --threads 1 --out";
+    let mut words: Vec<&str> = words.split_whitespace().collect();
+    words.push(program::text(&out));
+    let said = |words: &[&str]| String::from_utf8(program::run(words).stderr).unwrap();
+    let all = said(&words);
+    for expected in [
+        "warning: 100 % of the answers were cut off at --max-response 3",
+        "warning: reward 0 in all groups for this step",
+        "signal: share of prompts",
+        "trend",
+    ] {
+        assert!(all.contains(expected), "{expected} is not in {all}");
+    }
+    assert!(!all.contains('\u{1b}'), "colour where no terminal is: {all:?}");
+    let other = dir.path().join("quiet");
+    let last = words.len() - 1;
+    words[last] = program::text(&other);
+    words.push("--quiet");
+    let quiet = said(&words);
+    assert!(quiet.lines().all(|line| line.starts_with("warning: ")), "{quiet}");
+}

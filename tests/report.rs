@@ -79,12 +79,6 @@ fn hover(browser: &mut Browser, id: &str, what: &str) {
         let shown = browser.value(&text);
         let shown = shown.as_str().unwrap();
         if shown.chars().any(|c| c.is_ascii_digit()) {
-            if id.starts_with("tokens-") {
-                assert!(
-                    shown.contains("entropy") && shown.contains("taken"),
-                    "{what} {id}: {shown}"
-                );
-            }
             return;
         }
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -149,21 +143,55 @@ fn the_page_of_a_dump() {
     let (model, data) = (text(&model), text(&data));
     let one = dir.path().join("one");
     succeed(&["entropy", &model, "--data", &data, "--out", &text(&one)]);
-    let wanted = [
-        "entropy-flow",
-        "entropy-change",
-        "cosines",
-        "divergence",
-        "agreement",
-        "tokens-0-0",
-        "tokens-1-0",
-    ];
+    let wanted =
+        ["entropy-flow", "entropy-change", "cosines", "divergence", "agreement", "lens-divergence"];
     check(&one, "dump", &wanted);
+    look_at_grid(&one.join("report.html"), &["layer_out"], 1);
     let two = dir.path().join("two");
     succeed(&["entropy", &model, "--data", &data, "--out", &text(&two), "--compare", &model]);
+    look_at_grid(&two.join("report.html"), &["layer_out"], 3);
     let ids = charts(&two.join("report.html"));
     assert!(ids.iter().any(|id| id == "difference-entropy"), "{ids:?}");
     assert_eq!(svgs(&two).len(), ids.len());
+}
+
+/// Every choice of the grid gives coloured cells with texts; a cell that is pointed at says what it holds.
+fn look_at_grid(page: &Path, taps: &[&str], models: usize) {
+    let Some(mut browser) = Browser::start() else { return };
+    browser.shape(400, 860, "dark");
+    browser.open(page);
+    let choose = |name: &str, value: &str| {
+        format!(
+            "(() => {{ const s = document.querySelector('.grid [name={name}]'); s.value = '{value}'; \
+             s.dispatchEvent(new Event('input')); }})()"
+        )
+    };
+    let painted = "[...document.querySelectorAll('.grid td')].filter(c => c.style.background && c.textContent).length";
+    for completion in ["0", "1"] {
+        browser.value(&choose("completion", completion));
+        for tap in taps {
+            browser.value(&choose("tap", tap));
+            for figure in ["0", "1", "2", "3"] {
+                browser.value(&choose("figure", figure));
+                for model in &["0", "1", "difference"][..models] {
+                    browser.value(&choose("model", model));
+                    let n = browser.value(painted).as_u64().unwrap();
+                    assert!(n > 10, "{n} cells of {completion} {tap} {figure} {model}");
+                }
+            }
+        }
+    }
+    let said = "(() => { document.querySelector('.grid td').click(); return document.querySelector('.grid .cell').textContent; })()";
+    let said = browser.value(said);
+    let said = said.as_str().unwrap();
+    assert!(
+        said.contains("final policy") && said.contains("entropy") && said.contains("taken: rank"),
+        "{said}"
+    );
+    let overflow = "document.documentElement.scrollWidth - window.innerWidth";
+    assert!(browser.value(overflow).as_f64().unwrap() <= 0.0, "wider than a phone");
+    browser.screenshot("grid");
+    assert_eq!(browser.complaints(), Vec::<String>::new());
 }
 
 #[test]
@@ -229,6 +257,157 @@ fn the_page_of_a_run() {
         html.contains("held-out accuracy") && html.contains(&tile),
         "{tile} is not in the page"
     );
-    let shown = html.matches("<summary>step 4, ").count();
-    assert!((4..=8).contains(&shown), "of four problems one or two each, not {shown}");
+    let rows = completions(&html);
+    let last = rows.iter().filter(|row| row["step"] == 4).count();
+    assert!((4..=8).contains(&last), "of four problems one or two each, not {last}");
+    assert!(
+        rows[0]["step"] == 4 && rows[0]["prompt"].as_str().unwrap().contains('+'),
+        "{}",
+        rows[0]
+    );
+    // The entropy of an inner layer's policy and of the model's are not one figure.
+    for phase in [format!("entropy, nats (layer {chosen})"), "entropy, nats (final policy)".into()]
+    {
+        assert!(html.contains(&phase), "{phase} is not in the page");
+    }
+    if let Some(mut browser) = Browser::start() {
+        browser.shape(1400, 1000, "light");
+        browser.open(&out.join("report.html"));
+        let traces = "(async () => { await window.report; return document.querySelectorAll('#reward .scatterlayer .trace').length; })()";
+        let raw = browser.value(traces).as_u64().unwrap();
+        browser.value("(() => { const s = document.getElementById('smoothing'); s.value = 0.9; s.dispatchEvent(new Event('input')); })()");
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        assert_eq!(
+            browser.value(traces).as_u64().unwrap(),
+            2 * raw,
+            "smoothed curves over the raw ones"
+        );
+        let listed = "[...document.querySelectorAll('.completions tbody tr')].map(r => [...r.cells].map(c => c.textContent))";
+        assert_eq!(browser.value(listed).as_array().unwrap().len(), rows.len());
+        browser.value("(() => { const s = document.querySelector('.completions [name=step]'); s.value = '4'; s.dispatchEvent(new Event('input')); document.querySelector('th[data-key=reward]').click(); })()");
+        let shown = browser.value(listed);
+        let rewards: Vec<f64> = shown
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|r| r[1].as_str().unwrap().parse().unwrap())
+            .collect();
+        assert_eq!(rewards.len(), last);
+        assert!(rewards.windows(2).all(|pair| pair[0] >= pair[1]), "{rewards:?}");
+        assert_eq!(browser.complaints(), Vec::<String>::new());
+    }
+}
+
+/// The completions in a page.
+fn completions(html: &str) -> Vec<Value> {
+    let table = html.split("class=\"wide completions\"").nth(1).expect("a table of completions");
+    let json = table.split("<script type=\"application/json\">").nth(1).unwrap();
+    serde_json::from_str(json.split("</script>").next().unwrap()).unwrap()
+}
+
+const QUICK: &str = "--prompts-per-step 2 --group 4 --eval-problems 4 --rank 2 --threads 1";
+
+fn train(out: &Path, more: &str) -> Vec<String> {
+    let words = format!("train demo {QUICK} {more}");
+    let mut words: Vec<String> = words.split_whitespace().map(String::from).collect();
+    words.extend(["--out".into(), out.to_str().unwrap().into()]);
+    words
+}
+
+#[test]
+fn a_page_that_compares_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, words) in [
+        ("a", "--steps 3 --algo bupo --internal-steps 1"),
+        ("b", "--steps 2 --algo grpo --lr 5e-4"),
+    ] {
+        let words = train(&dir.path().join(name), words);
+        succeed(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    let text = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    succeed(&["report", &text("a"), &text("b"), "--out", &text("both")]);
+    check(
+        &dir.path().join("both"),
+        "compared",
+        &["reward-reward", "reward-accuracy", "entropy", "lr"],
+    );
+    let html = std::fs::read_to_string(dir.path().join("both/report.html")).unwrap();
+    for cell in
+        ["<td>algo</td><td>bupo</td><td>grpo</td>", "<td>lr</td><td>0.001</td><td>0.0005</td>"]
+    {
+        assert!(html.contains(cell), "{cell} is not in the page");
+    }
+    assert!(!html.contains("<td>rank</td>"), "what is the same is left out");
+    program::fail(&["report", &text("a"), &text("b")], &["--out DIR beside several runs"]);
+}
+
+/// A run that is served while it goes on; it ends with this.
+struct Served(std::process::Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The answer to a request for `path` by the name `host`; empty where nobody listens yet.
+fn get(port: u16, host: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else {
+        return String::new();
+    };
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn the_live_page_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let words = train(
+        &out,
+        &format!("--algo grpo --steps 100000 --quiet --checkpoint-every 0 --serve {port}"),
+    );
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
+        .args(&words)
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let _served = Served(child);
+    let (local, mut parts) = (format!("127.0.0.1:{port}"), String::new());
+    for _ in 0..600 {
+        parts = get(port, &local, "/parts");
+        if parts.contains("id=\"reward\"") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(parts.starts_with("HTTP/1.1 200") && parts.contains("id=\"reward\""), "{parts:.300}");
+    assert!(get(port, &local, "/events").contains("data: "));
+    assert!(get(port, &local, "/config.toml").starts_with("HTTP/1.1 404"));
+    assert!(get(port, "evil.example", "/").starts_with("HTTP/1.1 403"));
+    let Some(mut browser) = Browser::start() else { return };
+    browser.shape(1200, 900, "light");
+    browser.open_url(&format!("http://{local}/"));
+    let points = "(async () => { await window.report; return document.getElementById('reward').data[0].x.length; })()";
+    let first = browser.value(points).as_u64().unwrap();
+    let mut renewed = 0;
+    for _ in 0..300 {
+        renewed =
+            browser.value("+(document.documentElement.dataset.renewed || 0)").as_u64().unwrap();
+        if renewed >= 2 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(renewed >= 2, "renewed {renewed} times");
+    assert!(browser.value(points).as_u64().unwrap() > first, "no new step");
+    browser.screenshot("live");
+    assert_eq!(browser.complaints(), Vec::<String>::new());
 }

@@ -106,7 +106,7 @@ fn turns_in_a_budget_change_nothing_but_the_memory() {
             },
             prompts_per_step: 2,
             group: 2,
-            max_response: 8,
+            max_response: Some(8),
             rank: 2,
             internal_steps: Some(1),
             ..small()

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::files::DumpFiles;
+use super::lenses::Lenses;
 use super::measure::{Look, Measured, measure};
 use super::pack::{Packed, Pick, pack};
 use super::record::{Figure, Record};
@@ -67,6 +68,8 @@ pub struct Conduct {
     pub strict: bool,
     /// Tokens of a batch.
     pub batch_tokens: usize,
+    /// Keep the records as JSON lines, too, beside Parquet.
+    pub json_lines: bool,
 }
 
 /// What a dump runs on, and who may look on or stop it.
@@ -112,8 +115,10 @@ pub struct Findings {
     pub mixers: Vec<Vec<&'static str>>,
     /// Sums of the differences, second less first.
     pub difference: Sums,
-    /// A few completions to look at.
-    pub gallery: Gallery,
+    /// A few completions to look at, under the model and under the one it is compared with.
+    pub galleries: Vec<Gallery>,
+    /// Their prompts.
+    pub prompts: Vec<String>,
     /// Completions measured.
     pub samples: u64,
     /// Rows read.
@@ -122,6 +127,8 @@ pub struct Findings {
     pub refused: u64,
     /// Why, of the first of them.
     pub reasons: Vec<String>,
+    /// The first tokens through both lenses.
+    pub lenses: Lenses,
     /// Whether it was stopped before the end of the data.
     pub interrupted: bool,
 }
@@ -168,15 +175,17 @@ pub fn dump<'m>(
         sums: sides.iter().map(|side| Sums::of(side.model.config())).collect(),
         mixers: sides.iter().map(|side| side.model.config().mixers()).collect(),
         difference: Sums::new(n_layer),
-        gallery: Gallery::default(),
+        galleries: vec![Gallery::default(); sides.len()],
+        prompts: Vec::new(),
         samples: 0,
         rows: 0,
         refused: 0,
         reasons: Vec::new(),
+        lenses: Lenses::default(),
         interrupted: false,
     };
     let files = DumpFiles::open(&conduct.out, settings, sides.len(), conduct.resume, |records| {
-        take(&mut findings, model, records)
+        take(&mut findings, records)
     })?;
     let done = files.progress();
     (findings.samples, findings.rows) = (done.samples, done.rows);
@@ -205,6 +214,8 @@ pub fn dump<'m>(
             outcome?;
         }
         dump.files.finish()?;
+        dump.findings.lenses = dump.files.progress().lenses.clone();
+        dump.findings.prompts = dump.files.progress().prompts.clone();
         return Ok(dump.findings);
     }
     dump.files.discard()?;
@@ -243,7 +254,7 @@ fn check_comparable(sides: &[Side<'_>]) -> Result<()> {
 }
 
 /// Adds the records of one place under both models to the findings.
-fn take(findings: &mut Findings, model: &Model, records: &[Record]) {
+fn take(findings: &mut Findings, records: &[Record]) {
     for (sums, record) in findings.sums.iter_mut().zip(records) {
         sums.add(record.layer, &record.figures);
         if let Some(routed) = &record.routed {
@@ -253,8 +264,9 @@ fn take(findings: &mut Findings, model: &Model, records: &[Record]) {
     if let [a, b] = records {
         findings.difference.add_difference(a.layer, &a.figures, &b.figures);
     }
-    let text = |token: i32| model.engine().vocab().text(&[token], true);
-    findings.gallery.take(&records[0], &text);
+    for (gallery, record) in findings.galleries.iter_mut().zip(records) {
+        gallery.take(record);
+    }
 }
 
 impl<'m> Dump<'_, 'm> {
@@ -370,7 +382,10 @@ impl<'m> Dump<'_, 'm> {
             let look = self.settings.look;
             measured.push(measure(&mut self.engine, side.model, lora, batch, picked, look)?);
         }
-        let model = self.sides[0].model;
+        let (model, lora) = (self.sides[0].model, self.sides[0].lora.as_ref());
+        let places = (&packed.batch, packed.picked.as_slice());
+        let (engine, look) = (&mut self.engine, self.settings.look);
+        self.files.lenses().take(engine, (model, lora), places, &measured[0], look)?;
         let mut at = 0;
         for (sample, n) in &packed.samples {
             let own = at..at + n;
@@ -380,8 +395,13 @@ impl<'m> Dump<'_, 'm> {
                     let scored = packed.batch.scored[packed.picked[i]];
                     let mut records: Vec<Record> = Vec::with_capacity(measured.len());
                     for side in &measured {
-                        let m = side[layer][i].clone();
+                        let mut m = side[layer][i].clone();
                         check_finite(&m, sample)?;
+                        let vocab = model.engine().vocab();
+                        for top in m.tops.iter_mut().flatten() {
+                            top.texts =
+                                top.tokens.iter().map(|&t| vocab.text(&[t], true)).collect();
+                        }
                         records.push(Record {
                             row: sample.row,
                             completion: sample.completion,
@@ -395,9 +415,11 @@ impl<'m> Dump<'_, 'm> {
                         });
                     }
                     self.files.write(&records)?;
-                    take(&mut self.findings, model, &records);
+                    take(&mut self.findings, &records);
                 }
             }
+            let prompt = |tokens: &[i32]| model.engine().vocab().text(tokens, false);
+            self.files.keep_prompt(self.findings.samples, || prompt(&sample.prompt));
             self.findings.samples += 1;
         }
         Ok(())

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::dump::Settings;
+use super::lenses::Lenses;
 use super::parquet;
 use super::record::{Kind, Record, columns};
+use super::samples::SAMPLES;
 use crate::error::json_fault;
 use crate::gguf::{refuse_filled, write_atomically};
 use crate::{Error, Result};
@@ -31,6 +33,12 @@ pub struct Progress {
     pub reasons: Vec<String>,
     // Length of each record file.
     bytes: Vec<u64>,
+    /// The first tokens through both lenses.
+    #[serde(default)]
+    pub lenses: Lenses,
+    /// Prompts of the first completions.
+    #[serde(default)]
+    pub prompts: Vec<String>,
 }
 
 /// The record files in the making.
@@ -72,6 +80,8 @@ impl DumpFiles {
                     refused: 0,
                     reasons: Vec::new(),
                     bytes: vec![0; sides],
+                    lenses: Lenses::default(),
+                    prompts: Vec::new(),
                 }
             }
         };
@@ -87,6 +97,33 @@ impl DumpFiles {
     /// What is whole.
     pub fn progress(&self) -> &Progress {
         &self.progress
+    }
+
+    /// The first tokens through both lenses, to be added to; kept with the next commit.
+    pub fn lenses(&mut self) -> &mut Lenses {
+        &mut self.progress.lenses
+    }
+
+    /// Keeps the prompt of a completion, the `sample`th, where it is one of those that are looked at.
+    pub fn keep_prompt(&mut self, sample: u64, prompt: impl FnOnce() -> String) {
+        let prompts = &mut self.progress.prompts;
+        if sample < SAMPLES as u64 && prompts.len() as u64 == sample {
+            prompts.push(prompt());
+        }
+    }
+
+    /// Takes the JSON lines away, Parquet holding the same, and with them what a resumed dump would need.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses.
+    pub fn drop_json_lines(out: &Path) -> Result<()> {
+        let names = RECORDS.iter().map(|name| format!("{name}.jsonl"));
+        for path in names.chain([PROGRESS.into()]).map(|name| out.join(name)) {
+            if path.exists() {
+                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        Ok(())
     }
 
     /// Appends the records of one place, one for each side.

@@ -173,6 +173,7 @@ fn top(answers: &Answers, column: usize) -> Top {
     let (tokens, probs) = answers.top(column).map(|(token, p)| (token, p.exp())).unzip();
     Top {
         tokens,
+        texts: Vec::new(),
         probs,
         taken_prob: answers.taken_logprob(column).exp(),
         taken_rank: answers.taken_rank(column),

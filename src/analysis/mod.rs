@@ -12,6 +12,7 @@
 
 mod dump;
 mod files;
+mod lenses;
 mod measure;
 mod outcome;
 mod pack;
@@ -25,6 +26,7 @@ mod samples;
 mod summary;
 
 pub use dump::{Conduct, Findings, Run, Settings, Side, Unwatched, Watcher, dump};
+pub use lenses::{Lenses, Seen};
 pub use measure::{Look, Measured, cosine, measure};
 pub use outcome::{Difference, Means, Outcome};
 pub use pack::{Packed, Pick, pack};
@@ -50,6 +52,9 @@ pub fn entropy<'m>(
     let findings = dump(sides, settings, conduct, run)?;
     let outcome = Outcome::new(settings, &findings);
     write_json_atomically(&conduct.out.join("summary.json"), &outcome)?;
-    report::write(&report::of_dump(&outcome, &findings.gallery), &conduct.out)?;
+    report::write(&report::of_dump(&outcome, &findings), &conduct.out)?;
+    if !conduct.json_lines && !findings.interrupted {
+        files::DumpFiles::drop_json_lines(&conduct.out)?;
+    }
     Ok(outcome)
 }

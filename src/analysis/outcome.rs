@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::dump::{Findings, Settings};
+use super::lenses::{Lenses, Seen};
 use super::record::Figure;
 use super::routers::ExpertLoad;
 use super::summary::{Boundary, Change, LayerMeans, Sums, boundary};
@@ -78,6 +79,24 @@ pub struct Difference {
     pub layers: Vec<LayerMeans>,
 }
 
+/// The layers' policies through both lenses, from layer 1 up.
+#[derive(Clone, Debug, Serialize)]
+pub struct BothLenses {
+    /// Tokens looked at, the first of the data.
+    pub tokens: usize,
+    /// Without the final norm.
+    pub raw: Vec<Seen>,
+    /// With it.
+    pub final_norm: Vec<Seen>,
+}
+
+impl BothLenses {
+    fn new(lenses: &Lenses) -> BothLenses {
+        let [raw, final_norm] = lenses.means();
+        BothLenses { tokens: lenses.tokens, raw, final_norm }
+    }
+}
+
 /// All that a dump has found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
@@ -96,6 +115,8 @@ pub struct Outcome {
     pub tokens: u64,
     /// Whether it was stopped before the end of the data.
     pub interrupted: bool,
+    /// The layers' policies without and with the final norm before the unembedding, on the same first tokens.
+    pub lenses: BothLenses,
     /// The model's means.
     #[serde(flatten)]
     pub means: Means,
@@ -123,6 +144,7 @@ impl Outcome {
             samples: findings.samples,
             tokens: findings.sums[0].tokens(),
             interrupted: findings.interrupted,
+            lenses: BothLenses::new(&findings.lenses),
             means: means(0),
             compared,
             difference,

@@ -59,17 +59,19 @@ fn schema(columns: &[(String, Kind)]) -> parquet::errors::Result<TypePtr> {
             Kind::Int | Kind::Ints => Physical::INT64,
             Kind::Float | Kind::Floats => Physical::FLOAT,
             Kind::Bool => Physical::BOOLEAN,
-            Kind::Text => Physical::BYTE_ARRAY,
+            Kind::Text | Kind::Texts => Physical::BYTE_ARRAY,
         };
         Type::primitive_type_builder(name, physical)
             .with_repetition(Repetition::REQUIRED)
-            .with_logical_type((kind == Kind::Text).then_some(LogicalType::String))
+            .with_logical_type(
+                matches!(kind, Kind::Text | Kind::Texts).then_some(LogicalType::String),
+            )
             .build()
             .map(Arc::new)
     };
     let mut fields = Vec::with_capacity(columns.len());
     for (name, kind) in columns {
-        if !matches!(kind, Kind::Ints | Kind::Floats) {
+        if !matches!(kind, Kind::Ints | Kind::Floats | Kind::Texts) {
             fields.push(primitive(name, *kind)?);
             continue;
         }
@@ -129,6 +131,13 @@ fn row_group<W: std::io::Write + Send>(
                 let typed = column.typed::<FloatType>();
                 typed.write_batch(&data, Some(&defined), Some(&repeated))?;
             }
+            Kind::Texts => {
+                let (defined, repeated) = levels(values());
+                let data: Vec<ByteArray> =
+                    items().map(|v| ByteArray::from(v.as_str().unwrap_or(""))).collect();
+                let typed = column.typed::<ByteArrayType>();
+                typed.write_batch(&data, Some(&defined), Some(&repeated))?;
+            }
         }
         column.close()?;
     }
@@ -167,7 +176,7 @@ mod tests {
                 let mut record = example(1 + i % 5, i, all_taps);
                 if i == 1 {
                     let top = record.tops[6].as_mut().unwrap();
-                    (top.tokens, top.probs) = (vec![], vec![]);
+                    (top.tokens, top.texts, top.probs) = (vec![], vec![], vec![]);
                 }
                 record.write(&columns, &mut text).unwrap();
             }
@@ -195,6 +204,7 @@ mod tests {
                                 && a.elements().iter().zip(b).all(|(a, b)| match a {
                                     Field::Long(a) => Some(*a) == b.as_i64(),
                                     Field::Float(a) => *a == as_f32(b),
+                                    Field::Str(a) => Some(a.as_str()) == b.as_str(),
                                     _ => false,
                                 })
                         }

@@ -130,6 +130,8 @@ impl Figure {
 pub struct Top {
     /// Likeliest first.
     pub tokens: Vec<i32>,
+    /// Their texts; empty until a record is made of them.
+    pub texts: Vec<String>,
     /// Their probabilities.
     pub probs: Vec<f32>,
     /// Probability of the taken token.
@@ -176,6 +178,8 @@ pub enum Kind {
     Ints,
     /// Lists of floats.
     Floats,
+    /// Lists of texts.
+    Texts,
 }
 
 /// One value.
@@ -186,6 +190,7 @@ enum Cell<'r> {
     Text(&'r str),
     Ints(&'r [i32]),
     Floats(&'r [f32]),
+    Texts(&'r [String]),
 }
 
 /// Names and kinds of all columns; `all_taps`: with the top tokens of every tap.
@@ -200,6 +205,7 @@ pub fn columns(all_taps: bool) -> Vec<(String, Kind)> {
         if all_taps || matches!(tap, Tap::LayerOut | Tap::Final) {
             for (of, kind) in [
                 ("top_tokens", Kind::Ints),
+                ("top_texts", Kind::Texts),
                 ("top_probs", Kind::Floats),
                 ("taken_prob", Kind::Float),
                 ("taken_rank", Kind::Int),
@@ -228,6 +234,7 @@ impl Record {
         for top in self.tops.iter().flatten() {
             cells.extend([
                 Cell::Ints(&top.tokens),
+                Cell::Texts(&top.texts),
                 Cell::Floats(&top.probs),
                 Cell::Float(top.taken_prob),
                 Cell::Int(top.taken_rank as i64),
@@ -249,6 +256,7 @@ impl Record {
                 Cell::Text(s) => serde_json::to_writer(&mut *out, s),
                 Cell::Ints(list) => serde_json::to_writer(&mut *out, list),
                 Cell::Floats(list) => serde_json::to_writer(&mut *out, list),
+                Cell::Texts(list) => serde_json::to_writer(&mut *out, list),
             }?;
         }
         if let Some(Routed { experts, entropy }) = &self.routed {
@@ -292,9 +300,11 @@ impl Record {
                 continue;
             }
             let tokens = list(&name("top_tokens"))?;
+            let texts = list(&name("top_texts"))?;
             let probs = list(&name("top_probs"))?;
             tops[tap as usize] = Some(Top {
                 tokens: tokens.iter().filter_map(|t| t.as_i64()).map(|t| t as i32).collect(),
+                texts: texts.iter().filter_map(|t| t.as_str()).map(str::to_owned).collect(),
                 probs: probs.iter().filter_map(|p| p.as_f64()).map(|p| p as f32).collect(),
                 taken_prob: float(&name("taken_prob"))?,
                 taken_rank: int(&name("taken_rank"))? as u32,
@@ -325,6 +335,7 @@ impl Record {
 pub(super) fn example(layer: usize, position: usize, all_taps: bool) -> Record {
     let top = |i: usize| Top {
         tokens: vec![i as i32, 7, 8],
+        texts: vec![" a".into(), "\"\u{2603}".into(), String::new()],
         probs: vec![0.1, 1.0 / 3.0, 1e-30],
         taken_prob: 0.25,
         taken_rank: 2,

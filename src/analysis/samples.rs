@@ -3,7 +3,7 @@
 use super::record::{Figure, Record, Tap};
 
 /// Completions kept.
-const SAMPLES: usize = 6;
+pub(super) const SAMPLES: usize = 6;
 /// Positions kept of each.
 const POSITIONS: usize = 96;
 
@@ -12,6 +12,8 @@ const POSITIONS: usize = 96;
 pub struct Glance {
     /// Entropy, nats.
     pub entropy: f32,
+    /// KL(this policy || final policy), nats, of a layer's policy.
+    pub kl_to_final: Option<f32>,
     /// Likeliest tokens as text, and their probabilities.
     pub top: Vec<(String, f32)>,
     /// Probability of the token that was taken.
@@ -29,11 +31,18 @@ pub struct View {
     pub completion: usize,
     /// Positions and the texts of the tokens taken there.
     pub tokens: Vec<(usize, String)>,
-    /// Glances by layer and token.
-    pub layers: Vec<Vec<Glance>>,
+    /// Glances by tap, layer and token: of the layer's policy, and of attention and FFN where the dump has their tokens.
+    pub taps: Vec<(Tap, Vec<Vec<Glance>>)>,
     /// Of the final policy, by token.
     pub last: Vec<Glance>,
 }
+
+/// The taps that are looked at.
+const TAPS: [(Tap, Figure); 3] = [
+    (Tap::LayerOut, Figure::LayerOut),
+    (Tap::AttnOut, Figure::AttnOut),
+    (Tap::FfnOut, Figure::FfnOut),
+];
 
 /// The first completions of a dump.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -44,65 +53,40 @@ pub struct Gallery {
 
 impl Gallery {
     /// Takes a record, while there is room; records come sample by sample, layer by layer, in order.
-    pub fn take(&mut self, record: &Record, text: &impl Fn(i32) -> String) {
+    pub fn take(&mut self, record: &Record) {
         let same = |view: &View| (view.row, view.completion) == (record.row, record.completion);
         if !self.views.last().is_some_and(same) {
             if self.views.len() == SAMPLES || record.layer != 1 {
                 return;
             }
             let (row, completion) = (record.row, record.completion);
-            self.views.push(View { row, completion, ..View::default() });
+            let known = TAPS.iter().filter(|(tap, _)| record.tops[*tap as usize].is_some());
+            let taps = known.map(|&(tap, _)| (tap, Vec::new())).collect();
+            self.views.push(View { row, completion, taps, ..View::default() });
         }
         let view = self.views.last_mut().expect("just made");
         if record.layer == 1 && view.tokens.len() < POSITIONS {
             view.tokens.push((record.position, record.text.clone()));
+            view.last.push(glance(record, Figure::FinalEntropy, Tap::Final));
         }
-        view.layers.resize_with(view.layers.len().max(record.layer), Vec::new);
-        let layer = &mut view.layers[record.layer - 1];
-        if layer.len() < view.tokens.len() {
-            layer.push(glance(record, Figure::LayerOut, Tap::LayerOut, text));
-            if record.layer == 1 {
-                view.last.push(glance(record, Figure::FinalEntropy, Tap::Final, text));
+        for (tap, layers) in &mut view.taps {
+            layers.resize_with(layers.len().max(record.layer), Vec::new);
+            let layer = &mut layers[record.layer - 1];
+            if layer.len() < view.tokens.len() {
+                let (_, figure) = TAPS.iter().find(|(t, _)| t == tap).expect("one of them");
+                layer.push(glance(record, *figure, *tap));
             }
         }
     }
 }
 
-fn glance(record: &Record, entropy: Figure, tap: Tap, text: &impl Fn(i32) -> String) -> Glance {
+fn glance(record: &Record, entropy: Figure, tap: Tap) -> Glance {
     let top = record.tops[tap as usize].clone().unwrap_or_default();
     Glance {
         entropy: record.get(entropy),
-        top: top.tokens.iter().map(|&t| text(t)).zip(top.probs).collect(),
+        kl_to_final: (tap == Tap::LayerOut).then(|| record.get(Figure::KlToFinal)),
+        top: top.texts.into_iter().zip(top.probs).collect(),
         taken_prob: top.taken_prob,
         taken_rank: top.taken_rank,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::record::example;
-    use super::*;
-
-    #[test]
-    fn the_first_tokens_of_the_first_samples_are_kept() {
-        let mut gallery = Gallery::default();
-        for row in 0..SAMPLES + 2 {
-            for layer in 1..=3 {
-                for position in 0..POSITIONS + 5 {
-                    let record = Record { row, ..example(layer, position, false) };
-                    gallery.take(&record, &|t| format!("<{t}>"));
-                }
-            }
-        }
-        assert_eq!(gallery.views.len(), SAMPLES);
-        for view in &gallery.views {
-            assert_eq!(
-                (view.tokens.len(), view.last.len(), view.layers.len()),
-                (POSITIONS, POSITIONS, 3)
-            );
-            assert!(view.layers.iter().all(|l| l.len() == POSITIONS));
-            assert_eq!(view.layers[2][4].top[0].0, "<5>");
-            assert_eq!(view.layers[2][4].entropy, example(3, 4, false).get(Figure::LayerOut));
-        }
     }
 }

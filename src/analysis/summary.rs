@@ -189,10 +189,29 @@ pub struct Boundary {
     pub surely_to: Option<usize>,
     /// Whether these differ: within a standard error the boundary could be another layer.
     pub tie: bool,
-    /// What `train --internal-layer` should get.
+    /// What `train --internal-layer` should get: the boundary, or where its policy means nothing the lowest layer above
+    /// it whose policy means something.
     pub recommended: usize,
+    /// Share of tokens whose likeliest token is the same in the recommended layer's policy and in the final one.
+    pub agreement: f64,
+    /// KL(the recommended layer's policy || the final policy), nats.
+    pub kl_to_final: f64,
+    /// Whether that policy means something: see [`means_something`].
+    pub means_something: bool,
     /// In words.
     pub why: String,
+}
+
+/// Share of tokens below which a layer's likeliest token is the final policy's by chance.
+const LEAST_AGREEMENT: f64 = 0.15;
+/// Distance from the final policy, nats, beyond which what a layer holds likely is ruled out in the end.
+const MOST_KL: f64 = 10.0;
+
+/// Whether a layer's policy has to do with what the model says in the end, so that to optimise it is to optimise that:
+/// it has the final policy's likeliest token for at least 15 % of the tokens, and is at most 10 nats from it.
+pub fn means_something(layer: &LayerMeans) -> bool {
+    layer.get(Figure::Top1Agrees).mean >= LEAST_AGREEMENT
+        && layer.get(Figure::KlToFinal).mean <= MOST_KL
 }
 
 /// The boundary layer of these means.
@@ -241,7 +260,43 @@ pub fn boundary(layers: &[LayerMeans]) -> Boundary {
             name(surely_to)
         );
     }
-    Boundary { layer, surely_from, surely_to, tie, recommended, why }
+    let said = |l: &LayerMeans| {
+        format!(
+            "it has the final policy's likeliest token for {:.0} % of the tokens and is {:.1} nats from it",
+            100.0 * l.get(Figure::Top1Agrees).mean,
+            l.get(Figure::KlToFinal).mean
+        )
+    };
+    let mut recommended = recommended;
+    if !means_something(&layers[recommended - 1]) {
+        let words = said(&layers[recommended - 1]);
+        let above = layers.iter().take(n_layer - 1).skip(recommended).find(|l| means_something(l));
+        why += &match above {
+            Some(better) => format!(
+                "; but layer {recommended}'s policy means nothing ({words}), so layer {} is taken, the lowest above it \
+                 whose policy means something ({})",
+                better.layer,
+                said(better)
+            ),
+            None => format!(
+                "; but layer {recommended}'s policy means nothing ({words}), and none above it does: look through \
+                 --final-norm, or train without an internal phase (--algo grpo)"
+            ),
+        };
+        recommended = above.map_or(recommended, |better| better.layer);
+    }
+    let chosen = &layers[recommended - 1];
+    Boundary {
+        layer,
+        surely_from,
+        surely_to,
+        tie,
+        recommended,
+        agreement: chosen.get(Figure::Top1Agrees).mean,
+        kl_to_final: chosen.get(Figure::KlToFinal).mean,
+        means_something: means_something(chosen),
+        why,
+    }
 }
 
 #[cfg(test)]
@@ -293,6 +348,36 @@ mod tests {
         let tied = boundary(&means(&[[0.5, 0.6], [-0.5, 0.6], [-0.4, -0.5]]));
         assert_eq!((tied.layer, tied.surely_from, tied.surely_to), (Some(2), Some(1), Some(2)));
         assert!(tied.tie);
+    }
+
+    #[test]
+    fn a_layer_whose_policy_means_nothing_gives_way_to_one_above() {
+        // Layer 2 is the boundary; agreement with the final policy and distance from it by layer.
+        let with = |seen: [(f32, f32); 4]| {
+            let mut sums = Sums::new(4);
+            for (l, ((agrees, kl), change)) in
+                seen.into_iter().zip([1.0, 1.0, -1.0, -1.0]).enumerate()
+            {
+                let mut figures = [0.0; Figure::N];
+                figures[Figure::FfnOut as usize] = change;
+                figures[Figure::Top1Agrees as usize] = agrees;
+                figures[Figure::KlToFinal as usize] = kl;
+                sums.add(l + 1, &figures);
+            }
+            boundary(&sums.means())
+        };
+        let fine = with([(0.0, 20.0), (0.3, 8.0), (0.5, 4.0), (1.0, 0.0)]);
+        assert_eq!((fine.recommended, fine.means_something), (2, true), "{}", fine.why);
+        let higher = with([(0.0, 20.0), (0.05, 8.0), (0.5, 4.0), (1.0, 0.0)]);
+        assert_eq!((higher.layer, higher.recommended), (Some(2), 3), "{}", higher.why);
+        assert!(
+            higher.why.contains("layer 3 is taken") && higher.means_something,
+            "{}",
+            higher.why
+        );
+        let none = with([(0.0, 20.0), (0.3, 22.0), (0.5, 14.0), (1.0, 0.0)]);
+        assert_eq!((none.recommended, none.means_something), (2, false));
+        assert!(none.why.contains("--final-norm"), "{}", none.why);
     }
 
     #[test]

@@ -46,6 +46,9 @@ pub struct EntropyArgs {
     /// Folder of the results; must be empty or not exist
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     out: PathBuf,
+    /// Keep entropy.parquet alone, without entropy.jsonl, once the dump is whole
+    #[arg(long, help_heading = "Run")]
+    no_json_lines: bool,
     /// Go on with the dump in --out
     #[arg(long, help_heading = "Run")]
     resume: bool,
@@ -154,6 +157,7 @@ pub fn run(args: EntropyArgs) -> Result<()> {
         samples: args.samples.map(|n| n as u64),
         strict: args.strict,
         batch_tokens: args.batch_tokens,
+        json_lines: !args.no_json_lines,
     };
     let model = args.device.open(&args.model)?;
     let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;

@@ -9,6 +9,7 @@ mod export;
 mod generate;
 mod import_peft;
 mod inspect;
+mod keys;
 mod man;
 mod report;
 mod score;
@@ -103,7 +104,7 @@ pub fn run() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("BUPO_LOG"))
         .with_writer(std::io::stderr)
         .init();
-    let matches = Cli::command().get_matches();
+    let matches = command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let given = matches.subcommand().map_or(&matches, |(_, given)| given);
     let outcome = match cli.command {
@@ -137,6 +138,17 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The command line, whose options all take a number below zero for their value: what is wrong with it is said by name.
+fn command() -> clap::Command {
+    let numbers = |command: clap::Command| {
+        command.mut_args(|arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        })
+    };
+    Cli::command().mut_subcommands(numbers)
 }
 
 fn one_line(text: &str) -> String {

@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Args};
 
-use super::{print_json, print_line, stop_on_signal, watch::Watch};
+use super::{print_json, print_line, stop_on_signal, watch::Show, watch::Watch};
+use crate::analysis::report;
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Preset, Resume, Summary, TrainConfig, Trainer};
+use crate::train::{Preset, Resume, RunConfig, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO, GRPO and their kin, with SFT, DPO or KTO, or after a teacher
@@ -38,9 +39,10 @@ use crate::{Error, Result};
 
 Examples:
   bupo-gguf train demo
+  bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl --dry-run
   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --data problems.jsonl \\
-      --eval-data held-out.jsonl --max-prompt 512 --max-response 1024 \\
-      --micro-batch-tokens 4096 --lr 1e-5
+      --eval-data held-out.jsonl --max-response 1024
+  bupo-gguf train Qwen3-4B-Q4_K_M.gguf --config runs/old/config.toml --lr 2e-5
   bupo-gguf train Qwen3-4B-Q4_K_M.gguf --preset bupo-paper \\
       --data deepmath-5k.parquet --eval-data math500.parquet
   bupo-gguf train demo --algo bupo --objective gspo \\
@@ -52,8 +54,9 @@ Examples:
       --data prompts.jsonl
   bupo-gguf train --resume runs/demo-bupo-1")]
 pub struct TrainArgs {
-    /// GGUF file, or `demo`; with --resume: where the model lies now, if not at its old place
-    #[arg(value_name = "MODEL", required_unless_present = "resume")]
+    /// GGUF file, or `demo`; with --resume: where the model lies now, if not at its old place; with --config: another
+    /// one than the file names
+    #[arg(value_name = "MODEL", required_unless_present_any = ["resume", "settings_file"])]
     model: Option<PathBuf>,
     #[command(flatten)]
     config: TrainConfig,
@@ -64,10 +67,29 @@ pub struct TrainArgs {
     /// of an uninterrupted run
     #[arg(long, requires = "resume", help_heading = "Run")]
     allow_change: bool,
-    /// Settings of a published experiment; options beside it stand. bupo-paper: the paper's reference runs, with
-    /// LoRA instead of all weights
-    #[arg(long, value_enum, conflicts_with = "resume", help_heading = "Run")]
+    /// Settings by name; options beside it stand. bupo-paper: the paper's reference runs, with LoRA instead of all
+    /// weights; 0.6b, 1.7b, 4b, 8b: learning rate, batch and length for a model of about that many parameters
+    #[arg(
+        long,
+        value_enum,
+        value_name = "NAME",
+        hide_possible_values = true,
+        conflicts_with_all = ["resume", "settings_file"],
+        help_heading = "Run"
+    )]
     preset: Option<Preset>,
+    /// Settings from a file as the config.toml of a run; options beside it stand
+    #[arg(
+        id = "settings_file",
+        long = "config",
+        value_name = "FILE",
+        conflicts_with = "resume",
+        help_heading = "Run"
+    )]
+    settings_file: Option<PathBuf>,
+    /// Read model and data, settle every setting, plan the memory, print the settings, and stop: nothing is written
+    #[arg(long, conflicts_with_all = ["resume", "rollouts", "dump_gradients"], help_heading = "Run")]
+    dry_run: bool,
     /// Take these rows (JSON lines with prompt, completions and rewards) as the one step's rollouts
     /// instead of sampling
     #[arg(long, value_name = "FILE", help_heading = "Run")]
@@ -76,9 +98,31 @@ pub struct TrainArgs {
     /// --steps 1
     #[arg(long, value_name = "FILE", conflicts_with = "resume", help_heading = "Run")]
     dump_gradients: Option<PathBuf>,
+    /// Show a completion, with its prompt, reward and reason, every N steps (0 = never); Enter shows one at any time
+    #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Run")]
+    show_every: u64,
+    /// Serve the run's page at http://127.0.0.1:PORT while it goes on, for this machine alone [default: 8321, or the
+    /// next free one]
+    #[arg(
+        long,
+        value_name = "PORT",
+        num_args = 0..=1,
+        conflicts_with_all = ["rollouts", "dry_run"],
+        help_heading = "Run"
+    )]
+    serve: Option<Option<u16>>,
+    /// Show nothing of the steps, only warnings and the summary
+    #[arg(long, help_heading = "Run")]
+    quiet: bool,
     /// One JSON object on stdout instead of the summary
     #[arg(long, help_heading = "Run")]
     json: bool,
+}
+
+impl TrainArgs {
+    fn show(&self) -> Show {
+        Show { quiet: self.quiet, every: self.show_every }
+    }
 }
 
 pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
@@ -88,16 +132,40 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         resume.change(args.model.clone(), &settings, args.allow_change)?;
         let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
         let mut trainer = resume.trainer(&model)?;
-        eprintln!("{}", trainer.memory());
-        return watched(&mut trainer, args.json, |t, watch| t.run_on(resume, watch));
+        let show = args.show();
+        if !show.quiet {
+            eprintln!("{}", trainer.memory());
+        }
+        serve(args.serve, folder)?;
+        return watched(&mut trainer, show, args.json, |t, watch| t.run_on(resume, watch));
+    }
+    if let Some(file) = &args.settings_file {
+        let (model, config) = RunConfig::template(file, &args.config.given(given)?)?;
+        args.model = args.model.or(model);
+        args.config = config;
     }
     args.config.check()?;
-    let path = args.model.as_deref().expect("clap wants it where there is no --resume");
+    let Some(path) = args.model.as_deref() else {
+        let place = args.settings_file.unwrap_or_default().display().to_string();
+        let advice = "name the model before the options";
+        return Err(Error::invalid(place, "a model", "none", advice));
+    };
     let model = Model::open_on(path, args.config.placement()?)?;
     if let Some(preset) = args.preset {
         let applied = preset.apply(model.config(), &args.config.given(given)?)?;
         applied.notes.iter().for_each(|note| eprintln!("preset: {note}"));
         args.config = applied.config;
+        args.config.check()?;
+    }
+    if args.dry_run {
+        let trainer = Trainer::new(&model, args.config)?;
+        eprintln!("{}", trainer.memory());
+        trainer.notes().iter().for_each(|note| eprintln!("{note}"));
+        let settings = RunConfig { model: path.into(), train: trainer.settings().written() };
+        return match args.json {
+            true => print_json(&settings),
+            false => print_line(settings.text()?.trim_end()),
+        };
     }
     if let Some(path) = &args.rollouts {
         let rows = read_rollouts(path)?;
@@ -110,12 +178,25 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
         return print_json(&replay);
     }
     let out = args.config.out.clone().unwrap_or_else(|| default_out(path, &args.config));
+    let show = args.show();
     let mut trainer = Trainer::new(&model, args.config)?;
-    eprintln!("{}", trainer.memory());
+    if !show.quiet {
+        eprintln!("{}", trainer.memory());
+    }
     if let Some(path) = &args.dump_gradients {
         trainer.dump_gradients_to(path)?;
     }
-    watched(&mut trainer, args.json, |t, watch| t.run(&out, watch))
+    serve(args.serve, &out)?;
+    watched(&mut trainer, show, args.json, |t, watch| t.run(&out, watch))
+}
+
+/// Serves the run's page, where that is wanted, as long as the process lives.
+fn serve(port: Option<Option<u16>>, folder: &Path) -> Result<()> {
+    if let Some(port) = port {
+        let (address, _) = report::serve(folder, port)?;
+        eprintln!("page: {address}");
+    }
+    Ok(())
 }
 
 /// Says which pairs of the adapter take part and stay as they are.
@@ -130,12 +211,13 @@ fn say_frozen(trainer: &Trainer) {
 /// Runs with a person watching, who may stop it, and prints the summary.
 fn watched<'m>(
     trainer: &mut Trainer<'m>,
+    show: Show,
     json: bool,
     run: impl FnOnce(&mut Trainer<'m>, &mut Watch) -> Result<Summary>,
 ) -> Result<()> {
     stop_on_signal(trainer.stop_flag())?;
     say_frozen(trainer);
-    let mut watch = Watch::new(trainer);
+    let mut watch = Watch::new(trainer, show);
     let summary = run(trainer, &mut watch)?;
     watch.finish();
     if json {
@@ -143,7 +225,12 @@ fn watched<'m>(
     } else {
         print_line(&describe(&summary))?
     }
-    if summary.interrupted { Err(Error::Interrupted) } else { Ok(()) }
+    if !summary.interrupted {
+        return Ok(());
+    }
+    let folder = summary.adapter.parent().unwrap_or(Path::new("."));
+    eprintln!("go on with it: bupo-gguf train --resume {}", folder.display());
+    Err(Error::Interrupted)
 }
 
 /// `runs/<model>-<algo>-<seed>`, and where that is taken `..-2`, `..-3`

@@ -11,7 +11,8 @@ use serde_json::Value;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Columns {
-    /// Column of the prompt, text or messages [default: prompt, question or problem]; a dot leads into a struct
+    /// Column of the prompt, text or messages [default: prompt, question, problem, messages, conversations, instruction
+    /// with input]; a dot leads into a struct
     #[arg(
         id = "prompt_column",
         long = "prompt-column",
@@ -21,7 +22,7 @@ pub struct Columns {
     #[serde(rename = "prompt-column", skip_serializing_if = "Option::is_none")]
     pub prompt: Option<String>,
     /// Column of the right answer, text or a number; after #### where the text has it
-    /// [default: reward_model.ground_truth, final_answer or answer]
+    /// [default: reward_model.ground_truth, final_answer, answer, solution or output]
     #[arg(
         id = "answer_column",
         long = "answer-column",
@@ -42,9 +43,11 @@ pub struct Columns {
 }
 
 /// Where prompts stand by default.
-pub(super) const PROMPTS: [&str; 4] = ["prompt", "question", "problem", "prompt_tokens"];
+pub(super) const PROMPTS: [&str; 5] =
+    ["prompt", "question", "problem", "messages", "prompt_tokens"];
 /// Where answers stand by default: verl's layout, DeepMath, then the plain name.
-const ANSWERS: [&str; 4] = ["reward_model.ground_truth", "final_answer", "answer", "ground_truth"];
+const ANSWERS: [&str; 6] =
+    ["reward_model.ground_truth", "final_answer", "answer", "ground_truth", "solution", "output"];
 /// Where difficulties stand by default.
 const DIFFICULTIES: [&str; 4] =
     ["difficulty", "level", "extra_info.difficulty", "extra_info.level"];
@@ -106,7 +109,7 @@ impl Columns {
             if let Some(name) = null(row, None, &PROMPTS) {
                 return Err(row.invalid(name, "text or messages", "null", FILL));
             }
-            let expected = "`prompt` (or `question`, `problem`, `prompt_tokens`)";
+            let expected = "`prompt` (or `question`, `problem`, `messages`, `prompt_tokens`)";
             let advice = "name the column with --prompt-column";
             return Err(row.invalid("prompt", expected, row.keys(), advice));
         };

@@ -44,7 +44,9 @@ impl<R: Read> CsvRows<R> {
         let header = reader.headers().map_err(|e| refused(path, 0, e))?;
         let names: Vec<String> = header.iter().map(|name| name.trim().to_owned()).collect();
         for (i, name) in names.iter().enumerate() {
-            if name.is_empty() || names[..i].contains(name) {
+            // pandas writes its index under no name, before all others.
+            let is_index = i == 0 && name.is_empty() && names.len() > 1;
+            if (name.is_empty() && !is_index) || names[..i].contains(name) {
                 let place = place(path, 0);
                 let got = format!("{:?} in column {}", shorten(name, 40), i + 1);
                 let advice = "name every column once in the first line";
@@ -63,7 +65,7 @@ impl<R: Read> CsvRows<R> {
         if !read.map_err(|e| refused(&self.path, self.row, e))? {
             return Ok(None);
         }
-        let values = self.names.iter().zip(record.iter());
+        let values = self.names.iter().zip(record.iter()).filter(|(name, _)| !name.is_empty());
         let object: Map<String, Value> = values
             .map(|(name, text)| {
                 (name.clone(), if text.is_empty() { Value::Null } else { text.into() })

@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows a model: text and ids go in, text and ids come out.
 
+mod arrow;
 pub mod chat;
 mod columns;
 mod compressed;
@@ -10,6 +11,7 @@ mod csv;
 mod examples;
 pub mod hf_tokenizer;
 mod jinja;
+mod json_array;
 pub mod jsonl;
 mod parquet;
 mod rows;
@@ -19,6 +21,7 @@ pub mod tasks;
 pub mod templates;
 mod thrift;
 pub mod tokenizer;
+mod usual;
 
 pub use chat::ChatTemplate;
 pub use columns::Columns;
@@ -70,6 +73,8 @@ pub struct Problem {
     pub source: String,
     /// How hard it is, where the data says so: a number or a word such as `Level 3`.
     pub difficulty: Option<String>,
+    /// Bytes of the worked solution that stands beside the answer; 0 where there is none.
+    pub solution_bytes: usize,
 }
 
 /// A prompt with completions that were sampled elsewhere; none, where only the prompt is looked at.

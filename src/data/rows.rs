@@ -50,14 +50,17 @@ fn not_empty<T>(path: &Path, rows: Vec<T>) -> Result<Vec<T>> {
 fn problem(row: &Row, columns: &Columns) -> Result<Problem> {
     let prompt = prompt(row, columns)?;
     let (name, answer) = columns.answer(row)?;
-    let answer = scalar(row, name, answer)?;
-    let answer = columns::after_hashes(&answer);
+    let whole = scalar(row, name, answer)?;
+    let answer = columns::after_hashes(&whole);
     if answer.trim().is_empty() {
         return Err(row.invalid(name, "an answer", "empty text", "fill it in or drop the row"));
     }
     let id = row.get("id").map(|id| scalar(row, "id", id)).transpose()?;
     let source = row.place.clone();
+    let beside = row.get("solution").and_then(Value::as_str).map_or(0, str::len);
+    let before = if answer.len() < whole.trim().len() { whole.len() } else { 0 };
     Ok(Problem {
+        solution_bytes: beside.max(before),
         id: id.unwrap_or_else(|| source.clone()),
         prompt,
         answer: answer.into(),
@@ -88,6 +91,12 @@ fn rollout(row: &Row) -> Result<RolloutRow> {
         }
         (None, None) => vec![],
     };
+    let usual = columns::PROMPTS;
+    if !usual.iter().any(|name| row.object.contains_key(*name)) {
+        // The commands that read such rows have no option for it.
+        let expected = format!("one of {}", usual.map(|n| format!("`{n}`")).join(", "));
+        return Err(row.invalid("prompt", expected, row.keys(), "rename the prompt's column"));
+    }
     Ok(RolloutRow { prompt: prompt(row, &Columns::default())?, completions, line: row.line })
 }
 
@@ -128,7 +137,17 @@ pub(super) fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
         Value::String(text) => Ok(Prompt::Text(text.clone())),
         Value::Array(list) if !list.is_empty() => {
             let one = |(j, value)| message(row, &format!("{name}[{j}]"), value);
-            Ok(Prompt::Messages(list.iter().enumerate().map(one).collect::<Result<_>>()?))
+            let mut messages: Vec<Message> =
+                list.iter().enumerate().map(one).collect::<Result<_>>()?;
+            // A whole conversation: what is asked ends before the answer.
+            while name == "messages" && messages.last().is_some_and(|m| m.role == "assistant") {
+                messages.pop();
+            }
+            if messages.is_empty() {
+                let advice = "begin it with what the user says";
+                return Err(row.invalid(name, "a message before the answer", "none", advice));
+            }
+            Ok(Prompt::Messages(messages))
         }
         other => {
             let advice = "write a prompt as \"..\" or [{\"role\": \"user\", \"content\": \"..\"}]";

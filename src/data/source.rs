@@ -14,7 +14,9 @@ use std::{
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Columns, Problem, Task, columns::difficulty_number, read_problems, tasks::is_task};
+use super::{
+    Columns, Problem, Task, columns::difficulty_number, read_problems, table, tasks::is_task,
+};
 use crate::{Error, Result};
 
 /// What tells one sequence of problems from another.
@@ -237,13 +239,31 @@ impl Rows {
     }
 }
 
-/// The files of a specification, in its order.
+/// The files of a specification, in its order, those of folders one by one.
 ///
 /// # Errors
 /// [`Error::Invalid`] for a list that cannot be read.
 pub fn files(spec: &str) -> Result<Vec<PathBuf>> {
-    let items = split(spec)?.into_iter().filter(|(name, _)| !is_task(name));
-    Ok(items.map(|(name, _)| name.into()).collect())
+    let mut all = Vec::new();
+    for (name, _) in split(spec)?.into_iter().filter(|(name, _)| !is_task(name)) {
+        let path = PathBuf::from(name);
+        // What is not there is told where it is opened.
+        all.extend(if path.exists() { table::files(&path)? } else { vec![path] });
+    }
+    Ok(all)
+}
+
+/// The specification with file names in place of paths.
+///
+/// # Errors
+/// [`Error::Invalid`] for a list that cannot be read.
+pub fn names(spec: &str) -> Result<String> {
+    let name = |(name, weight): (String, Option<f64>)| {
+        let file = Path::new(&name).file_name().map(|n| n.to_string_lossy().into_owned());
+        let name = if is_task(&name) { name } else { file.unwrap_or(name) };
+        name + &weight.map_or(String::new(), |w| format!(":{w}"))
+    };
+    Ok(split(spec)?.into_iter().map(name).collect::<Vec<_>>().join(","))
 }
 
 /// The files of a specification whose rows make one pool: no tasks, no weights.

@@ -160,6 +160,7 @@ impl Task {
             answer: answer.to_string(),
             source,
             difficulty: None,
+            solution_bytes: 0,
         }
     }
 }

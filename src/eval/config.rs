@@ -37,7 +37,8 @@ pub struct EvalConfig {
     /// Completions per problem: K of avg@K, pass@K, maj@K
     #[arg(long, default_value_t = 1, value_name = "K", help_heading = "Sampling")]
     pub samples: usize,
-    /// Prompts longer than this lose their beginning [default: 1024, at most half of the context]
+    /// Prompts longer than this lose their beginning [default: the longest one, at most half of the
+    /// context]
     #[arg(long, value_name = "TOKENS", help_heading = "Sampling")]
     pub max_prompt: Option<usize>,
     /// Completions end at this length [default: 2048, or what the context leaves]
@@ -86,9 +87,9 @@ impl EvalConfig {
         self.sampling.check()
     }
 
-    /// Limits of prompt and response that fit the model's context.
-    fn lengths(&self, context: usize) -> Result<(usize, usize)> {
-        let max_prompt = self.max_prompt.unwrap_or(1024.min(context / 2));
+    /// Limits of prompt and response that fit the model's context; `longest`: tokens of the longest prompt.
+    fn lengths(&self, context: usize, longest: usize) -> Result<(usize, usize)> {
+        let max_prompt = self.max_prompt.unwrap_or(longest.min(context / 2));
         let room = context.saturating_sub(max_prompt);
         let max_response = self.max_response.unwrap_or(2048.min(room));
         if max_response == 0 || max_response > room {
@@ -112,7 +113,6 @@ impl EvalConfig {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Report> {
         self.check()?;
-        let (max_prompt, max_response) = self.lengths(model.config().n_ctx_train)?;
         let options = SourceOptions {
             seed: self.seed,
             columns: self.columns.clone(),
@@ -121,8 +121,13 @@ impl EvalConfig {
         let source = ProblemSource::with(&self.data, options)?;
         let all = source.epoch_len().unwrap_or(tasks::HELD_OUT);
         let problems = source.eval_problems(self.problems.unwrap_or(all));
-        let mut judges = self.rewards.judges(&self.data, max_response)?;
         let encoder = self.prompts.encoder(model)?;
+        let mut longest = 1;
+        for problem in &problems {
+            longest = longest.max(encoder.prompt(&problem.prompt, usize::MAX)?.len());
+        }
+        let (max_prompt, max_response) = self.lengths(model.config().n_ctx_train, longest)?;
+        let mut judges = self.rewards.judges(&self.data, max_response)?;
         let mut lora = self.adapter.as_ref().map(|path| Lora::load(model, path)).transpose()?;
         let pool = Arc::new(ThreadPool::with(self.threads)?);
         let options =

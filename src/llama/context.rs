@@ -102,7 +102,8 @@ impl Context {
         let most = max_sequences();
         if options.n_seq == 0 || options.n_seq > most {
             let (expected, got) = (format!("1 to {most}"), options.n_seq.to_string());
-            return Err(Error::invalid("parallel sequences", expected, got, "lower --kv-mib"));
+            let advice = "ask for fewer at once";
+            return Err(Error::invalid("parallel sequences", expected, got, advice));
         }
         // llama.cpp rounds a stream's size up to this, and needs the product to fit 32 bits.
         let n_ctx_seq = options.n_ctx_seq.next_multiple_of(256);
@@ -146,7 +147,11 @@ impl Context {
         };
         let raw = NonNull::new(raw).ok_or_else(|| {
             let call = format!("making a context of {} x {n_ctx_seq} tokens", options.n_seq);
-            Error::engine(call, log::take_last_words(), "lower --kv-mib or --max-response")
+            Error::engine(
+                call,
+                log::take_last_words(),
+                "free memory, or ask for fewer or shorter completions",
+            )
         })?;
         // SAFETY: a live context; the pool lives as long by the Arc.
         unsafe { sys::llama_attach_threadpool(raw.as_ptr(), pool.raw(), pool.raw()) };
@@ -258,7 +263,8 @@ impl Context {
         check("decoding", status, "report it with the model's name")?;
         if result != 0 {
             let reason = format!("llama_decode gave {result}: {}", log::take_last_words());
-            return Err(Error::engine("decoding", reason, "lower --kv-mib or --max-response"));
+            let advice = "free memory, or ask for fewer or shorter completions";
+            return Err(Error::engine("decoding", reason, advice));
         }
         let draws = if self.draws_attached { self.draws.len() } else { 0 };
         let drawn = |t: &Token| t.logits && (t.sequence as usize) < draws;

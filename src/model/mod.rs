@@ -41,7 +41,7 @@ use lora::{Adapter, Pair};
 use tape::{LAYER_NODES, Parts, Tape, Taps, Var};
 
 use crate::ggml::{Arena, Device, Tensor, Type};
-use crate::gguf::GgufSet;
+use crate::gguf::{GgufSet, Value};
 use crate::llama;
 pub use crate::llama::Placement;
 use crate::ops::{self, Head, Logprob, LowRank};
@@ -49,6 +49,8 @@ use crate::{Error, Result};
 
 /// The small model inside the program, by this name on the command line.
 pub const DEMO: &str = "demo";
+/// `general.name` of that model.
+const DEMO_TITLE: &str = "bupo-gguf demo";
 static DEMO_BYTES: &[u8] = include_bytes!("../../assets/demo.gguf");
 
 /// A loaded model: llama.cpp's weights, one copy, read by rollouts and training alike.
@@ -61,6 +63,8 @@ pub struct Model {
     context: AtomicUsize,
     file: ModelFile,
     files: Vec<PathBuf>,
+    // Texts of the metadata whose keys begin with `general.`.
+    about: Vec<(String, String)>,
 }
 
 /// Where a model lies on the disk: what a path on the command line means.
@@ -138,9 +142,14 @@ impl Model {
         let engine = Arc::new(load(file.path())?);
         let config = Config::new(family, &engine)?;
         let index = Weights::index(&engine);
+        let text = |(key, value): (&str, &Value)| match value {
+            Value::String(text) if key.starts_with("general.") => Some((key.into(), text.clone())),
+            _ => None,
+        };
+        let about = files.metadata().filter_map(text).collect();
         let files = files.paths().to_vec();
         let (maps, context) = (Vec::new(), AtomicUsize::new(0));
-        let mut model = Model { engine, config, index, maps, context, file, files };
+        let mut model = Model { engine, config, index, maps, context, file, files, about };
         model.maps = model.dry_run()?;
         Ok(model)
     }
@@ -218,6 +227,21 @@ impl Model {
     /// Path as given, or `demo`.
     pub fn name(&self) -> &str {
         self.file.name()
+    }
+
+    /// Whether it is the small model inside the program, or was made from it.
+    pub fn is_demo(&self) -> bool {
+        self.about("general.name") == Some(DEMO_TITLE)
+    }
+
+    /// A text of the file's metadata, of those whose keys begin with `general.`.
+    pub fn about(&self, key: &str) -> Option<&str> {
+        self.about.iter().find(|(name, _)| name == key).map(|(_, text)| text.as_str())
+    }
+
+    /// Number of its weights.
+    pub fn n_params(&self) -> u64 {
+        self.engine.tensors().map(|t| t.len() as u64).sum()
     }
 
     /// The files it was read from: one, or the parts of a split set in their order.

@@ -310,6 +310,7 @@ mod tests {
             answer: "42".into(),
             source: "t:1".into(),
             difficulty: None,
+            solution_bytes: 0,
         };
         let spec = "boxed+0.5*format + 0.25*regex:a+b + overlong:50+2*regex:^x";
         // The last `+` belongs to no pattern, for `overlong` ends at any.
@@ -338,6 +339,7 @@ mod tests {
             answer: "8".into(),
             source: "t:1".into(),
             difficulty: None,
+            solution_bytes: 0,
         };
         let mut judge = Judge::parse("math + format:think + boxed + format", options()).unwrap();
         for (opening, text, parts) in [

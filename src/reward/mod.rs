@@ -159,6 +159,7 @@ mod tests {
             answer: "42".into(),
             source: "t:1".into(),
             difficulty: None,
+            solution_bytes: 0,
         };
         for (reward, completion, value, reason) in [
             (Reward::Boxed, "so \\boxed{42.0}", 1.0, "\"42.0\" equals \"42\" as a number"),

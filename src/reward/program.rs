@@ -283,6 +283,7 @@ mod tests {
             answer: "42".into(),
             source: "t:1".into(),
             difficulty: None,
+            solution_bytes: 0,
         };
         program.score(&Attempt {
             problem: &problem,

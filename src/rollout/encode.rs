@@ -196,6 +196,17 @@ impl<'m> Encoder<'m> {
         self.tokenize(text, false)
     }
 
+    /// What a prompt asks, for people: its text, or its last message's.
+    pub fn asked(&self, prompt: &Prompt) -> String {
+        match prompt {
+            Prompt::Text(text) => text.clone(),
+            Prompt::Messages(messages) => {
+                messages.last().map_or(String::new(), |message| message.content.clone())
+            }
+            Prompt::Tokens(tokens) => self.text(tokens),
+        }
+    }
+
     /// Text of tokens, control tokens left out.
     pub fn text(&self, tokens: &[i32]) -> String {
         self.model.engine().vocab().text(tokens, false)

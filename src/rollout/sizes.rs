@@ -40,12 +40,14 @@ impl RolloutSizes {
 }
 
 impl RolloutOptions {
-    /// Memory for `n` sequences of so many tokens, or for as many as a GiB holds.
+    /// Memory for `n` sequences of so many tokens, or for as many as a GiB holds; for one in any case.
     ///
     /// # Errors
     /// See [`llama::Model::kv_token_bytes`].
     pub fn new(n_ctx_seq: usize, n: usize, model: &llama::Model) -> Result<RolloutOptions> {
-        RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES }.at_most(n, model)
+        let options = RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES };
+        let kv_bytes = KV_BYTES.max(options.sequence_bytes(model)?);
+        RolloutOptions { kv_bytes, ..options }.at_most(n, model)
     }
 
     /// The same with memory for `n` sequences at most, where no more are ever wanted.

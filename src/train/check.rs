@@ -19,7 +19,7 @@ impl TrainConfig {
         refuse_meaningless(self)?;
         self.rows.check(self.algo)?;
         let alone = !self.algo.is_rewarded()
-            || matches!(self.baseline(), Baseline::Batch | Baseline::Value);
+            || matches!(self.given_baseline(), Baseline::Batch | Baseline::Value);
         if self.group < 2 && !(alone && self.group == 1) {
             let advice = "advantages compare completions of one prompt; try 8";
             return refuse("--group", "at least 2", self.group.to_string(), advice);
@@ -35,14 +35,15 @@ impl TrainConfig {
         }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
-            ("--mini-batch", self.mini_batch()),
+            ("--rank", self.rank),
+            ("--mini-batch", self.given_mini_batch()),
             ("--micro-batch-tokens", self.micro_batch_tokens.unwrap_or(1)),
-            ("--max-prompt", self.max_prompt),
-            ("--max-response", self.max_response),
+            ("--max-prompt", self.max_prompt.unwrap_or(1)),
+            ("--max-response", self.max_response.unwrap_or(1)),
             ("--eval-problems", self.eval_problems),
             ("--eval-samples", self.eval_samples),
             ("--steps", self.steps as usize),
-            ("--kv-mib", self.kv_mib()),
+            ("--kv-mib", self.kv_mib.unwrap_or(1)),
         ] {
             if value == 0 {
                 return refuse(option, "at least 1", "0".into(), "leave it out for the default");
@@ -53,30 +54,29 @@ impl TrainConfig {
                 return refuse(option, &expected, value.to_string(), "lower it");
             }
         }
-        let longest = self.max_prompt + self.max_response;
-        let is_sampled = self.algo.is_rewarded();
-        if is_sampled && self.micro_batch_tokens.is_some_and(|n| n < longest) {
-            let expected = format!("at least --max-prompt plus --max-response ({longest})");
-            return refuse(
-                "--micro-batch-tokens",
-                &expected,
-                self.micro_batch_tokens().to_string(),
-                "raise it",
-            );
-        }
-        if self.mini_batch() > self.prompts_per_step {
+        if self.given_mini_batch() > self.prompts_per_step {
             let expected = format!("at most --prompts-per-step ({})", self.prompts_per_step);
-            return refuse("--mini-batch", &expected, self.mini_batch().to_string(), "lower it");
+            return refuse(
+                "--mini-batch",
+                &expected,
+                self.given_mini_batch().to_string(),
+                "lower it",
+            );
         }
         if self.early_stop > 0 && self.eval_every == 0 {
             let advice = "say how often to look with --eval-every";
             return refuse("--early-stop", "--eval-every N", "0".into(), advice);
         }
-        if self.algo == Algorithm::Kto && self.mini_batch() < 2 {
+        if self.algo == Algorithm::Kto && self.given_mini_batch() < 2 {
             let advice = "KTO compares a prompt with the next row's completion; raise it";
-            return refuse("--mini-batch", "at least 2", self.mini_batch().to_string(), advice);
+            return refuse(
+                "--mini-batch",
+                "at least 2",
+                self.given_mini_batch().to_string(),
+                advice,
+            );
         }
-        let loss = self.loss();
+        let (loss, lr) = (self.given_loss(), self.lr.unwrap_or(1.0));
         for (option, value, ok, expected) in [
             (
                 "--temperature",
@@ -84,7 +84,7 @@ impl TrainConfig {
                 self.sampling.temperature > 0.0,
                 "above 0",
             ),
-            ("--lr", self.lr, self.lr > 0.0, "above 0"),
+            ("--lr", lr, lr > 0.0, "above 0"),
             ("--clip-low", loss.clip_low, (0.0..=1.0).contains(&loss.clip_low), "0 to 1"),
             ("--clip-high", loss.clip_high, loss.clip_high >= 0.0, "at least 0"),
             ("--gamma", self.gamma, (0.0..=1.0).contains(&self.gamma), "0 to 1"),

@@ -17,6 +17,8 @@ pub struct Sample {
     pub step: u64,
     /// Which problem.
     pub problem: String,
+    /// What was asked: the last message.
+    pub prompt: String,
     /// The right answer.
     pub answer: String,
     /// Reward.
@@ -61,7 +63,7 @@ impl Judged {
         step: u64,
         observer: &mut dyn Observer,
     ) -> Result<Batch> {
-        let (wanted, rounds) = (with.config.prompts_per_step, with.config.resample());
+        let (wanted, rounds) = (with.settings.prompts_per_step, with.settings.resample);
         let (mut groups, mut samples) = (Vec::with_capacity(wanted), Vec::new());
         for round in 0..=rounds {
             let missing = wanted - groups.len();
@@ -114,7 +116,7 @@ impl Judged {
         problems: &[Problem],
         observer: &mut dyn Observer,
     ) -> Result<Vec<(ResponseGroup, Vec<Sample>)>> {
-        let c = with.config;
+        let c = with.settings;
         let stream = (step - 1) * c.prompts_per_step as u64 + round * ROUND_STREAM;
         let mut requests = Vec::with_capacity(problems.len());
         for (seed_stream, problem) in (stream..).zip(problems) {
@@ -144,7 +146,9 @@ impl Judged {
         let groups = problems.iter().zip(requests).zip(judged);
         Ok(groups
             .map(|((problem, request), judged)| {
-                let samples = judged.iter().map(|j| sample(step, problem, j, &names)).collect();
+                let asked = with.encoder.asked(&problem.prompt);
+                let samples =
+                    judged.iter().map(|j| sample(step, problem, &asked, j, &names)).collect();
                 let responses = judged.into_iter().map(response).collect();
                 (ResponseGroup { prompt: request.prompt_tokens, responses }, samples)
             })
@@ -156,12 +160,13 @@ fn all_equal(group: &ResponseGroup) -> bool {
     group.responses.windows(2).all(|pair| pair[0].reward == pair[1].reward)
 }
 
-fn sample(step: u64, problem: &Problem, judged: &Answer, names: &[&str]) -> Sample {
+fn sample(step: u64, problem: &Problem, asked: &str, judged: &Answer, names: &[&str]) -> Sample {
     let several = if names.len() > 1 { names } else { &[] };
     let parts = several.iter().zip(&judged.judgement.parts);
     Sample {
         step,
         problem: problem.id.clone(),
+        prompt: asked.into(),
         answer: problem.answer.clone(),
         reward: judged.judgement.reward,
         reason: judged.judgement.reason.clone(),

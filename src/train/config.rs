@@ -5,23 +5,20 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use super::advantage::{Baseline, Gae};
+use super::advantage::Baseline;
 use super::algorithm::{Algorithm, Defaults};
-use super::critic::CriticConfig;
 use super::layers::LayerChoice;
 use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
-use super::optimizer::AdamWConfig;
 use super::row_options::RowOptions;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
-use crate::ggml::{ByteSize, DeviceChoice, usable_cores};
+use crate::ggml::{ByteSize, DeviceChoice};
 use crate::model::{DEMO, Placement, Targets};
 use crate::reward::RewardOptions;
 use crate::rollout::{PromptOptions, Sampling};
 use crate::{Error, Result};
 
-/// Settings of a training run. Defaults suit the demo model on two cores; for a real model raise
-/// `--max-prompt`, `--max-response` and lower `--lr`.
+/// Options of a training run. What is left out is settled by [`TrainConfig::resolve`] from the model and the data.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct TrainConfig {
@@ -165,12 +162,13 @@ pub struct TrainConfig {
     /// are the same
     #[arg(long, help_heading = "Batch")]
     pub recompute: bool,
-    /// Prompts longer than this lose their beginning
-    #[arg(long, default_value_t = 64, value_name = "TOKENS", help_heading = "Batch")]
-    pub max_prompt: usize,
-    /// Completions end at this length
-    #[arg(long, default_value_t = 24, value_name = "TOKENS", help_heading = "Batch")]
-    pub max_response: usize,
+    /// Prompts longer than this lose their beginning [default: the longest prompt but for outliers]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batch")]
+    pub max_prompt: Option<usize>,
+    /// Completions end at this length [default: twice the data's own solutions, or by the model's size; at most what
+    /// context and memory leave]
+    #[arg(long, value_name = "TOKENS", help_heading = "Batch")]
+    pub max_response: Option<usize>,
 
     /// How tokens are drawn.
     #[command(flatten)]
@@ -181,9 +179,9 @@ pub struct TrainConfig {
     #[arg(long, value_name = "MIB", help_heading = "Sampling")]
     pub kv_mib: Option<usize>,
 
-    /// Learning rate
-    #[arg(long, default_value_t = 1e-3, value_name = "X", help_heading = "Optimiser")]
-    pub lr: f32,
+    /// Learning rate [default: by the objective and the model's size]
+    #[arg(long, value_name = "X", help_heading = "Optimiser")]
+    pub lr: Option<f32>,
     /// Learning rate after the warm-up
     #[arg(long, value_enum, default_value = "constant", help_heading = "Optimiser")]
     pub schedule: Schedule,
@@ -233,6 +231,9 @@ pub struct TrainConfig {
     /// Run folder; must be empty or not exist [default: runs/<model>-<algo>-<seed>, with a number where that is taken]
     #[arg(long, value_name = "DIR", help_heading = "Run")]
     pub out: Option<PathBuf>,
+    /// Also write event files for TensorBoard, into tensorboard/ of the run folder
+    #[arg(long, help_heading = "Run")]
+    pub tensorboard: bool,
     /// Write a checkpoint, from which --resume goes on, every N steps and at the end (0 = never)
     #[arg(long, default_value_t = 10, value_name = "N", help_heading = "Run")]
     pub checkpoint_every: u64,
@@ -270,29 +271,31 @@ impl Default for TrainConfig {
     }
 }
 
+/// What an option stands for where it is left out and nothing but other options decide; [`Settings`](super::Settings)
+/// has all of it.
 impl TrainConfig {
     /// What the objective's name stands for.
-    pub fn defaults(&self) -> Defaults {
+    fn defaults(&self) -> Defaults {
         self.objective.unwrap_or(self.algo).defaults()
     }
 
     /// What rewards are compared with.
-    pub fn baseline(&self) -> Baseline {
+    pub(super) fn given_baseline(&self) -> Baseline {
         self.baseline.unwrap_or(self.defaults().baseline)
     }
 
     /// How token losses become one number.
-    pub fn aggregation(&self) -> Aggregation {
+    pub(super) fn given_aggregation(&self) -> Aggregation {
         self.loss_agg.unwrap_or(self.defaults().aggregation)
     }
 
     /// Times that a step replaces groups without signal.
-    pub fn resample(&self) -> u64 {
+    pub(super) fn given_resample(&self) -> u64 {
         self.resample.unwrap_or(self.defaults().resample)
     }
 
     /// Settings of the loss.
-    pub fn loss(&self) -> LossConfig {
+    pub(super) fn given_loss(&self) -> LossConfig {
         let named = self.defaults();
         LossConfig {
             ratio: self.ratio.unwrap_or(named.ratio),
@@ -304,28 +307,21 @@ impl TrainConfig {
         }
     }
 
-    /// Settings of advantage estimation with a value head.
-    pub fn gae(&self) -> Gae {
-        Gae { gamma: self.gamma, lambda: self.gae_lambda }
+    /// Prompts per optimiser step.
+    pub(super) fn given_mini_batch(&self) -> usize {
+        let by_default = match self.algo.is_rewarded() {
+            true => self.prompts_per_step.div_ceil(2),
+            false => self.prompts_per_step,
+        };
+        self.mini_batch.unwrap_or(by_default)
     }
 
-    /// Settings of the value head.
-    pub fn critic(&self) -> CriticConfig {
-        CriticConfig { lr: self.value_lr, beta1: self.beta1, beta2: self.beta2, eps: self.adam_eps }
-    }
-
-    /// Settings of the optimiser for a model of `n_layer` layers.
-    pub fn adamw(&self, n_layer: usize) -> AdamWConfig {
-        AdamWConfig {
-            beta1: self.beta1,
-            beta2: self.beta2,
-            eps: self.adam_eps,
-            weight_decay: self.weight_decay,
-            clip_norm: self.clip_norm,
-            freeze_layers: self.freeze_layers,
-            slow_above: self.internal_layer(n_layer),
-            slow_factor: self.lr_above,
-            b_factor: self.loraplus_lr_ratio,
+    /// Steps of the internal phase; 0 where the algorithm has none.
+    pub(super) fn given_internal_steps(&self) -> u64 {
+        match self.algo {
+            Algorithm::Bupo => self.internal_steps.unwrap_or(10),
+            algo if algo.has_internal_phase() => self.internal_steps.unwrap_or(0),
+            _ => 0,
         }
     }
 
@@ -335,60 +331,6 @@ impl TrainConfig {
             seed: self.seed,
             columns: self.columns.clone(),
             curriculum: self.curriculum,
-        }
-    }
-
-    /// Tokens per micro batch; by default at least one prompt with its response fits.
-    pub fn micro_batch_tokens(&self) -> usize {
-        self.micro_batch_tokens.unwrap_or(4096.max(self.max_prompt + self.max_response))
-    }
-
-    /// Completions that are sampled in one go, at most: of a step, or of an evaluation on held-out problems.
-    pub fn sequences(&self) -> usize {
-        let is_task = source::files(&self.data).is_ok_and(|files| files.is_empty());
-        let evaluates = self.algo.is_rewarded() && (self.eval_data.is_some() || is_task);
-        let evaluated = if evaluates { self.eval_problems * self.eval_samples } else { 0 };
-        evaluated.max(self.prompts_per_step * self.group)
-    }
-
-    /// Memory for keys and values of rollouts, MiB.
-    pub fn kv_mib(&self) -> usize {
-        self.kv_mib.unwrap_or(1024)
-    }
-
-    /// Prompts per optimiser step.
-    pub fn mini_batch(&self) -> usize {
-        let by_default = match self.algo.is_rewarded() {
-            true => self.prompts_per_step.div_ceil(2),
-            false => self.prompts_per_step,
-        };
-        self.mini_batch.unwrap_or(by_default)
-    }
-
-    /// The alpha of a new adapter's file: what the low-rank term is scaled by, times the rank.
-    pub fn file_alpha(&self) -> f32 {
-        self.alpha() * if self.rslora { (self.rank as f32).sqrt() } else { 1.0 }
-    }
-
-    /// The adapter's alpha.
-    pub fn alpha(&self) -> f32 {
-        self.alpha.unwrap_or(2.0 * self.rank as f32)
-    }
-
-    /// Steps of the internal phase; 0 where the algorithm has none.
-    pub fn internal_steps(&self) -> u64 {
-        match self.algo {
-            Algorithm::Bupo => self.internal_steps.unwrap_or(10),
-            algo if algo.has_internal_phase() => self.internal_steps.unwrap_or(0),
-            _ => 0,
-        }
-    }
-
-    /// Layer of the internal phase for a model of `n_layer` layers; of `auto`, before it is found, the default.
-    pub fn internal_layer(&self, n_layer: usize) -> usize {
-        match self.internal_layer {
-            Some(LayerChoice::Layer(layer)) => layer,
-            Some(LayerChoice::Auto) | None => (3 * n_layer).div_ceil(4),
         }
     }
 
@@ -432,14 +374,31 @@ impl TrainConfig {
             .map_err(|e| wrong(e.to_string().lines().next().unwrap_or_default().into()))
     }
 
+    /// The settings as `config.toml` names them, numbers as short as they can be written.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] when a value has no form in toml.
+    pub fn table(&self) -> Result<toml::Table> {
+        let mut table = toml::Table::try_from(self)
+            .map_err(|e| Error::engine("reading settings", e.to_string(), "report it"))?;
+        for (_, value) in table.iter_mut() {
+            // 0.0005, not 0.0005000000237487257: what an f32 is written as.
+            if let toml::Value::Float(x) = value
+                && (*x as f32) as f64 == *x
+            {
+                *x = (*x as f32).to_string().parse().unwrap_or(*x);
+            }
+        }
+        Ok(table)
+    }
+
     /// The settings that stood on the command line, as `config.toml` names them, for those of a run to be
     /// changed by; `matches` is what clap made this struct from.
     ///
     /// # Errors
     /// [`Error::Engine`] when a value has no form in toml.
     pub fn given(&self, matches: &clap::ArgMatches) -> Result<toml::Table> {
-        let mut table = toml::Table::try_from(self)
-            .map_err(|e| Error::engine("reading settings", e.to_string(), "report it"))?;
+        let mut table = self.table()?;
         let given = Some(clap::parser::ValueSource::CommandLine);
         table.retain(|name, _| matches.value_source(&name.replace('-', "_")) == given);
         Ok(table)
@@ -455,7 +414,7 @@ impl TrainConfig {
             Ok(())
         };
         let rewards = &mut self.rewards;
-        if rewards.judge(&self.data, self.max_response)?.has_program() {
+        if rewards.judge(&self.data, self.max_response.unwrap_or(usize::MAX))?.has_program() {
             rewards.reward_folder.get_or_insert(PathBuf::from("."));
         }
         [
@@ -478,35 +437,6 @@ impl TrainConfig {
             *template = source::absolute(template)?;
         }
         Ok(self)
-    }
-
-    /// Fills in every default that depends on another setting, on the model or on the machine, so that
-    /// `config.toml` says what was done.
-    pub fn resolved(mut self, n_layer: usize) -> TrainConfig {
-        self.threads = Some(self.threads.unwrap_or_else(usable_cores));
-        if self.internal_layer != Some(LayerChoice::Auto) {
-            self.internal_layer = Some(LayerChoice::Layer(self.internal_layer(n_layer)));
-        }
-        self.mini_batch = Some(self.mini_batch());
-        self.micro_batch_tokens = Some(self.micro_batch_tokens());
-        self.alpha = Some(self.alpha());
-        if self.algo.has_internal_phase() {
-            self.internal_steps = Some(self.internal_steps());
-        }
-        if !self.algo.is_rewarded() {
-            // The rest means nothing to it.
-            return self;
-        }
-        self.kv_mib = Some(self.kv_mib());
-        self.rewards.reward = Some(self.rewards.spec(&self.data));
-        let loss = self.loss();
-        self.ratio = Some(loss.ratio);
-        self.surrogate = Some(loss.surrogate);
-        (self.clip_low, self.clip_high) = (Some(loss.clip_low), Some(loss.clip_high));
-        self.baseline = Some(self.baseline());
-        self.loss_agg = Some(self.aggregation());
-        self.resample = Some(self.resample());
-        self
     }
 
     /// Where the model is to be opened.

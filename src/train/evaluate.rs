@@ -50,7 +50,7 @@ impl Trainer<'_> {
         let mut groups: Vec<ResponseGroup> = self.held_out.clone();
         let eval_loss = self.learner.score(&mut groups, &config, &mut tally)?;
         self.end_updates()?;
-        let is_entropy = self.config.algo == super::Algorithm::Sft;
+        let is_entropy = self.settings.algo == super::Algorithm::Sft;
         let more = tally.means().map(|(name, mean)| (format!("eval_{name}"), mean.into()));
         Ok(Some(HeldOut {
             eval_loss,
@@ -67,7 +67,7 @@ impl Trainer<'_> {
         if judged.held_out.is_empty() {
             return Ok(None);
         }
-        let c = &self.config;
+        let c = &self.settings;
         let options = EvalOptions {
             samples: c.eval_samples,
             max_prompt: c.max_prompt,
@@ -92,7 +92,7 @@ impl Trainer<'_> {
         what: &str,
         observer: &mut dyn Observer,
     ) -> Result<Option<f64>> {
-        if self.config.algo.is_rewarded() {
+        if self.settings.algo.is_rewarded() {
             // As an f32, which checkpoints of older versions hold.
             Ok(self.evaluate(what, observer)?.map(|report| report.avg_at_k as f32 as f64))
         } else {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Trainer;
 use super::source::{Source, With};
 use crate::analysis::{self, Probe, Sample};
+use crate::model::{Engine, Lora, Model};
 use crate::rollout::{Request, Rollouts};
 use crate::{Error, Result};
 
@@ -98,75 +99,82 @@ impl Answers<'_> {
     }
 }
 
-impl Trainer<'_> {
-    /// Completions to look at: of a few training prompts, or those of a few rows.
-    fn answers(&mut self) -> Result<Vec<Sample>> {
-        if let Source::Given(rows) = &mut self.source {
-            let n = PROMPTS.min(rows.len() as u64);
-            let samples = (0..n).filter_map(|i| {
-                let group = rows.at(i);
-                let tokens = group.responses.into_iter().next()?.tokens;
-                Some(Sample { row: i as usize, completion: 0, prompt: group.prompt.into(), tokens })
-            });
-            return Ok(samples.collect());
-        }
-        let n = self.source.epoch_len().map_or(PROMPTS, |n| PROMPTS.min(n as u64));
-        let with = With { config: &self.config, encoder: &self.encoder, stop: &self.stop };
-        let mut prompts = Vec::new();
-        for i in 0..n {
-            prompts.push(self.source.prompt(with, i)?);
-        }
-        let c = &self.config;
-        let answers = Answers {
-            prompts,
-            rollouts: self.source.rollouts().expect("a source that is no rows samples"),
-            max_response: c.max_response,
-            sampling: c.sampling,
-            seed: c.seed,
-        };
-        answers.sample(&self.stop)
-    }
+/// The layer in the place of `auto`.
+pub(super) struct Found {
+    pub layer: usize,
+    /// Why, where it was looked for.
+    pub why: Option<String>,
+}
 
-    /// Puts a number in the place of `auto`: the boundary layer on answers to the first training prompts.
-    /// Says whether there was one to be put.
-    pub(super) fn choose_layer(&mut self) -> Result<bool> {
-        if self.config.internal_layer != Some(LayerChoice::Auto) {
-            return Ok(false);
-        }
-        let n_layer = self.model.config().n_layer;
-        if self.config.internal_steps() == 0 {
-            let layer = self.config.internal_layer(n_layer);
-            self.config.internal_layer = Some(LayerChoice::Layer(layer));
-            return Ok(true);
-        }
-        let samples = self.answers()?;
-        self.end_rollouts()?;
-        let budget = self.config.micro_batch_tokens();
-        let learner = &mut self.learner;
-        let lora = Some(&learner.lora);
-        let (engine, norm) = (&mut learner.engine, self.config.final_norm);
-        let sums = analysis::sums(engine, self.model, lora, &samples, norm, budget)?;
-        self.end_updates()?;
-        let means = sums.means();
-        let finite = means.iter().all(|l| l.change(analysis::Change::Ffn).mean.is_finite());
-        if !finite {
-            return Err(Error::engine(
-                "looking for the boundary layer",
-                "an entropy is not finite",
-                "the model's weights hold values that are not finite; fetch the file again",
-            ));
-        }
-        let boundary = analysis::boundary(&means);
-        self.config.internal_layer = Some(LayerChoice::Layer(boundary.recommended));
-        self.config.internal_layer_why = Some(format!(
-            "auto: {} ({} tokens of answers to {} training prompts)",
-            boundary.why,
-            sums.tokens(),
-            samples.len()
+/// Completions to look at: of a few training prompts, or those of a few rows.
+fn answers(source: &mut Source, with: With<'_, '_>) -> Result<Vec<Sample>> {
+    if let Source::Given(rows) = source {
+        let n = PROMPTS.min(rows.len() as u64);
+        let samples = (0..n).filter_map(|i| {
+            let group = rows.at(i);
+            let tokens = group.responses.into_iter().next()?.tokens;
+            Some(Sample { row: i as usize, completion: 0, prompt: group.prompt.into(), tokens })
+        });
+        return Ok(samples.collect());
+    }
+    let n = source.epoch_len().map_or(PROMPTS, |n| PROMPTS.min(n as u64));
+    let mut prompts = Vec::new();
+    for i in 0..n {
+        prompts.push(source.prompt(with, i)?);
+    }
+    let c = with.settings;
+    let answers = Answers {
+        prompts,
+        rollouts: source.rollouts().expect("a source that is no rows samples"),
+        max_response: c.max_response,
+        sampling: c.sampling,
+        seed: c.seed,
+    };
+    answers.sample(with.stop)
+}
+
+/// The boundary layer on answers to the first training prompts; the default where no step would use it.
+pub(super) fn find(
+    model: &Model,
+    engine: &mut Engine,
+    lora: &Lora,
+    source: &mut Source,
+    with: With<'_, '_>,
+) -> Result<Found> {
+    let c = with.settings;
+    if c.internal_steps == 0 {
+        return Ok(Found { layer: c.internal_layer, why: None });
+    }
+    let samples = answers(source, with)?;
+    let on_gpu = model.engine().free_before().is_some();
+    if let Some(rollouts) = source.rollouts().filter(|_| on_gpu) {
+        rollouts.release();
+    }
+    let budget = c.micro_batch_tokens;
+    let sums = analysis::sums(engine, model, Some(lora), &samples, c.final_norm, budget)?;
+    if on_gpu {
+        engine.release();
+    }
+    let means = sums.means();
+    let finite = means.iter().all(|l| l.change(analysis::Change::Ffn).mean.is_finite());
+    if !finite {
+        return Err(Error::engine(
+            "looking for the boundary layer",
+            "an entropy is not finite",
+            "the model's weights hold values that are not finite; fetch the file again",
         ));
-        Ok(true)
     }
+    let boundary = analysis::boundary(&means);
+    let why = format!(
+        "auto: {} ({} tokens of answers to {} training prompts)",
+        boundary.why,
+        sums.tokens(),
+        samples.len()
+    );
+    Ok(Found { layer: boundary.recommended, why: Some(why) })
+}
 
+impl Trainer<'_> {
     /// What the layers think of the base model's answers to the first training prompts, under the adapter as
     /// it is now. The answers are the same whenever they are sampled.
     pub(super) fn probe_layers(&mut self) -> Result<Probe> {
@@ -174,16 +182,17 @@ impl Trainer<'_> {
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.set_adapter(None)?;
             }
-            let answers = self.answers();
+            let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
+            let answers = answers(&mut self.source, with);
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.set_adapter(Some(self.learner.lora.live(self.model)?))?;
             }
             self.probe_set = answers?;
         }
         self.end_rollouts()?;
-        let c = &self.config;
-        let (layer, norm) = (c.internal_layer(self.model.config().n_layer), c.final_norm);
-        let (learner, budget) = (&mut self.learner, c.micro_batch_tokens());
+        let c = &self.settings;
+        let (layer, norm) = (c.internal_layer, c.final_norm);
+        let (learner, budget) = (&mut self.learner, c.micro_batch_tokens);
         let (engine, lora) = (&mut learner.engine, Some(&learner.lora));
         let probe =
             analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)?;

@@ -274,12 +274,7 @@ impl Learner<'_> {
     }
 
     fn pack(&self, groups: &[ResponseGroup], config: &UpdateConfig) -> Result<Vec<MicroBatch>> {
-        let all = match config.objective {
-            Objective::PolicyGradient(_) => {
-                config.objective.has_reference() || self.critic.is_some()
-            }
-            _ => true,
-        };
+        let all = self.takes_all(config);
         let wanted = |r: &Response| all || r.has_signal();
         let mut index = 0;
         let mut packable = Vec::with_capacity(groups.len());
@@ -319,6 +314,7 @@ impl Learner<'_> {
         config: &UpdateConfig,
         pass: Pass,
         tally: &mut Tally,
+        progress: &mut dyn FnMut(usize),
     ) -> Result<f32> {
         let responses: Vec<&Response> = groups.iter().flat_map(|g| &g.responses).collect();
         let mut totals = config.objective.totals(groups);
@@ -379,6 +375,7 @@ impl Learner<'_> {
             }
             let gradients = &mut self.gradients;
             self.engine.backward(model, &self.lora, gradients, batch, policy, &cotangents)?;
+            progress(batch.len());
         }
         tally.loss += loss;
         Ok(loss as f32)
@@ -399,7 +396,7 @@ impl Learner<'_> {
                 Objective::Pairs(_) | Objective::Labelled(_) => mini.len() as f64,
                 _ => config.objective.totals(mini).tokens,
             };
-            sum += weight * self.run(mini, config, Pass::Score, tally)? as f64;
+            sum += weight * self.run(mini, config, Pass::Score, tally, &mut |_| ())? as f64;
             tokens += weight;
         }
         Ok(sum / tokens)
@@ -426,16 +423,39 @@ impl Learner<'_> {
         Ok((apart / crossed.len() as f64).max(0.0))
     }
 
-    /// One optimiser step over a mini batch. A loss or gradient that is not finite changes nothing.
+    /// Tokens that updates on these groups put through forward and backward.
+    pub fn trained_tokens(&self, groups: &[ResponseGroup], config: &UpdateConfig) -> usize {
+        let wanted = |r: &&Response| self.takes_all(config) || r.has_signal();
+        // The last token of a completion is not computed.
+        let of_group = |g: &ResponseGroup| -> usize {
+            let tokens: Vec<_> =
+                g.responses.iter().filter(wanted).map(|r| r.tokens.len().max(1) - 1).collect();
+            if tokens.is_empty() { 0 } else { g.prompt.len() + tokens.iter().sum::<usize>() }
+        };
+        groups.iter().map(of_group).sum()
+    }
+
+    /// Whether responses without signal are computed, too.
+    fn takes_all(&self, config: &UpdateConfig) -> bool {
+        match config.objective {
+            Objective::PolicyGradient(_) => {
+                config.objective.has_reference() || self.critic.is_some()
+            }
+            _ => true,
+        }
+    }
+
+    /// One optimiser step over a mini batch, which tells of the tokens of each micro batch that is through. A loss or gradient that is not finite changes nothing.
     pub fn update(
         &mut self,
         groups: &[ResponseGroup],
         config: &UpdateConfig,
         learning_rate: f32,
         tally: &mut Tally,
+        progress: &mut dyn FnMut(usize),
     ) -> Result<bool> {
         self.gradients.clear();
-        let loss = self.run(groups, config, Pass::Train, tally)?;
+        let loss = self.run(groups, config, Pass::Train, tally, progress)?;
         let depth = config.policy.depth();
         let applied = loss.is_finite() && {
             let (executor, lora) = (self.engine.executor(), &mut self.lora);

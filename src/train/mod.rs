@@ -23,6 +23,7 @@
 //! advantage are not computed, since their gradient is zero.
 
 mod advantage;
+mod advice;
 mod algorithm;
 mod check;
 mod checkpoint;
@@ -30,10 +31,12 @@ mod collect;
 mod config;
 mod critic;
 mod evaluate;
+mod facts;
 mod layers;
 mod learner;
 mod loss;
 pub mod memory;
+mod metadata;
 mod micro_batch;
 mod objective;
 mod optimizer;
@@ -49,6 +52,7 @@ mod rows;
 mod run;
 mod run_dir;
 mod schedule;
+mod settings;
 mod source;
 mod start;
 mod state;
@@ -67,6 +71,7 @@ pub use checkpoint::{Checkpoint, Damaged};
 pub use collect::Sample;
 pub use config::TrainConfig;
 pub use evaluate::HeldOut;
+pub use facts::{Facts, Lengths};
 pub use layers::LayerChoice;
 pub use learner::{Response, ResponseGroup};
 pub use loss::{
@@ -83,6 +88,7 @@ pub use resume::{Change, Effect, Resume};
 pub use row_options::{DpoLoss, Reference, RowOptions};
 pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
+pub use settings::Settings;
 pub use state::State;
 pub use vram::GpuPlan;
 
@@ -96,8 +102,10 @@ use source::{Source, With};
 pub trait Observer {
     /// Sequences done while sampling.
     fn rollout(&mut self, _what: &str, _progress: Progress) {}
-    /// Mini batches done of a step.
-    fn update(&mut self, _done: usize, _total: usize) {}
+    /// Tokens of a step's updates that went through forward and backward, and how many there are in all.
+    fn update(&mut self, _tokens: usize, _total: usize) {}
+    /// Completions of a step that were judged, before the step is complete.
+    fn samples(&mut self, _samples: &[Sample]) {}
     /// A step is complete.
     fn step(&mut self, _record: &StepRecord) {}
     /// A word on what happens or what is odd.
@@ -112,7 +120,7 @@ impl Observer for Silent {}
 /// Everything a run needs; [`Trainer::run`] is the run.
 pub struct Trainer<'m> {
     model: &'m Model,
-    config: TrainConfig,
+    settings: Settings,
     learner: Learner<'m>,
     source: Source,
     encoder: Encoder<'m>,
@@ -124,6 +132,8 @@ pub struct Trainer<'m> {
     memory: String,
     /// What is worth saying when a run begins.
     notes: Vec<String>,
+    /// What was said on its way.
+    advice: advice::Advice,
     /// Where the gradients of the only step go.
     dump: Option<PathBuf>,
     stop: Arc<AtomicBool>,
@@ -181,12 +191,14 @@ impl<'m> Trainer<'m> {
             began,
             // Given at the start.
             model: _,
-            config: _,
+            settings: _,
             encoder: _,
             held_out: _,
             gpu: _,
             memory: _,
             notes: _,
+            // Words alone.
+            advice: _,
             dump: _,
             stop: _,
             inputs: _,
@@ -208,9 +220,9 @@ impl<'m> Trainer<'m> {
         state
     }
 
-    /// Settings with every default filled in.
-    pub fn config(&self) -> &TrainConfig {
-        &self.config
+    /// What the run does, nothing left open.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// The adapter.
@@ -228,6 +240,11 @@ impl<'m> Trainer<'m> {
         &self.memory
     }
 
+    /// What is worth saying before it begins: what was settled and why, what is odd about the data.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// Set it to true and the run ends after what it is writing.
     pub fn stop_flag(&self) -> Arc<AtomicBool> {
         self.stop.clone()
@@ -241,13 +258,13 @@ impl<'m> Trainer<'m> {
     ) -> Result<(StepRecord, Vec<Sample>)> {
         let start = Instant::now();
         let (phase, policy) = self.phase(step)?;
-        let with = With { config: &self.config, encoder: &self.encoder, stop: &self.stop };
+        let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
         let mut batch = self.source.collect(with, step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
         self.end_rollouts()?;
 
-        let learning_rate = self.config.lr
-            * self.config.schedule.factor(step, self.config.steps, self.config.warmup);
+        let c = &self.settings;
+        let learning_rate = c.lr * c.schedule.factor(step, c.steps, c.warmup);
         let update_start = Instant::now();
         self.learner.engine.take_work();
         let tally = self.update(&mut batch.groups, phase, policy, learning_rate, observer)?;
@@ -293,9 +310,9 @@ impl<'m> Trainer<'m> {
     /// each objective without rewards).
     fn phase(&self, step: u64) -> Result<(Phase, Policy)> {
         let n_layer = self.model.config().n_layer;
-        let c = &self.config;
-        if step <= c.internal_steps() {
-            let policy = Policy::internal(c.internal_layer(n_layer), n_layer, c.final_norm)?;
+        let c = &self.settings;
+        if step <= c.internal_steps {
+            let policy = Policy::internal(c.internal_layer, n_layer, c.final_norm)?;
             return Ok((Phase::Internal, policy));
         }
         Ok((Phase::Final, Policy::full(n_layer)))
@@ -303,13 +320,13 @@ impl<'m> Trainer<'m> {
 
     /// What holds for all mini batches of a step.
     fn update_config(&self, phase: Phase, policy: Policy) -> UpdateConfig {
-        let c = &self.config;
+        let c = &self.settings;
         UpdateConfig {
             policy,
             objective: Objective::new(c, phase),
             temperature: c.sampling.temperature,
-            mini_batch: c.mini_batch(),
-            micro_batch_tokens: c.micro_batch_tokens(),
+            mini_batch: c.mini_batch,
+            micro_batch_tokens: c.micro_batch_tokens,
             replay_routes: c.replay_routes,
         }
     }
@@ -326,19 +343,23 @@ impl<'m> Trainer<'m> {
         let config = self.update_config(phase, policy);
         self.learner.prepare(groups, &config)?;
         let mut tally = Tally::default();
-        let total = groups.len().div_ceil(config.mini_batch);
+        let (mut done, total) = (0, self.learner.trained_tokens(groups, &config));
         // From here on the step is completed: a run only stops between steps, where it can go on.
         if self.stop.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
         self.mid_step = true;
-        for (i, mini) in groups.chunks(config.mini_batch).enumerate() {
-            let applied = self.learner.update(mini, &config, learning_rate, &mut tally)?;
+        for mini in groups.chunks(config.mini_batch) {
+            let mut more = |tokens| {
+                done += tokens;
+                observer.update(done.min(total), total);
+            };
+            let applied =
+                self.learner.update(mini, &config, learning_rate, &mut tally, &mut more)?;
             let counters = &mut self.counters;
             counters.updates += applied as u64;
             counters.skipped += !applied as u64;
             counters.skipped_in_row = if applied { 0 } else { counters.skipped_in_row + 1 };
-            observer.update(i + 1, total);
         }
         if let Some(path) = &self.dump {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;
@@ -348,13 +369,13 @@ impl<'m> Trainer<'m> {
 
     /// Every tensor that the phases reach gets a gradient, and none beyond (see `probe`).
     fn check_gradients(&mut self) -> Result<()> {
-        let with = With { config: &self.config, encoder: &self.encoder, stop: &self.stop };
+        let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
         let mut tokens = self.source.prompt(with, 0)?;
         tokens.drain(..tokens.len().saturating_sub(32));
         if tokens.len() < 4 {
             tokens = tokens.repeat(4);
         }
-        let mut policies = vec![self.phase(1)?.1, self.phase(self.config.steps)?.1];
+        let mut policies = vec![self.phase(1)?.1, self.phase(self.settings.steps)?.1];
         policies.dedup();
         for policy in policies {
             let learner = &mut self.learner;

@@ -10,7 +10,7 @@
 //!
 //! Sums go over the learnt tokens of a whole mini batch, whatever micro batches it is cut into.
 
-use super::TrainConfig;
+use super::Settings;
 use super::advantage::{Baseline, Gae};
 use super::algorithm::Algorithm;
 use super::learner::{Response, ResponseGroup, Tally};
@@ -75,7 +75,7 @@ pub struct Scored<'s> {
 
 impl Objective {
     /// The objective of a phase.
-    pub fn new(c: &TrainConfig, phase: Phase) -> Objective {
+    pub fn new(c: &Settings, phase: Phase) -> Objective {
         let rows = &c.rows;
         let beta = rows.beta(c.algo) as f64;
         let pairs = |loss| Objective::Pairs(PairConfig { loss, beta });
@@ -95,12 +95,12 @@ impl Objective {
                 inv_temperature: 1.0 / c.sampling.temperature,
             }),
             _ => Objective::PolicyGradient(PolicyGradient {
-                loss: c.loss(),
-                aggregation: c.aggregation(),
+                loss: c.loss,
+                aggregation: c.aggregation,
                 max_response: c.max_response,
                 // Rollouts are the final policy's: their log-probs say nothing of an internal one.
                 tis_cap: if phase == Phase::Final { c.tis_cap } else { 0.0 },
-                baseline: c.baseline(),
+                baseline: c.baseline,
                 gae: c.gae(),
             }),
         }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::memory::{available_bytes, resident_besides};
 use super::start::new_critic;
 use super::teacher::TeacherModel;
-use super::{Algorithm, Baseline, Reference, TrainConfig};
+use super::{Baseline, Facts, Reference, Settings, TrainConfig};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
 use crate::model::{Activations, Largest, LayerConfig, Lora, Model, activations, kept_bytes};
@@ -70,29 +70,17 @@ pub(super) struct Workload<'w> {
 }
 
 impl<'w> Workload<'w> {
-    /// Of settings; `longest`: tokens of the longest row, where rows are given.
-    pub fn of(
-        c: &TrainConfig,
-        samples: bool,
-        longest: Option<usize>,
-        teacher: Option<&'w TeacherModel<'w>>,
-    ) -> Workload<'w> {
+    /// Of settings and of what is known of the data.
+    pub fn of(c: &Settings, facts: &Facts, teacher: Option<&'w TeacherModel<'w>>) -> Workload<'w> {
         let sampled = (c.max_prompt + c.group * c.max_response, c.group * c.max_response);
-        let (group_tokens, group_scored) = longest.map_or(sampled, |n| (n, n));
+        let (group_tokens, group_scored) = facts.longest_row.map_or(sampled, |n| (n, n));
         // Of a mini batch; of the rest that is scored before the updates, or of all groups, where all are.
-        let all = c.kl_coef > 0.0 || c.baseline() == Baseline::Value || !c.algo.is_rewarded();
+        let all = c.kl_coef > 0.0 || c.baseline == Baseline::Value || !c.algo.is_rewarded();
         let measured = match all {
             true => c.prompts_per_step,
-            false => c.mini_batch().max(c.prompts_per_step - c.mini_batch()),
+            false => c.mini_batch.max(c.prompts_per_step - c.mini_batch),
         };
-        Workload { samples, group_tokens, group_scored, measured, teacher }
-    }
-
-    /// Of settings whose rows nobody has read.
-    pub fn guess(c: &TrainConfig, teacher: Option<&'w TeacherModel<'w>>) -> Workload<'w> {
-        let samples = c.algo.is_rewarded() || c.algo == Algorithm::Distill;
-        let longest = (!samples).then(|| c.rows.max_length.unwrap_or(c.micro_batch_tokens()));
-        Workload::of(c, samples, longest, teacher)
+        Workload { samples: facts.samples, group_tokens, group_scored, measured, teacher }
     }
 }
 
@@ -104,31 +92,32 @@ impl Plan {
     /// Settings that do not fit the model, or an adapter that cannot be read.
     pub fn new(model: &Model, config: &TrainConfig) -> Result<Plan> {
         let teacher = TeacherModel::open(model, config)?;
-        Plan::of(model, config, &Workload::guess(config, teacher.as_ref()))
+        let facts = Facts::unread(config);
+        let settings = config.clone().resolve(model, &facts)?;
+        Plan::of(model, &settings, &Workload::of(&settings, &facts, teacher.as_ref()))
     }
 
-    pub(super) fn of(model: &Model, config: &TrainConfig, workload: &Workload<'_>) -> Result<Plan> {
-        let c = config.clone().resolved(model.config().n_layer);
+    pub(super) fn of(model: &Model, c: &Settings, workload: &Workload<'_>) -> Result<Plan> {
         let m = model.config();
         let file = c.adapter.as_deref().map(AdapterFile::read).transpose()?;
         let rank = file.iter().flat_map(|f| &f.pairs).map(|p| p.rank).max().unwrap_or(c.rank);
-        let threads = c.threads.unwrap_or(1);
+        let threads = c.threads;
 
         let longest = c.max_prompt + c.max_response;
-        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib() << 20 }
+        let options = RolloutOptions { n_ctx_seq: longest, kv_bytes: c.kv_mib << 20 }
             .at_most(c.sequences(), model.engine())?;
         let sizes = options.sizes(model.engine())?;
         let running = sizes.n_seq.min(c.prompts_per_step * c.group);
 
         // The largest micro batch.
         let &Workload { group_tokens, group_scored, measured, .. } = workload;
-        let groups = measured.max(c.mini_batch());
-        let tokens = c.micro_batch_tokens().min(groups * group_tokens);
-        let trained = c.micro_batch_tokens().min(c.mini_batch() * group_tokens);
+        let groups = measured.max(c.mini_batch);
+        let tokens = c.micro_batch_tokens.min(groups * group_tokens);
+        let trained = c.micro_batch_tokens.min(c.mini_batch * group_tokens);
         let scored = tokens.min(groups * group_scored);
         let largest = Largest { tokens, trained, scored };
-        let internal_only = c.steps <= c.internal_steps();
-        let depth = if internal_only { c.internal_layer(m.n_layer) } else { m.n_layer };
+        let internal_only = c.steps <= c.internal_steps;
+        let depth = if internal_only { c.internal_layer } else { m.n_layer };
         let acts = |keeps| activations(model, &c.targets, rank, depth, largest, keeps);
         let again = acts(false)?;
         let adapter = 4 * match &file {
@@ -169,7 +158,7 @@ impl Plan {
             ));
             parts.push(part(
                 "decoding",
-                decoding_bytes(model, &c, running, sizes.n_batch, threads),
+                decoding_bytes(model, c, running, sizes.n_batch, threads),
                 format!("llama.cpp's graph, logits of {running} sequences, sampling"),
                 "lower --kv-mib or --max-prompt",
             ));
@@ -219,7 +208,7 @@ impl Plan {
                 "lower --rank",
             ));
         }
-        if let Some(critic) = new_critic(&c, model)? {
+        if let Some(critic) = new_critic(c, model)? {
             parts.push(part(
                 "critic",
                 critic.n_bytes() + 4 * m.n_embd * tokens,
@@ -320,7 +309,7 @@ fn activation_bytes(a: Activations) -> usize {
 /// of all running sequences stand in the graph, in the context, and once more as a prompt's first ones.
 fn decoding_bytes(
     model: &Model,
-    c: &TrainConfig,
+    c: &Settings,
     running: usize,
     n_batch: usize,
     threads: usize,

@@ -1,17 +1,113 @@
-//! Settings of published experiments, by name; whatever is written beside them on the command line stands.
+//! Settings by name, of published experiments and by a model's size; whatever is written beside them on the command
+//! line stands.
 
 use clap::ValueEnum;
 use toml::{Table, Value};
 
-use super::TrainConfig;
-use crate::model::Config;
-use crate::{Error, Result};
+use super::{Algorithm, TrainConfig};
+use crate::Result;
+use crate::model::{Config, Model};
 
-/// A published experiment.
+/// Settings by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Preset {
     /// The reference runs of the paper, with LoRA instead of all weights
     BupoPaper,
+    /// A model of about 0.6 B parameters, such as Qwen3-0.6B or SmolLM2-360M
+    #[value(name = "0.6b")]
+    B06,
+    /// About 1.7 B parameters: Qwen3-1.7B, Llama-3.2-1B
+    #[value(name = "1.7b")]
+    B17,
+    /// About 4 B parameters: Qwen3-4B, Gemma 3 4B, Llama-3.2-3B
+    #[value(name = "4b")]
+    B4,
+    /// About 8 B parameters: Qwen3-8B, Llama-3.1-8B
+    #[value(name = "8b")]
+    B8,
+}
+
+/// How large a model is, as far as defaults go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Size {
+    Tiny,
+    B06,
+    B17,
+    B4,
+    B8,
+}
+
+impl Size {
+    /// Of a model.
+    pub fn of(model: &Model) -> Size {
+        match model.n_params() as f64 / 1e9 {
+            n if n < 0.05 => Size::Tiny,
+            n if n < 1.2 => Size::B06,
+            n if n < 2.8 => Size::B17,
+            n if n < 6.0 => Size::B4,
+            _ => Size::B8,
+        }
+    }
+
+    /// The model's size, in words.
+    pub fn words(self, model: &Model) -> String {
+        let million = model.n_params() as f64 / 1e6;
+        match million < 950.0 {
+            true => format!("{million:.0} million parameters"),
+            false => format!("{:.1} billion parameters", million / 1e3),
+        }
+    }
+
+    /// Learning rate of an adapter. Adapters want about ten times the rate of full fine-tuning, larger models less
+    /// than smaller ones; those of rows and teachers were measured on 135 million parameters (`docs/MATHS.md`).
+    pub fn lr(self, algo: Algorithm) -> f32 {
+        let [tiny, b06, b17, b4, b8] = match algo {
+            Algorithm::Sft => [1e-3, 2e-4, 2e-4, 1e-4, 1e-4],
+            Algorithm::Distill => [1e-3, 3e-4, 2e-4, 1e-4, 1e-4],
+            Algorithm::Dpo | Algorithm::Kto => [5e-4, 5e-5, 2e-5, 1e-5, 1e-5],
+            Algorithm::Orpo | Algorithm::Simpo => [5e-4, 5e-5, 2e-5, 1e-5, 1e-5],
+            _ => [1e-3, 5e-5, 2e-5, 1e-5, 1e-5],
+        };
+        match self {
+            Size::Tiny => tiny,
+            Size::B06 => b06,
+            Size::B17 => b17,
+            Size::B4 => b4,
+            Size::B8 => b8,
+        }
+    }
+
+    /// Completions end at this length where the data says nothing, tokens.
+    pub fn max_response(self) -> usize {
+        match self {
+            Size::Tiny => 256,
+            Size::B06 | Size::B17 => 1024,
+            Size::B4 | Size::B8 => 2048,
+        }
+    }
+
+    fn prompts_per_step(self) -> i64 {
+        match self {
+            Size::Tiny | Size::B06 | Size::B17 => 32,
+            Size::B4 => 16,
+            Size::B8 => 8,
+        }
+    }
+
+    /// Settings of its preset for an algorithm.
+    fn settings(self, algo: Algorithm) -> Vec<(&'static str, Value)> {
+        let lr: f64 = self.lr(algo).to_string().parse().expect("a number as it is written");
+        let mut settings: Vec<(&'static str, Value)> = vec![
+            ("lr", lr.into()),
+            ("prompts-per-step", self.prompts_per_step().into()),
+            ("rank", 16.into()),
+        ];
+        if algo.is_rewarded() {
+            settings.push(("group", 8.into()));
+            settings.push(("max-response", (self.max_response() as i64).into()));
+        }
+        settings
+    }
 }
 
 /// Settings that a preset makes, and what to know of them.
@@ -22,6 +118,9 @@ pub struct Applied {
     /// Where they are not the paper's own, and why; a line each.
     pub notes: Vec<String>,
 }
+
+/// Settings by their names in `config.toml`, and notes on them.
+type Named = (Vec<(&'static str, Value)>, Vec<String>);
 
 /// The paper's learning rate, for all weights.
 const FULL_LR: f64 = 1e-6;
@@ -34,10 +133,8 @@ impl Preset {
     /// # Errors
     /// [`Error::Engine`] when a value has no form in toml.
     pub fn apply(self, model: &Config, given: &Table) -> Result<Applied> {
-        let failed = |e: String| Error::engine("applying the preset", e, "report it");
-        let (settings, mut notes) = bupo_paper(model);
-        let mut table =
-            Table::try_from(TrainConfig::default()).map_err(|e| failed(e.to_string()))?;
+        let (settings, mut notes) = self.settings(model, given)?;
+        let mut table = TrainConfig::default().table()?;
         table.extend(settings.iter().map(|(name, value)| (name.to_string(), value.clone())));
         table.extend(given.clone());
         let kept = settings
@@ -50,8 +147,24 @@ impl Preset {
     }
 }
 
+impl Preset {
+    fn settings(self, model: &Config, given: &Table) -> Result<Named> {
+        let size = match self {
+            Preset::BupoPaper => return Ok(bupo_paper(model)),
+            Preset::B06 => Size::B06,
+            Preset::B17 => Size::B17,
+            Preset::B4 => Size::B4,
+            Preset::B8 => Size::B8,
+        };
+        let settings = size.settings(TrainConfig::from_table(given.clone(), "--preset")?.algo);
+        let words = settings.iter().map(|(name, value)| format!("{name} {value}"));
+        let note = words.collect::<Vec<_>>().join(", ");
+        Ok((settings, vec![note]))
+    }
+}
+
 /// Settings of the paper's reference runs and notes on them.
-fn bupo_paper(model: &Config) -> (Vec<(&'static str, Value)>, Vec<String>) {
+fn bupo_paper(model: &Config) -> Named {
     let family = model.family.name;
     let qwen3 = family == "qwen3";
     let max_response: i64 = if qwen3 { 8192 } else { 3072 };
@@ -136,8 +249,8 @@ mod tests {
             (Some(LayerChoice::Layer(6)), Some(30))
         );
         assert_eq!((config.steps, config.prompts_per_step, config.mini_batch), (5, 128, Some(32)));
-        assert_eq!((config.max_prompt, config.max_response), (1024, 8192));
-        assert_eq!((config.lr, config.prompts.template.as_str()), (1e-5, "qwen3-no-think"));
+        assert_eq!((config.max_prompt, config.max_response), (Some(1024), Some(8192)));
+        assert_eq!((config.lr, config.prompts.template.as_str()), (Some(1e-5), "qwen3-no-think"));
         assert!(
             notes.iter().any(|n| n.starts_with("lr: the paper's 1e-6 is for full fine-tuning"))
         );
@@ -150,7 +263,10 @@ mod tests {
             (config.internal_layer, config.internal_steps),
             (Some(LayerChoice::Layer(27)), Some(20))
         );
-        assert_eq!((config.max_response, config.prompts.template.as_str()), (3072, "octothinker"));
+        assert_eq!(
+            (config.max_response, config.prompts.template.as_str()),
+            (Some(3072), "octothinker")
+        );
         model.n_layer = 8;
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &Table::new()).unwrap();
         assert_eq!(config.internal_layer, None);

@@ -121,7 +121,7 @@ pub(super) struct Done<'d> {
 impl Trainer<'_> {
     /// The line of a step, but for what is measured after it.
     pub(super) fn record(&self, done: Done<'_>) -> StepRecord {
-        let (tally, c) = (done.tally, &self.config);
+        let (tally, c) = (done.tally, &self.settings);
         let per_update =
             |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
         let epoch = self.source.epoch_len().filter(|_| !c.algo.is_rewarded());
@@ -166,7 +166,7 @@ impl Trainer<'_> {
             reward: mean(&|s| s.reward),
             reward_parts: judged.mean_parts(samples),
             groups_with_signal: with_signal.count() as f32 / groups.len() as f32,
-            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.config.group,
+            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.settings.group,
             response_tokens: mean(&|s| s.tokens as f32),
             truncated: mean(&|s| s.truncated as u8 as f32),
             clip_fraction: per_token(tally, tally.clipped as f64),
@@ -174,7 +174,7 @@ impl Trainer<'_> {
                 Phase::Final => per_token(tally, tally.drift),
                 Phase::Internal => None,
             },
-            kl_nats: match self.config.kl_coef > 0.0 {
+            kl_nats: match self.settings.kl_coef > 0.0 {
                 true => per_token(tally, tally.kl),
                 false => None,
             },

@@ -37,7 +37,7 @@ impl Trainer<'_> {
     /// A row without reward, tokens outside the vocabulary, a gradient that is not finite.
     pub fn replay(&mut self, rows: &[RolloutRow], dump: Option<&Path>) -> Result<Replay> {
         let (phase, policy) = self.phase(1)?;
-        let c = &self.config;
+        let c = &self.settings;
         let config = self.update_config(phase, policy);
         let Objective::PolicyGradient(settings) = config.objective else {
             return Err(Error::invalid(
@@ -47,6 +47,16 @@ impl Trainer<'_> {
                 "give the rows with --data",
             ));
         };
+        if let Some(row) = rows.iter().find(|row| row.completions.is_empty()) {
+            let place = format!("--rollouts, line {}", row.line);
+            let advice = "give each prompt the completions that were sampled for it";
+            return Err(Error::invalid(
+                place,
+                "a row with completions and rewards",
+                "none",
+                advice,
+            ));
+        }
         let mut groups: Vec<ResponseGroup> =
             rows.iter().map(|row| self.response_group(row)).collect::<Result<_>>()?;
         // Given rows say nothing of the engine that sampled them, and are one mini batch.
@@ -56,7 +66,8 @@ impl Trainer<'_> {
         let learning_rate = c.lr * c.schedule.factor(1, c.steps, c.warmup);
         self.learner.prepare(&mut groups, &config)?;
         let mut tally = Tally::default();
-        let applied = self.learner.update(&groups, &config, learning_rate, &mut tally)?;
+        let applied =
+            self.learner.update(&groups, &config, learning_rate, &mut tally, &mut |_| ())?;
         if let Some(path) = dump {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;
         }
@@ -80,7 +91,7 @@ impl Trainer<'_> {
 
     fn response_group(&self, row: &RolloutRow) -> Result<ResponseGroup> {
         let place = || format!("line {}", row.line);
-        let prompt = self.encoder.prompt(&row.prompt, self.config.max_prompt)?;
+        let prompt = self.encoder.prompt(&row.prompt, self.settings.max_prompt)?;
         let mut responses = Vec::with_capacity(row.completions.len());
         for completion in &row.completions {
             let tokens = match &completion.content {

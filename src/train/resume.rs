@@ -40,7 +40,7 @@ impl std::fmt::Display for Change {
 }
 
 /// Settings that do not touch the adapter of the steps done.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 13] = [
     "eval-data",
     "eval-problems",
     "eval-samples",
@@ -49,6 +49,7 @@ const HARMLESS: [&str; 12] = [
     "entropy-every",
     "checkpoint-every",
     "keep-checkpoints",
+    "tensorboard",
     "memory",
     "recompute",
     "vram",
@@ -61,15 +62,12 @@ const SETTLED: [&str; 5] = ["adapter", "rank", "alpha", "rslora", "targets"];
 
 /// The settings that differ, by name. Whatever is not known to be harmless is not.
 fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
-    let table = |config: &TrainConfig| {
-        toml::Table::try_from(config)
-            .map_err(|e| Error::engine("comparing settings", e.to_string(), "report it"))
-    };
-    let (before, after) = (table(old)?, table(new)?);
+    let (before, after) = (old.table()?, new.table()?);
     let names: std::collections::BTreeSet<_> = before.keys().chain(after.keys()).collect();
     // Only a falling learning rate looks at the end of the run.
     let looks_at_end = |c: &TrainConfig| c.schedule != super::Schedule::Constant;
-    let program = new.rewards.judge(&new.data, new.max_response)?.has_program();
+    let program =
+        new.rewards.judge(&new.data, new.max_response.unwrap_or(usize::MAX))?.has_program();
     let effect = |name: &str| match name {
         // Older runs did not write it down.
         "reward-folder" if old.rewards.reward_folder.is_none() => Effect::None,
@@ -156,8 +154,7 @@ impl Resume {
             self.config.model = model_path(&model)?;
         }
         let old = &self.config.train;
-        let wrong = |e: String| Error::invalid("settings", "those of a run", e, "see train --help");
-        let mut table = toml::Table::try_from(old).map_err(|e| wrong(e.to_string()))?;
+        let mut table = old.table()?;
         table.extend(settings.clone());
         let mut new = TrainConfig::from_table(table, "settings")?;
         if settings.contains_key("reward") {
@@ -280,7 +277,7 @@ mod tests {
             assert!(table.contains_key(name), "{name} is no setting");
         }
         let old = TrainConfig::default();
-        let new = TrainConfig { lr: 0.5, eval_every: 3, rank: 2, steps: 50, ..old.clone() };
+        let new = TrainConfig { lr: Some(0.5), eval_every: 3, rank: 2, steps: 50, ..old.clone() };
         let found: Vec<_> =
             changes(&old, &new).unwrap().into_iter().map(|c| (c.name, c.effect)).collect();
         let expected = [

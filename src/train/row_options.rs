@@ -42,8 +42,8 @@ pub struct RowOptions {
     #[arg(long, value_name = "N", conflicts_with = "steps", help_heading = "Rows and teachers")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub epochs: Option<u64>,
-    /// Rows of more tokens are left out [default: --max-prompt plus --max-response where one is given, else the model's
-    /// context]
+    /// Rows of more tokens are left out [default: --max-prompt plus --max-response where both are given, else the
+    /// model's context]
     #[arg(long, value_name = "TOKENS", help_heading = "Rows and teachers")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_length: Option<usize>,
@@ -230,11 +230,7 @@ fn refuse<'n>(
     mut names: impl Iterator<Item = &'n &'n str>,
     expected: impl FnOnce() -> String,
 ) -> Result<()> {
-    let table = |config: &TrainConfig| {
-        toml::Table::try_from(config)
-            .map_err(|e| Error::engine("reading settings", e.to_string(), "report it"))
-    };
-    let (given, default) = (table(config)?, table(&TrainConfig::default())?);
+    let (given, default) = (config.table()?, TrainConfig::default().table()?);
     match names.find(|name| given.get(**name) != default.get(**name)) {
         None => Ok(()),
         Some(name) => {

@@ -59,6 +59,11 @@ impl Rows {
         self.groups.iter().all(|g| g.responses.is_empty())
     }
 
+    /// Tokens of each prompt.
+    pub fn prompt_lengths(&self) -> impl Iterator<Item = usize> {
+        self.groups.iter().map(|group| group.prompt.len())
+    }
+
     /// Tokens of the longest group.
     pub fn longest(&self) -> usize {
         self.groups.iter().map(ResponseGroup::n_tokens).max().unwrap_or(0)
@@ -148,14 +153,13 @@ impl Reader<'_, '_> {
                 runs.into_iter().map(|said| said_group(said, row.weight)).collect()
             }
             Example::Completions(prompt, completions) => {
-                // Prompts that completions are sampled for lose their beginning, as in all rollouts.
+                // Prompts that completions are sampled for lose their beginning later, as in all rollouts.
                 let sampled = kind == ExampleKind::Contexts && completions.is_empty();
-                let most = if sampled { self.config.max_prompt } else { usize::MAX };
                 let name = match prompt {
                     Prompt::Tokens(_) => "prompt_tokens",
                     _ => "prompt",
                 };
-                let tokens = self.encoder.prompt(prompt, most).map_err(named(name))?;
+                let tokens = self.encoder.prompt(prompt, usize::MAX).map_err(named(name))?;
                 let name = |i: usize, content: &CompletionContent| match (kind, i, content) {
                     (ExampleKind::Pairs, 0, CompletionContent::Text(_)) => "chosen",
                     (ExampleKind::Pairs, 0, CompletionContent::Tokens(_)) => "chosen_tokens",
@@ -174,7 +178,11 @@ impl Reader<'_, '_> {
                     Ok(Response { tokens, weights, label, ..Response::default() })
                 };
                 let responses = completions.iter().enumerate().map(one).collect::<Result<_>>()?;
-                vec![ResponseGroup { prompt: tokens, responses }]
+                let group = ResponseGroup { prompt: tokens, responses };
+                if sampled {
+                    return Ok(vec![group]);
+                }
+                vec![group]
             }
         };
         groups.iter().try_for_each(|group| self.check_length(row, group))?;
@@ -211,13 +219,9 @@ impl Reader<'_, '_> {
 
     /// Tokens of a prompt with its longest completion, at most.
     pub fn most_tokens(&self) -> usize {
-        let (c, default) = (self.config, TrainConfig::default());
-        let given = (c.max_prompt, c.max_response) != (default.max_prompt, default.max_response);
-        let wanted = match c.rows.max_length {
-            Some(n) => n,
-            None if given => c.max_prompt + c.max_response,
-            None => usize::MAX,
-        };
+        let c = self.config;
+        let both = c.max_prompt.zip(c.max_response).map(|(prompt, response)| prompt + response);
+        let wanted = c.rows.max_length.or(both).unwrap_or(usize::MAX);
         wanted.min(self.n_ctx_train)
     }
 

@@ -9,7 +9,7 @@ use super::resume::{Resume, model_path};
 use super::run_dir::{RunConfig, RunDir};
 use super::source::Source;
 use super::{Observer, Reference, Sample, StepRecord, Summary, TrainConfig, Trainer};
-use crate::gguf::{Value, sha256};
+use crate::gguf::sha256;
 use crate::{Error, Result};
 
 /// Updates in a row whose gradient is not finite before a run gives up.
@@ -36,7 +36,7 @@ impl Trainer<'_> {
         self.check_gradients()?;
         self.read_inputs()?;
         let model = model_path(Path::new(self.model.name()))?;
-        let train = TrainConfig { out: Some(dir.into()), ..self.config.clone() }.absolute()?;
+        let train = TrainConfig { out: Some(dir.into()), ..self.settings.written() }.absolute()?;
         let config = RunConfig { model, train }.text()?;
         let keeper = Keeper { dir: RunDir::create(dir, &config)?, config, kept: None };
         self.run_kept(keeper, observer)
@@ -54,7 +54,7 @@ impl Trainer<'_> {
         checkpoint::tidy(&dir.checkpoints(), &damaged)?;
         let logs = checkpoint.as_ref().map(|c| c.meta.logs.clone()).unwrap_or_default();
         dir.cut(&logs)?.iter().for_each(|odd| observer.note(odd));
-        let config = RunConfig { train: self.config.clone(), ..config }.text()?;
+        let config = RunConfig { train: self.settings.written(), ..config }.text()?;
         if !changes.is_empty() {
             dir.write_config(&config)?;
         }
@@ -89,7 +89,7 @@ impl Trainer<'_> {
         if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
             observer.note(&word);
         }
-        let rewarded = self.config.algo.is_rewarded();
+        let rewarded = self.settings.algo.is_rewarded();
         let score_before = Some(self.score_before).filter(|score| !score.is_nan());
         let accuracy = |score: Option<f64>| score.filter(|_| rewarded).map(|score| score as f32);
         let loss = |score: Option<f64>| score.filter(|_| !rewarded);
@@ -135,12 +135,17 @@ impl Trainer<'_> {
             self.score_before = score.unwrap_or(f64::NAN);
         }
         observer.note(&self.words_before());
-        if let (0, Some(why)) = (self.counters.steps_done, &self.config.internal_layer_why) {
-            let layer = self.config.internal_layer(self.model.config().n_layer);
+        if let (0, Some(why)) = (self.counters.steps_done, &self.settings.internal_layer_why) {
+            let layer = self.settings.internal_layer;
             observer.note(&format!("internal layer {layer}, {why}"));
         }
-        for step in self.counters.steps_done + 1..=self.config.steps {
-            let patience = self.config.early_stop;
+        let mut newest = None;
+        let mut events = match self.settings.tensorboard {
+            true => Some(keeper.dir.events(self.began)?),
+            false => None,
+        };
+        for step in self.counters.steps_done + 1..=self.settings.steps {
+            let patience = self.settings.early_stop;
             if patience > 0 && self.without_gain >= patience as f64 {
                 observer.note(&format!(
                     "stopped after step {}: {patience} evaluations without a better one than {:.4}",
@@ -153,10 +158,13 @@ impl Trainer<'_> {
             let silent = record.rollout.as_ref().is_some_and(|r| r.groups_with_signal == 0.0);
             self.counters.silent_steps = if silent { self.counters.silent_steps + 1 } else { 0 };
             let mut interrupted = false;
-            if self.config.eval_every > 0 && step % self.config.eval_every == 0 {
+            if self.settings.eval_every > 0 && step % self.settings.eval_every == 0 {
                 let evaluated = self.evaluate("held-out", observer);
                 match evaluated.and_then(|report| Ok((report, self.held_out_rows()?))) {
                     Ok((report, rows)) => {
+                        let accuracy = report.as_ref().map(|r| r.avg_at_k as f32 as f64);
+                        let score = accuracy.or(rows.as_ref().map(|rows| rows.eval_loss));
+                        newest = score.map(|score| (step, score));
                         record.accuracy = report.as_ref().map(|r| r.avg_at_k as f32);
                         record.evaluation = report;
                         record.held_out = rows;
@@ -165,7 +173,7 @@ impl Trainer<'_> {
                     Err(error) => return Err(error),
                 }
             }
-            let every = self.config.entropy_every;
+            let every = self.settings.entropy_every;
             if every > 0 && step % every == 0 && !interrupted {
                 match self.probe_layers() {
                     Ok(probe) => record.probe = Some(probe),
@@ -180,8 +188,14 @@ impl Trainer<'_> {
                 keeper.dir.completion(sample)?;
             }
             keeper.dir.flush()?;
+            if let Some(events) = &mut events {
+                events.step(
+                    &json(&record)?,
+                    &samples.iter().map(json).collect::<Result<Vec<_>>>()?,
+                )?;
+            }
             self.keep_best(&record, keeper)?;
-            let due = self.config.checkpoint_every;
+            let due = self.settings.checkpoint_every;
             if due > 0
                 && step % due == 0
                 && let Err(error) = self.keep(keeper)
@@ -191,13 +205,21 @@ impl Trainer<'_> {
                     "no checkpoint of step {step}: {error}; the run goes on, newest checkpoint: {kept}"
                 ));
             }
+            observer.samples(&samples);
             observer.step(&record);
+            let silent = self.counters.silent_steps;
+            let words = self.advice.after(&record, silent, &self.settings);
+            words.iter().for_each(|word| observer.note(word));
             self.give_up_if_hopeless(&record)?;
             if interrupted {
                 return Err(Error::Interrupted);
             }
         }
-        self.held_out_score("after", observer)
+        match newest {
+            // It was looked at after the last step.
+            Some((step, score)) if step == self.counters.steps_done => Ok(Some(score)),
+            _ => self.held_out_score("after", observer),
+        }
     }
 
     /// How good it is before the first step.
@@ -206,7 +228,7 @@ impl Trainer<'_> {
             Source::Judged(judged) => judged.held_out.len(),
             _ => 0,
         };
-        match (self.score_before, self.config.algo.is_rewarded()) {
+        match (self.score_before, self.settings.algo.is_rewarded()) {
             (a, true) if a.is_nan() => {
                 "no held-out problems: give some with --eval-data to see the accuracy".into()
             }
@@ -258,7 +280,7 @@ impl Trainer<'_> {
         let adapter = keeper.dir.adapter();
         self.save(&adapter)?;
         let step = self.counters.steps_done;
-        if self.config.checkpoint_every == 0 || keeper.kept == Some(step) {
+        if self.settings.checkpoint_every == 0 || keeper.kept == Some(step) {
             return keeper.dir.flush();
         }
         let (folder, logs, inputs) =
@@ -266,7 +288,7 @@ impl Trainer<'_> {
         let parts = Parts { step, inputs: &inputs, logs, config: &keeper.config };
         checkpoint::write(&folder, parts, &self.state(), &adapter)?;
         keeper.kept = Some(step);
-        checkpoint::prune(&folder, self.config.keep_checkpoints)
+        checkpoint::prune(&folder, self.settings.keep_checkpoints)
     }
 
     /// SHA-256 of all that the run reads and that makes its steps what they are.
@@ -277,7 +299,7 @@ impl Trainer<'_> {
         let sums = self.model.files().iter().map(|p| sha256(p));
         let sums = sums.collect::<Result<Vec<_>>>()?.join(" ");
         self.inputs.insert("model".into(), sums);
-        let c = &self.config;
+        let c = &self.settings;
         let data = crate::data::source::files(&c.data)?;
         let template: Vec<_> = Some(std::path::PathBuf::from(&c.prompts.template))
             .filter(|t| t.is_file())
@@ -327,32 +349,10 @@ impl Trainer<'_> {
         }
         Ok(())
     }
+}
 
-    /// Writes `adapter.gguf` into a new folder.
-    pub fn save_to(&mut self, folder: &Path) -> Result<()> {
-        RunDir::check(folder)?;
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        self.counters.steps_done = 1;
-        self.save(&folder.join("adapter.gguf"))
-    }
-
-    /// Writes the adapter with what made it in its metadata: nothing of when and where, so that equal runs
-    /// give equal bytes.
-    fn save(&self, path: &Path) -> Result<()> {
-        let c = &self.config;
-        let text = |s: &str| Value::String(s.into());
-        let base = Path::new(self.model.name()).file_name().unwrap_or_default();
-        let extra = vec![
-            ("bupo.algorithm".into(), text(&c.algo.name())),
-            ("bupo.base".into(), text(&base.to_string_lossy())),
-            (
-                "bupo.internal_layer".into(),
-                Value::U32(c.internal_layer(self.model.config().n_layer) as u32),
-            ),
-            ("bupo.internal_steps".into(), Value::U64(c.internal_steps())),
-            ("bupo.steps".into(), Value::U64(self.counters.steps_done)),
-            ("bupo.seed".into(), Value::U64(c.seed)),
-        ];
-        self.learner.lora.save(self.model, path, extra)
-    }
+/// A record as its line in a log.
+fn json(record: &impl serde::Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(record)
+        .map_err(|e| Error::engine("writing a step", e.to_string(), "report it"))
 }

@@ -6,8 +6,11 @@ use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::{StepRecord, Summary, TrainConfig};
+use crate::analysis::report::Events;
+use crate::data::jsonl::JsonLines;
 use crate::{Error, Result};
 
 const LOCK: &str = ".lock";
@@ -41,22 +44,14 @@ impl RunConfig {
     /// [`Error::Io`] when it is not there, [`Error::Invalid`] when it says what no setting is.
     pub fn read(folder: &Path) -> Result<RunConfig> {
         let path = folder.join(CONFIG);
-        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let wrong = |got: String| {
+        let wrong = |got: &str| {
             let advice = "restore the file, or start another run";
             Error::invalid(path.display().to_string(), "the settings of a run", got, advice)
         };
-        let mut file: toml::Table =
-            text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        let mut take = |name: &str| file.remove(name).ok_or_else(|| wrong(format!("no {name}")));
-        let model: PathBuf =
-            take("model")?.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        let toml::Value::Table(train) = take("train")? else {
-            return Err(wrong("train is no table".into()));
+        let (model, train) = parts(&path)?;
+        let (Some(model), Some(train)) = (model, train) else {
+            return Err(wrong("no model or no [train]"));
         };
-        if let Some(name) = file.keys().next() {
-            return Err(wrong(format!("unknown {name}")));
-        }
         // Older runs had MiB in two settings, one for all memory and one for kept activations.
         let older = ["memory-mib", "memory"];
         if let Some(key) = older.iter().find(|key| train.get(**key).is_some_and(|v| v.is_integer()))
@@ -73,12 +68,61 @@ impl RunConfig {
         Ok(RunConfig { model, train })
     }
 
+    /// Model and settings of another run: from a file as `config.toml`, or of settings alone, with `given` in their place.
+    /// Its folder, and what was found out for it, are not taken over.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it is not there, [`Error::Invalid`] when it says what no setting is.
+    pub fn template(path: &Path, given: &toml::Table) -> Result<(Option<PathBuf>, TrainConfig)> {
+        let (model, train) = parts(path)?;
+        let mut settings = train.unwrap_or_default();
+        ["out", "internal-layer-why"].iter().for_each(|name| drop(settings.remove(*name)));
+        if given.contains_key("reward") {
+            settings.remove("reward-folder");
+        }
+        settings.extend(given.clone());
+        let train = TrainConfig::from_table(settings, &path.display().to_string())?;
+        Ok((model, train))
+    }
+
     /// What `config.toml` holds.
     pub fn text(&self) -> Result<String> {
-        let text = toml::to_string(self)
+        let mut file = toml::Table::new();
+        file.insert("model".into(), self.model.display().to_string().into());
+        file.insert("train".into(), self.train.table()?.into());
+        let text = toml::to_string(&file)
             .map_err(|e| Error::engine("writing config.toml", e.to_string(), "report it"))?;
-        let out = self.train.out.as_deref().unwrap_or(Path::new("DIR"));
-        Ok(format!("# Go on with this run: bupo-gguf train --resume {}\n{text}", out.display()))
+        Ok(match &self.train.out {
+            Some(out) => {
+                format!("# Go on with this run: bupo-gguf train --resume {}\n{text}", out.display())
+            }
+            None => format!("# Run it: bupo-gguf train --config THIS-FILE\n{text}"),
+        })
+    }
+}
+
+/// Model and settings of a file as `config.toml`; what stands before any table are settings where it has no `[train]`.
+fn parts(path: &Path) -> Result<(Option<PathBuf>, Option<toml::Table>)> {
+    let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let wrong = |got: String| {
+        let advice = "mend it; the config.toml of a run is one";
+        Error::invalid(path.display().to_string(), "the settings of a run", got, advice)
+    };
+    let mut file: toml::Table =
+        text.parse().map_err(|e: toml::de::Error| wrong(e.to_string().replace('\n', " ")))?;
+    let model = match file.remove("model") {
+        Some(toml::Value::String(model)) => Some(PathBuf::from(model)),
+        Some(other) => return Err(wrong(format!("model = {other}"))),
+        None => None,
+    };
+    match file.remove("train") {
+        Some(toml::Value::Table(train)) => match file.keys().next() {
+            Some(name) => Err(wrong(format!("unknown {name}"))),
+            None => Ok((model, Some(train))),
+        },
+        Some(_) => Err(wrong("train is no table".into())),
+        None if file.is_empty() => Ok((model, None)),
+        None => Ok((model, Some(file))),
     }
 }
 
@@ -189,6 +233,29 @@ impl RunDir {
     /// Where the best adapter of the evaluations between steps lies.
     pub fn best_adapter(&self) -> PathBuf {
         self.path.join("adapter-best.gguf")
+    }
+
+    /// An event file for TensorBoard, with what the logs hold so far, so that a run that went back to a checkpoint has
+    /// each step once.
+    ///
+    /// # Errors
+    /// A log is damaged, or the disk refuses.
+    pub fn events(&mut self, began: f64) -> Result<Events> {
+        self.flush()?;
+        let mut events = Events::create(&self.path.join("tensorboard"), began)?;
+        let read = |name: &str| -> Result<Vec<Value>> {
+            let path = self.path.join(name);
+            match path.exists() {
+                true => JsonLines::open(&path)?.map(|row| Ok(Value::Object(row?.object))).collect(),
+                false => Ok(Vec::new()),
+            }
+        };
+        let completions = read(COMPLETIONS)?;
+        for record in read(METRICS)? {
+            let of_step = completions.iter().filter(|c| c.get("step") == record.get("step"));
+            events.step(&record, &of_step.cloned().collect::<Vec<_>>())?;
+        }
+        Ok(events)
     }
 
     /// Where checkpoints lie.

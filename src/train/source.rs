@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use super::collect::{Judged, Sample};
 use super::learner::{Response, ResponseGroup};
 use super::rows::Rows;
-use super::{Observer, TrainConfig};
+use super::{Observer, Settings};
 use crate::Result;
 use crate::data::ProblemSource;
 use crate::rollout::{Encoder, Request, Rollouts};
@@ -46,7 +46,7 @@ pub(super) struct Batch {
 /// What a source works with.
 #[derive(Clone, Copy)]
 pub(super) struct With<'w, 'm> {
-    pub config: &'w TrainConfig,
+    pub settings: &'w Settings,
     pub encoder: &'w Encoder<'m>,
     pub stop: &'w AtomicBool,
 }
@@ -63,7 +63,7 @@ impl Source {
             Source::Judged(judged) => judged.collect(with, step, observer),
             Source::Sampled(sampled) => sampled.collect(with, step, observer),
             Source::Given(rows) => {
-                let positions = positions(with.config, step, Some(rows.len()));
+                let positions = positions(with.settings, step, Some(rows.len()));
                 let groups = positions.map(|i| rows.at(i)).collect();
                 Ok(Batch { groups, ..Batch::default() })
             }
@@ -81,7 +81,7 @@ impl Source {
 
     /// Tokens of the prompt at a position, or of the row there.
     pub fn prompt(&mut self, with: With<'_, '_>, position: u64) -> Result<Vec<i32>> {
-        let most = with.config.max_prompt;
+        let most = with.settings.max_prompt;
         match self {
             Source::Judged(judged) => {
                 with.encoder.prompt(&judged.problems.problem(position).prompt, most)
@@ -107,7 +107,7 @@ impl Source {
 }
 
 /// Positions of a step; `--epochs` ends them with its last row.
-fn positions(c: &TrainConfig, step: u64, rows: Option<usize>) -> std::ops::Range<u64> {
+fn positions(c: &Settings, step: u64, rows: Option<usize>) -> std::ops::Range<u64> {
     let first = (step - 1) * c.prompts_per_step as u64;
     let end = first + c.prompts_per_step as u64;
     let last = c.rows.epochs.zip(rows).map_or(end, |(epochs, rows)| epochs * rows as u64);
@@ -118,9 +118,13 @@ impl Sampled {
     fn prompt(&mut self, with: With<'_, '_>, position: u64) -> Result<Vec<i32>> {
         match &mut self.prompts {
             Prompts::Task(task) => {
-                with.encoder.prompt(&task.problem(position).prompt, with.config.max_prompt)
+                with.encoder.prompt(&task.problem(position).prompt, with.settings.max_prompt)
             }
-            Prompts::Rows(rows) => Ok(rows.at(position).prompt),
+            Prompts::Rows(rows) => {
+                let mut tokens = rows.at(position).prompt;
+                tokens.drain(..tokens.len().saturating_sub(with.settings.max_prompt));
+                Ok(tokens)
+            }
         }
     }
 
@@ -130,7 +134,7 @@ impl Sampled {
         step: u64,
         observer: &mut dyn Observer,
     ) -> Result<Batch> {
-        let c = with.config;
+        let c = with.settings;
         let rows = match &self.prompts {
             Prompts::Rows(rows) => Some(rows.len()),
             Prompts::Task(_) => None,

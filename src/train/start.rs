@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+use super::advice::Advice;
 use super::collect::Judged;
 use super::critic::Critic;
 use super::layers::LayerChoice;
@@ -11,46 +13,35 @@ use super::learner::Learner;
 use super::plan::{Plan, Workload};
 use super::row_options::refuse_sampling;
 use super::rows::{Reader, Rows};
-use super::source::{Prompts, Sampled, Source};
+use super::source::{Prompts, Sampled, Source, With};
 use super::teacher::{Teacher, TeacherModel, refuse_head};
 use super::{
-    AdamW, Algorithm, Baseline, Counters, GpuPlan, Reference, ResponseGroup, State, TrainConfig,
-    Trainer, evaluate, vram,
+    AdamW, Algorithm, Baseline, Counters, Facts, GpuPlan, Reference, ResponseGroup, Settings,
+    State, TrainConfig, Trainer, evaluate, layers, vram,
 };
 use crate::data::{Problem, ProblemSource};
 use crate::ggml::ThreadPool;
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::reward::JudgePool;
 use crate::rollout::{Encoder, RolloutOptions, Rollouts};
 use crate::{Error, Result};
 
 /// What is read of the data, before memory is planned for it.
 enum Read {
-    /// Problems to be answered, held-out ones, and what judges the answers.
-    Problems(ProblemSource, Vec<Problem>, JudgePool),
+    /// Problems to be answered, and held-out ones.
+    Problems(ProblemSource, Vec<Problem>),
     /// Prompts of a task, to be answered for a teacher.
     Task(ProblemSource),
     /// Rows, with completions or without.
     Rows(Rows),
 }
 
-impl Read {
-    /// Whether completions are sampled.
-    fn samples(&self) -> bool {
-        match self {
-            Read::Problems(..) | Read::Task(_) => true,
-            Read::Rows(rows) => rows.are_prompts(),
-        }
-    }
-}
-
 /// The critic of a run that has one: a value head at the internal layer, and one at the last.
-pub(super) fn new_critic(config: &TrainConfig, model: &Model) -> Result<Option<Critic>> {
+pub(super) fn new_critic(settings: &Settings, model: &Model) -> Result<Option<Critic>> {
     let (n_layer, d) = (model.config().n_layer, model.config().n_embd);
-    match config.baseline() {
+    match settings.baseline {
         Baseline::Value => {
-            let depths = [config.internal_layer(n_layer), n_layer];
-            Critic::new(&depths, d, config.critic()).map(Some)
+            let depths = [settings.internal_layer, n_layer];
+            Critic::new(&depths, d, settings.critic()).map(Some)
         }
         _ => Ok(None),
     }
@@ -77,7 +68,6 @@ impl<'m> Trainer<'m> {
     ) -> Result<Trainer<'m>> {
         config.check()?;
         vram::wants_a_gpu(config.vram, model.device())?;
-        let n_layer = model.config().n_layer;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
         encoder.set_now(began as i64);
@@ -88,80 +78,53 @@ impl<'m> Trainer<'m> {
         }
         let teacher = TeacherModel::open(model, &config)?;
         let mut notes = Vec::new();
-        let (mut config, Data { read, held_out, longest }) =
+        let (config, Data { mut read, held_out, mut facts }) =
             read_data(model, config, &encoder, &mut notes)?;
-
-        let workload = Workload::of(&config, read.samples(), longest, teacher.as_ref());
-        let gpu = GpuPlan::of(model, &config, &workload)?;
-        if let Some(plan) = &gpu {
-            plan.apply(&mut config, read.samples());
+        let (mut settings, gpu) = settle(model, config, &mut facts, teacher.as_ref())?;
+        notes.extend(settings.reasons.iter().cloned());
+        notes.extend(facts.cut(settings.max_prompt, settings.drop_long_prompts));
+        if let Read::Problems(problems, _) = &mut read
+            && settings.drop_long_prompts
+        {
+            problems.retain(|p| encoder.fits(&p.prompt, settings.max_prompt))?;
         }
-        if let Some(longest) = longest {
-            config.micro_batch_tokens.get_or_insert(longest.max(4096));
-        }
-        let mut config = config.resolved(n_layer);
-        check_layers(&config, n_layer)?;
-        let needs = config.max_prompt + config.max_response;
-        if read.samples() {
+        let needs = settings.max_prompt + settings.max_response;
+        if facts.samples {
             // As llama.cpp sizes the contexts of rollouts.
             model.set_context(needs.next_multiple_of(256));
         }
-        if read.samples() && needs > model.config().n_ctx_train {
-            return Err(Error::invalid(
-                "--max-prompt plus --max-response",
-                format!("at most the model's context of {} tokens", model.config().n_ctx_train),
-                needs.to_string(),
-                "lower one of them",
-            ));
-        }
-        let mut lora = begin_from(model, &mut config, adapter)?;
+        let mut lora = begin_from(model, &mut settings, adapter)?;
         // Before anything that a plan counts is taken.
-        let plan = Plan::of(model, &config, &workload)?;
+        let plan = Plan::of(model, &settings, &Workload::of(&settings, &facts, teacher.as_ref()))?;
         let on_gpu = gpu.as_ref().filter(|_| !model.device().is_host());
         if on_gpu.is_none() {
             plan.check()?;
         }
         let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
         let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
-        let pool = Arc::new(ThreadPool::with(config.threads)?);
-        let wanted = config.sequences();
-        let mut rollouts = || -> Result<Rollouts> {
-            let options = RolloutOptions { n_ctx_seq: needs, kv_bytes: config.kv_mib() << 20 }
-                .at_most(wanted, model.engine())?;
-            let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
-            if model.config().layers.iter().any(|layer| layer.experts.is_some()) {
-                rollouts.keep_experts();
-            }
-            rollouts.set_adapter(Some(lora.live(model)?))?;
-            Ok(rollouts)
-        };
-        let source = match read {
-            Read::Problems(problems, held_out, judges) => {
-                Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, judges })
-            }
-            Read::Rows(rows) if !rows.are_prompts() => Source::Given(rows),
-            Read::Rows(rows) => {
-                Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Rows(rows) })
-            }
-            Read::Task(task) => {
-                Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Task(task) })
-            }
-        };
+        let pool = Arc::new(ThreadPool::with(Some(settings.threads))?);
+        let mut source = source(model, &settings, read, &pool, &mut lora)?;
         let mut engine = Engine::on(model.device(), pool.clone())?;
         engine.keep_up_to(kept_bytes);
+        let stop: Arc<AtomicBool> = Arc::default();
+        if settings.options.internal_layer == Some(LayerChoice::Auto) {
+            let with = With { settings: &settings, encoder: &encoder, stop: &stop };
+            let found = layers::find(model, &mut engine, &lora, &mut source, with)?;
+            settings.choose_layer(found);
+        }
         let learner = Learner {
             model,
-            optimizer: AdamW::new(&lora, n_layer, config.adamw(n_layer))?,
+            optimizer: AdamW::new(&lora, model.config().n_layer, settings.adamw())?,
             gradients: lora.zeros_like()?,
-            critic: new_critic(&config, model)?,
-            reference: reference(model, &config)?,
-            teacher: teacher.map(|teacher| Teacher::new(teacher, &config, pool)).transpose()?,
+            critic: new_critic(&settings, model)?,
+            reference: reference(model, &settings)?,
+            teacher: teacher.map(|teacher| Teacher::new(teacher, &settings, pool)).transpose()?,
             engine,
             lora,
         };
-        let mut trainer = Trainer {
+        Ok(Trainer {
             model,
-            config,
+            settings,
             learner,
             source,
             encoder,
@@ -169,8 +132,9 @@ impl<'m> Trainer<'m> {
             gpu,
             memory,
             notes,
+            advice: Advice::default(),
             dump: None,
-            stop: Arc::default(),
+            stop,
             inputs: BTreeMap::new(),
             mid_step: false,
             counters: Counters::default(),
@@ -180,14 +144,7 @@ impl<'m> Trainer<'m> {
             seconds: 0.0,
             began,
             probe_set: Vec::new(),
-        };
-        if trainer.choose_layer()? {
-            // These depend on the layer.
-            let (config, learner) = (&trainer.config, &mut trainer.learner);
-            learner.optimizer = AdamW::new(&learner.lora, n_layer, config.adamw(n_layer))?;
-            learner.critic = new_critic(config, model)?;
-        }
-        Ok(trainer)
+        })
     }
 
     /// Takes all rows as the one mini batch of the one step, and writes its gradients, before clipping, to `path`.
@@ -199,13 +156,13 @@ impl<'m> Trainer<'m> {
             let advice = "give rollouts with --rollouts, or rows with completions with --data";
             return Err(Error::invalid("--dump-gradients", "given completions", "none", advice));
         };
-        if self.config.steps != 1 {
-            let got = self.config.steps.to_string();
+        if self.settings.steps != 1 {
+            let got = self.settings.steps.to_string();
             let advice = "all rows are the mini batch of one step";
             return Err(Error::invalid("--dump-gradients", "--steps 1", got, advice));
         }
         let n = rows.len();
-        (self.config.prompts_per_step, self.config.mini_batch) = (n, Some(n));
+        (self.settings.options.prompts_per_step, self.settings.mini_batch) = (n, n);
         self.dump = Some(path.into());
         Ok(())
     }
@@ -247,8 +204,7 @@ struct Data {
     read: Read,
     /// Held-out rows.
     held_out: Vec<ResponseGroup>,
-    /// Tokens of the longest given row, held-out ones too; none where completions are sampled.
-    longest: Option<usize>,
+    facts: Facts,
 }
 
 /// Reads problems, rows, or a task's prompts, and what is held out; settles the steps of `--epochs`.
@@ -259,14 +215,11 @@ fn read_data(
     notes: &mut Vec<String>,
 ) -> Result<(TrainConfig, Data)> {
     if config.algo.is_rewarded() {
-        let mut problems = ProblemSource::with(&config.data, config.source())?;
+        let problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let judges = config.rewards.judges(&config.data, config.max_response)?;
-        if config.drop_long_prompts {
-            problems.retain(|p| encoder.fits(&p.prompt, config.max_prompt))?;
-        }
-        let read = Read::Problems(problems, held_out, judges);
-        return Ok((config, Data { read, held_out: Vec::new(), longest: None }));
+        let facts = Facts::of_problems(&problems, encoder)?;
+        let read = Read::Problems(problems, held_out);
+        return Ok((config, Data { read, held_out: Vec::new(), facts }));
     }
     let m = model.config();
     let (n_vocab, n_ctx_train) = (m.n_vocab, m.n_ctx_train);
@@ -278,11 +231,19 @@ fn read_data(
             let advice = "say how many --steps; a task has no end";
             return Err(Error::invalid("--epochs", "rows of a file", config.data, advice));
         }
-        let read = Read::Task(ProblemSource::with(&config.data, config.source())?);
-        return Ok((config, Data { read, held_out, longest: None }));
+        let task = ProblemSource::with(&config.data, config.source())?;
+        let facts = Facts::of_problems(&task, encoder)?;
+        return Ok((config, Data { read: Read::Task(task), held_out, facts }));
     }
     let rows = reader.read(&config.data, notes)?;
-    let mut longest = None;
+    // What is settled later must not change which rows are left out when the run goes on.
+    let most_tokens = reader.most_tokens().min(1 << 20);
+    let mut facts = Facts {
+        samples: true,
+        prompts: rows.prompt_lengths().collect(),
+        problems: Some(rows.len()),
+        ..Facts::default()
+    };
     if !rows.are_prompts() {
         refuse_sampling(&config)?;
         let lengths = held_out.iter().map(ResponseGroup::n_tokens);
@@ -295,13 +256,14 @@ fn read_data(
                 "raise it, or leave long rows out with --max-length",
             ));
         }
-        longest = Some(most);
+        (facts.samples, facts.longest_row) = (false, Some(most));
     }
+    config.rows.max_length = Some(most_tokens);
     if let Some(epochs) = config.rows.epochs {
         let all = epochs * rows.len() as u64;
         config.steps = all.div_ceil(config.prompts_per_step as u64);
     }
-    Ok((config, Data { read: Read::Rows(rows), held_out, longest }))
+    Ok((config, Data { read: Read::Rows(rows), held_out, facts }))
 }
 
 /// The rows of `--eval-data`.
@@ -318,30 +280,105 @@ fn held_out_rows(reader: &Reader<'_, '_>, notes: &mut Vec<String>) -> Result<Vec
     Ok(rows.sample(reader.config.eval_problems))
 }
 
-/// Refuses layers that do not exist or would not learn.
-fn check_layers(config: &TrainConfig, n_layer: usize) -> Result<()> {
-    if config.internal_layer != Some(LayerChoice::Auto) {
-        Policy::internal(config.internal_layer(n_layer), n_layer, config.final_norm)?;
+/// Settles what the options leave open: a completion that nobody gave a length is halved until memory has room for it.
+fn settle(
+    model: &Model,
+    config: TrainConfig,
+    facts: &mut Facts,
+    teacher: Option<&TeacherModel<'_>>,
+) -> Result<(Settings, Option<GpuPlan>)> {
+    loop {
+        let mut settings = config.clone().resolve(model, facts)?;
+        check_layers(&settings, model.config().n_layer)?;
+        if facts.samples {
+            settings.check_context(model)?;
+        }
+        match fit(model, &mut settings, facts, teacher) {
+            Ok(gpu) => return Ok((settings, gpu)),
+            Err(_) if facts.samples && settings.may_shorten() => {
+                facts.room = Some(settings.max_response / 2);
+            }
+            Err(error) => return Err(error),
+        }
     }
-    let reaches = match config.internal_steps() {
-        0 => n_layer,
-        _ => config.internal_layer(n_layer),
+}
+
+/// Plans the memory, and on a GPU what depends on it.
+fn fit(
+    model: &Model,
+    settings: &mut Settings,
+    facts: &Facts,
+    teacher: Option<&TeacherModel<'_>>,
+) -> Result<Option<GpuPlan>> {
+    let gpu = GpuPlan::of(model, settings, &Workload::of(settings, facts, teacher))?;
+    if let Some(plan) = &gpu {
+        plan.apply(settings);
+    }
+    if gpu.is_none() || model.device().is_host() {
+        Plan::of(model, settings, &Workload::of(settings, facts, teacher))?.check()?;
+    }
+    Ok(gpu)
+}
+
+/// Where groups come from, with the rollout engine where completions are sampled, under the adapter.
+fn source(
+    model: &Model,
+    settings: &Settings,
+    read: Read,
+    pool: &Arc<ThreadPool>,
+    lora: &mut Lora,
+) -> Result<Source> {
+    let n_ctx_seq = settings.max_prompt + settings.max_response;
+    let mut rollouts = || -> Result<Rollouts> {
+        let options = RolloutOptions { n_ctx_seq, kv_bytes: settings.kv_mib << 20 }
+            .at_most(settings.sequences(), model.engine())?;
+        let mut rollouts = Rollouts::new(model.engine(), pool, options)?;
+        if model.config().layers.iter().any(|layer| layer.experts.is_some()) {
+            rollouts.keep_experts();
+        }
+        rollouts.set_adapter(Some(lora.live(model)?))?;
+        Ok(rollouts)
     };
-    if config.freeze_layers < reaches {
+    Ok(match read {
+        Read::Problems(problems, held_out) => {
+            let judges = settings.rewards.judges(&settings.data, settings.max_response)?;
+            Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, judges })
+        }
+        Read::Rows(rows) if !rows.are_prompts() => Source::Given(rows),
+        Read::Rows(rows) => {
+            Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Rows(rows) })
+        }
+        Read::Task(task) => {
+            Source::Sampled(Sampled { rollouts: rollouts()?, prompts: Prompts::Task(task) })
+        }
+    })
+}
+
+/// Refuses layers that do not exist or would not learn.
+fn check_layers(settings: &Settings, n_layer: usize) -> Result<()> {
+    if settings.options.internal_layer != Some(LayerChoice::Auto) {
+        Policy::internal(settings.internal_layer, n_layer, settings.final_norm)?;
+    }
+    let reaches = match settings.internal_steps {
+        0 => n_layer,
+        _ => settings.internal_layer,
+    };
+    if settings.freeze_layers < reaches {
         return Ok(());
     }
     Err(Error::invalid(
         "--freeze-layers",
         format!("below {reaches}, the lowest layer whose policy is optimised"),
-        config.freeze_layers.to_string(),
+        settings.freeze_layers.to_string(),
         "nothing would be learnt; lower it",
     ))
 }
 
 /// The adapter of a file, whose sizes become the settings', or a new one.
-fn begin_from(model: &Model, config: &mut TrainConfig, adapter: Option<&Path>) -> Result<Lora> {
+fn begin_from(model: &Model, settings: &mut Settings, adapter: Option<&Path>) -> Result<Lora> {
     let Some(path) = adapter else {
-        return Lora::new(model, &config.targets, config.rank, config.file_alpha(), config.seed);
+        let (c, alpha) = (&settings, settings.file_alpha());
+        return Lora::new(model, &c.targets, c.rank, alpha, c.seed);
     };
     let lora = Lora::load(model, path)?;
     let frozen = lora.frozen();
@@ -351,11 +388,11 @@ fn begin_from(model: &Model, config: &mut TrainConfig, adapter: Option<&Path>) -
         let place = path.display().to_string();
         return Err(Error::invalid(place, expected, frozen.join(", "), advice));
     }
-    if config.algo == Algorithm::Distill {
+    if settings.algo == Algorithm::Distill {
         refuse_head(&lora, path)?;
     }
-    (config.rank, config.alpha) = (lora.rank(), Some(lora.alpha()));
-    config.targets = lora.targets();
+    (settings.options.rank, settings.alpha) = (lora.rank(), lora.alpha());
+    settings.options.targets = lora.targets();
     Ok(lora)
 }
 

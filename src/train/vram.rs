@@ -10,8 +10,8 @@
 
 use serde::Serialize;
 
-use super::TrainConfig;
 use super::plan::{Workload, fitting};
+use super::{Facts, Settings, TrainConfig};
 use crate::ggml::{ByteSize, Device, DeviceChoice};
 use crate::gguf::AdapterFile;
 use crate::model::{Largest, LayerConfig, Lora, Model, activations, kept_bytes};
@@ -61,16 +61,18 @@ impl GpuPlan {
     /// [`Error::Invalid`] where the budget is more than the GPU has free, or too little: what is needed for what, and
     /// which option would fit.
     pub fn new(model: &Model, config: &TrainConfig) -> Result<Option<GpuPlan>> {
-        GpuPlan::of(model, config, &Workload::guess(config, None))
+        let facts = Facts::unread(config);
+        let settings = config.clone().resolve(model, &facts)?;
+        GpuPlan::of(model, &settings, &Workload::of(&settings, &facts, None))
     }
 
     pub(super) fn of(
         model: &Model,
-        config: &TrainConfig,
+        settings: &Settings,
         workload: &Workload<'_>,
     ) -> Result<Option<GpuPlan>> {
         let free = model.engine().free_before();
-        let Some(budget) = config.vram.map(|size| size.0).or(free) else { return Ok(None) };
+        let Some(budget) = settings.vram.map(|size| size.0).or(free) else { return Ok(None) };
         if let Some(free) = free.filter(|free| budget > *free) {
             let expected = format!("at most {} MiB, which nobody uses", mib(free));
             let got = format!("{} MiB", mib(budget));
@@ -81,7 +83,7 @@ impl GpuPlan {
                 "leave it out to take all of that",
             ));
         }
-        let demand = Demand::new(model, config, workload)?;
+        let demand = Demand::new(model, settings, workload)?;
         match demand.fit(budget)? {
             Ok(plan) => Ok(Some(plan)),
             Err(least) => {
@@ -98,10 +100,10 @@ impl GpuPlan {
         self.weights_bytes + self.adapter_bytes + self.library_bytes + turns
     }
 
-    /// The settings with what was chosen.
-    pub(super) fn apply(&self, config: &mut TrainConfig, samples: bool) {
-        config.micro_batch_tokens = Some(self.micro_batch_tokens);
-        config.kv_mib = samples.then_some(self.kv_mib);
+    /// Puts into the settings what was chosen.
+    pub(super) fn apply(&self, settings: &mut Settings) {
+        settings.micro_batch_tokens = self.micro_batch_tokens;
+        settings.kv_mib = self.kv_mib;
     }
 
     /// The plan in one line.
@@ -172,7 +174,7 @@ impl Least {
 /// What a run of these settings wants of a GPU.
 struct Demand<'m> {
     model: &'m Model,
-    config: TrainConfig,
+    settings: Settings,
     rank: usize,
     samples: bool,
     /// Tokens of the longest given row.
@@ -180,30 +182,30 @@ struct Demand<'m> {
 }
 
 impl<'m> Demand<'m> {
-    fn new(model: &'m Model, config: &TrainConfig, workload: &Workload<'_>) -> Result<Demand<'m>> {
-        let rank = match &config.adapter {
-            Some(path) => AdapterFile::read(path)?.pairs.first().map_or(config.rank, |p| p.rank),
-            None => config.rank,
+    fn new(model: &'m Model, settings: &Settings, workload: &Workload<'_>) -> Result<Demand<'m>> {
+        let rank = match &settings.adapter {
+            Some(path) => AdapterFile::read(path)?.pairs.first().map_or(settings.rank, |p| p.rank),
+            None => settings.rank,
         };
         let samples = workload.samples;
         let longest_row = (!samples).then_some(workload.group_tokens);
-        Ok(Demand { model, config: config.clone(), rank, samples, longest_row })
+        Ok(Demand { model, settings: settings.clone(), rank, samples, longest_row })
     }
 
     fn longest(&self) -> usize {
-        self.longest_row.unwrap_or(self.config.max_prompt + self.config.max_response)
+        self.longest_row.unwrap_or(self.settings.max_prompt + self.settings.max_response)
     }
 
     /// Layers whose weights lie on the GPU; llama.cpp counts the output as one more, the first to go there.
     fn gpu_layers(&self) -> usize {
         let n_layer = self.model.config().n_layer;
-        self.config.gpu_layers.map_or(n_layer, |n| n.saturating_sub(1).min(n_layer))
+        self.settings.gpu_layers.map_or(n_layer, |n| n.saturating_sub(1).min(n_layer))
     }
 
     /// Weights, adapter, libraries.
     fn fixed(&self) -> Result<[u64; 3]> {
         let first = self.model.config().n_layer - self.gpu_layers();
-        let has_output = self.config.gpu_layers != Some(0);
+        let has_output = self.settings.gpu_layers != Some(0);
         let mut weights = 0;
         let mut tied = true;
         let mut names = std::collections::HashSet::new();
@@ -220,7 +222,7 @@ impl<'m> Demand<'m> {
             // Its second copy, for the unembedding.
             weights += self.model.weights().embedding().n_bytes();
         }
-        let params = Lora::count_params(self.model, &self.config.targets, self.rank)?;
+        let params = Lora::count_params(self.model, &self.settings.targets, self.rank)?;
         Ok([weights as u64, 16 * params as u64, LIBRARIES])
     }
 
@@ -246,14 +248,14 @@ impl<'m> Demand<'m> {
     }
 
     fn depth(&self) -> usize {
-        let (c, n_layer) = (&self.config, self.model.config().n_layer);
-        let internal_only = c.steps <= c.internal_steps();
-        if internal_only { c.internal_layer(n_layer) } else { n_layer }
+        let (c, n_layer) = (&self.settings, self.model.config().n_layer);
+        let internal_only = c.steps <= c.internal_steps;
+        if internal_only { c.internal_layer } else { n_layer }
     }
 
     /// Residuals, one layer's graph and the kernels' scratch memory of a micro batch.
     fn update(&self, tokens: usize) -> Result<u64> {
-        let (c, m) = (&self.config, self.model.config());
+        let (c, m) = (&self.settings, self.model.config());
         let largest = Largest { tokens, trained: tokens, scored: tokens };
         let acts = activations(self.model, &c.targets, self.rank, self.depth(), largest, false)?;
         let scratch = scratch_bytes(&ScratchShape {
@@ -278,8 +280,8 @@ impl<'m> Demand<'m> {
     }
 
     fn least(&self) -> Result<Least> {
-        let (c, longest) = (&self.config, self.longest());
-        let n_seq = match c.kv_mib {
+        let (c, longest) = (&self.settings, self.longest());
+        let n_seq = match c.options.kv_mib {
             Some(mib) => self.sizes(mib << 20)?.n_seq,
             None => 1,
         };
@@ -287,28 +289,28 @@ impl<'m> Demand<'m> {
             fixed: self.fixed()?,
             longest,
             rollout: self.rollout(n_seq)?,
-            update: self.update(c.micro_batch_tokens.unwrap_or(longest))?,
+            update: self.update(c.options.micro_batch_tokens.unwrap_or(longest))?,
         })
     }
 
     /// The largest sizes within the budget; what is needed where not even the least fits.
     fn fit(&self, budget: u64) -> Result<Result<GpuPlan, Least>> {
-        let c = &self.config;
+        let c = &self.settings;
         let least = self.least()?;
         if least.bytes() > budget {
             return Ok(Err(least));
         }
         let room = budget - least.fixed.iter().sum::<u64>();
         let most = self.sizes(usize::MAX)?.n_seq.min(c.prompts_per_step * c.group);
-        let n_seq = match c.kv_mib {
+        let n_seq = match c.options.kv_mib {
             Some(mib) => self.sizes(mib << 20)?.n_seq,
             None => largest(1, most, 1, |n| Ok(self.rollout(n)? <= room))?,
         };
-        let groups = c.mini_batch().max(c.prompts_per_step - c.mini_batch());
+        let groups = c.mini_batch.max(c.prompts_per_step - c.mini_batch);
         let sampled = c.max_prompt + c.group * c.max_response;
         let all = groups * self.longest_row.unwrap_or(sampled);
         let longest = self.longest();
-        let micro_batch_tokens = match c.micro_batch_tokens {
+        let micro_batch_tokens = match c.options.micro_batch_tokens {
             Some(tokens) => tokens,
             None => {
                 let most = all.min(MOST_TOKENS).max(longest);
@@ -332,35 +334,43 @@ impl<'m> Demand<'m> {
             update_bytes,
             kept_bytes: kept as u64,
             n_seq,
-            kv_mib: c.kv_mib.unwrap_or(kv_bytes.div_ceil(1 << 20)),
+            kv_mib: c.options.kv_mib.unwrap_or(kv_bytes.div_ceil(1 << 20)),
             micro_batch_tokens,
         }))
     }
 
     /// Options, each of which alone would make the run fit.
     fn what_would_fit(&self, budget: u64) -> Result<String> {
-        let fits = |change: &dyn Fn(&mut TrainConfig)| -> Result<bool> {
-            let mut other = Demand { config: self.config.clone(), ..*self };
-            change(&mut other.config);
-            other.rank = if other.config.adapter.is_some() { self.rank } else { other.config.rank };
+        let fits = |change: &dyn Fn(&mut Settings)| -> Result<bool> {
+            let mut other = Demand { settings: self.settings.clone(), ..*self };
+            change(&mut other.settings);
+            let adapter = other.settings.adapter.is_some();
+            other.rank = if adapter { self.rank } else { other.settings.rank };
             Ok(other.least()?.bytes() <= budget)
         };
         let mut options = Vec::new();
-        if self.config.micro_batch_tokens.is_some() || self.config.kv_mib.is_some() {
-            let planned = |c: &mut TrainConfig| (c.micro_batch_tokens, c.kv_mib) = (None, None);
+        let given = &self.settings.options;
+        if given.micro_batch_tokens.is_some() || given.kv_mib.is_some() {
+            let planned = |c: &mut Settings| {
+                (c.options.micro_batch_tokens, c.options.kv_mib) = (None, None);
+            };
             if fits(&planned)? {
                 options.push("leave out --micro-batch-tokens and --kv-mib".to_string());
             }
         }
-        let shorter = std::iter::successors(Some(self.config.max_response / 2), |n| Some(n / 2));
+        let shorter = std::iter::successors(Some(self.settings.max_response / 2), |n| Some(n / 2));
         for n in shorter.take_while(|n| *n >= 16) {
-            if fits(&|c| (c.max_response, c.micro_batch_tokens, c.kv_mib) = (n, None, None))? {
+            let cut = |c: &mut Settings| {
+                c.max_response = n;
+                (c.options.micro_batch_tokens, c.options.kv_mib) = (None, None);
+            };
+            if fits(&cut)? {
                 options.push(format!("--max-response {n} would fit"));
                 break;
             }
         }
         for n in (0..=self.gpu_layers()).rev() {
-            if fits(&|c| c.gpu_layers = Some(n))? {
+            if fits(&|c| c.options.gpu_layers = Some(n))? {
                 options.push(format!("--gpu-layers {n} would fit"));
                 break;
             }
@@ -481,8 +491,10 @@ mod tests {
             let placement = Placement { device, gpu_layers: None };
             let model = Model::open_on(std::path::Path::new(file), placement).unwrap();
             let config = TrainConfig { precise, ..TrainConfig::default() };
-            let workload = Workload::guess(&config, None);
-            let demand = Demand::new(&model, &config, &workload).unwrap();
+            let facts = Facts::unread(&config);
+            let settings = config.clone().resolve(&model, &facts).unwrap();
+            let workload = Workload::of(&settings, &facts, None);
+            let demand = Demand::new(&model, &settings, &workload).unwrap();
             let lora = Lora::new(&model, &config.targets, config.rank, 32.0, 1).unwrap();
             let mut gradients = lora.zeros_like().unwrap();
             let pool = std::sync::Arc::new(crate::ggml::ThreadPool::new(1).unwrap());

@@ -126,6 +126,7 @@ impl Browser {
                     !url.starts_with("file:")
                         && !url.starts_with("data:")
                         && !url.starts_with("blob:")
+                        && !url.starts_with("http://127.0.0.1:")
                 })
                 .map(|url| format!("asks the network for {url}")),
             _ => None,
@@ -145,8 +146,12 @@ impl Browser {
 
     /// Opens a file and waits until it is loaded.
     pub fn open(&mut self, page: &Path) {
+        self.open_url(&format!("file://{}", page.display()));
+    }
+
+    /// The same of an address.
+    pub fn open_url(&mut self, url: &str) {
         self.events.clear();
-        let url = format!("file://{}", page.display());
         let result = self.call("Page.navigate", json!({"url": url}));
         assert!(result.get("errorText").is_none(), "{result}");
         loop {

@@ -124,6 +124,7 @@ pub fn verifier(bytes: &[u8]) -> bool {
         answer: gold.into(),
         source: "fuzz:1".into(),
         difficulty: None,
+        solution_bytes: 0,
     };
     let mut right = false;
     for spec in ["math", "math:boxed", "hendrycks", "boxed", "exact"] {

@@ -1,15 +1,17 @@
 //! The page of an entropy dump: the paper's figures for one model, or for two side by side.
 
-use super::chart::{Body, Chart, Heat, Mark, Series};
+use super::chart::{Body, Chart, Mark, Series};
+use super::grid;
 use super::page::{Page, Part, Section};
-use crate::analysis::outcome::{Means, Outcome};
+use crate::analysis::dump::Findings;
+use crate::analysis::lenses::Seen;
+use crate::analysis::outcome::{BothLenses, Means, Outcome};
 use crate::analysis::record::Figure;
 use crate::analysis::routers::ExpertLoad;
-use crate::analysis::samples::{Gallery, Glance, View};
 use crate::analysis::summary::{Change, LayerMeans, Mean};
 
 /// The page of these findings.
-pub fn of_dump(outcome: &Outcome, gallery: &Gallery) -> Page {
+pub fn of_dump(outcome: &Outcome, findings: &Findings) -> Page {
     let settings = &outcome.settings;
     let name = |model: &str, adapter: &Option<String>| match adapter {
         Some(adapter) => format!("{model} with {adapter}"),
@@ -44,11 +46,18 @@ pub fn of_dump(outcome: &Outcome, gallery: &Gallery) -> Page {
     if !outcome.means.experts.is_empty() {
         page.sections.push(experts(&outcome.means.experts));
     }
+    page.sections.push(both_lenses(&outcome.lenses));
     if let Some(difference) = &outcome.difference {
         page.sections.push(differences(&difference.layers));
     }
-    if !gallery.views.is_empty() {
-        page.sections.push(samples(gallery));
+    if let Some(part) = grid::part(findings, outcome.means.layers.len()) {
+        page.sections.push(Section {
+            title: "Token by token".into(),
+            text: "In each cell the likeliest token of a layer's policy where the token above the column is chosen; a frame \
+                   where they are the same. Point at a cell, or touch it, for what else it holds likely."
+                .into(),
+            parts: vec![part],
+        });
     }
     page.sections.push(Section {
         title: "Figures".into(),
@@ -248,6 +257,54 @@ fn layers(sides: &[&[LayerMeans]], means: &Means) -> Section {
     }
 }
 
+/// The layers' policies without and with the final norm before the unembedding.
+fn both_lenses(lenses: &BothLenses) -> Section {
+    let curves = |of: fn(&Seen) -> f64| {
+        let one = |name: &str, colour: usize, layers: &[Seen]| {
+            let points = layers.iter().zip(1..).map(|(s, l)| (l as f64, Some(of(s)))).collect();
+            Series::new(name, colour, points)
+        };
+        vec![
+            one("without final norm", 0, &lenses.raw),
+            one("with final norm", 1, &lenses.final_norm),
+        ]
+    };
+    let parts = [
+        chart(
+            "lens-entropy",
+            "Entropy of the layers' policies",
+            "nats",
+            "Without the norm the sizes of hidden states decide how sure a policy is.",
+            curves(|s| s.entropy),
+            true,
+        ),
+        chart(
+            "lens-divergence",
+            "Divergence from the final policy",
+            "KL, nats",
+            "A policy further than about 10 nats holds likely what the model rules out in the end.",
+            curves(|s| s.kl_to_final),
+            true,
+        ),
+        chart(
+            "lens-agreement",
+            "Top token as in the final policy",
+            "share of tokens",
+            "A policy that hardly ever has the final one's likeliest token means nothing to it.",
+            curves(|s| s.top1_agrees),
+            true,
+        ),
+    ];
+    Section {
+        title: "Both lenses".into(),
+        text: format!(
+            "The same first {} tokens, with the final norm before the unembedding (--final-norm) and without it.",
+            lenses.tokens
+        ),
+        parts: parts.into_iter().map(Part::Chart).collect(),
+    }
+}
+
 fn differences(layers: &[LayerMeans]) -> Section {
     let sides = [layers];
     let figure = |name: &str, colour, figure: Figure| {
@@ -313,52 +370,6 @@ fn differences(layers: &[LayerMeans]) -> Section {
         text: String::new(),
         parts: parts.into_iter().map(Part::Chart).collect(),
     }
-}
-
-fn samples(gallery: &Gallery) -> Section {
-    Section {
-        title: "Token by token".into(),
-        text: "Entropy of each layer's policy where it chooses the token below the column. Point at a cell for what it holds likeliest.".into(),
-        parts: gallery.views.iter().map(|view| Part::Chart(heat(view))).collect(),
-    }
-}
-
-fn heat(view: &View) -> Chart {
-    let names = (1..=view.layers.len()).map(|l| l.to_string());
-    let rows: Vec<(String, &Vec<Glance>)> =
-        names.zip(&view.layers).chain([("final".to_string(), &view.last)]).collect();
-    let note = |name: &str, token: &str, glance: &Glance| {
-        let which = if name == "final" { "final policy".into() } else { format!("layer {name}") };
-        let mut lines = vec![format!("{which}, entropy {:.3} nats", glance.entropy)];
-        for (text, p) in &glance.top {
-            lines.push(format!("{:>6.2} %  {}", 100.0 * p, visible(text)));
-        }
-        let (p, rank) = (100.0 * glance.taken_prob, glance.taken_rank);
-        lines.push(format!("taken: {} at rank {rank}, {p:.2} %", visible(token)));
-        lines
-    };
-    let notes = rows.iter().map(|(name, glances)| {
-        glances.iter().zip(&view.tokens).map(|(g, (_, token))| note(name, token, g)).collect()
-    });
-    Chart {
-        id: format!("tokens-{}-{}", view.row, view.completion),
-        title: format!("Row {}, completion {}", view.row, view.completion),
-        caption: view.tokens.iter().map(|(_, text)| text.as_str()).collect(),
-        x: "token".into(),
-        y: "layer".into(),
-        body: Body::Heat(Heat {
-            columns: view.tokens.iter().map(|(_, text)| visible(text)).collect(),
-            notes: notes.collect(),
-            values: rows.iter().map(|(_, g)| g.iter().map(|g| g.entropy).collect()).collect(),
-            rows: rows.iter().map(|(name, _)| name.clone()).collect(),
-            unit: "nats".into(),
-        }),
-    }
-}
-
-/// A token's text on one line, its spaces to be seen.
-fn visible(text: &str) -> String {
-    text.replace(' ', "\u{b7}").replace('\n', "\u{21b5}").replace('\t', "\u{21e5}")
 }
 
 fn table(layers: &[LayerMeans]) -> Part {

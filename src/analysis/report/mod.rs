@@ -1,18 +1,27 @@
 //! Pages to look at: of an entropy dump, and of a training run.
 
 mod chart;
+mod compared;
+mod completions;
 mod dumped;
+mod grid;
 mod interactive;
+mod live;
 mod page;
+mod run;
 mod svg;
+mod tensorboard;
 mod training;
 
 use std::io::Write;
 use std::path::Path;
 
 pub use chart::{Body, Chart, Heat, Mark, Series};
+pub use compared::of_runs;
 pub use dumped::of_dump;
+pub use live::{DEFAULT_PORT, serve};
 pub use page::{Page, Part, Section};
+pub use tensorboard::Events;
 pub use training::of_run;
 
 use crate::gguf::write_atomically;

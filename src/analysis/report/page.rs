@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use serde_json::Value;
+
 use super::chart::{Body, Chart};
 use super::interactive;
 
@@ -38,6 +40,13 @@ pub enum Part {
     Table(Vec<String>, Vec<Vec<String>>),
     /// Texts with a heading each.
     Texts(Vec<(String, String)>),
+    /// A slider that smooths the curves of its section.
+    Smoothing,
+    /// Completions as a table to sort and filter, objects of step, reward, tokens, reason, prompt, completion, right
+    /// answer.
+    Completions(Vec<Value>),
+    /// Likeliest tokens by token and layer (`grid`).
+    Grid(Value),
 }
 
 impl Page {
@@ -51,6 +60,28 @@ impl Page {
 
     /// The page's HTML.
     pub fn html(&self) -> String {
+        self.document("<body>")
+    }
+
+    /// The same, which renews itself from a server; `state` says what it shows.
+    pub fn live_html(&self, state: u64) -> String {
+        self.document(&format!("<body data-live=\"{state}\">"))
+    }
+
+    fn document(&self, body: &str) -> String {
+        format!(
+            "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+             <meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n\
+             <title>{}</title>\n<style>\n{STYLE}</style>\n{}\n</head>\n{body}\n{}<script>\n{SCRIPT}</script>\n</body></html>\n",
+            escape(&self.title),
+            interactive::library(),
+            self.parts(),
+        )
+    }
+
+    /// What is in the page's body but for its script.
+    pub fn parts(&self) -> String {
         let mut body = String::new();
         let _ = write!(
             body,
@@ -73,14 +104,7 @@ impl Page {
             }
             body += "</div></section>\n";
         }
-        format!(
-            "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
-             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-             <meta name=\"color-scheme\" content=\"light dark\">\n<link rel=\"icon\" href=\"data:,\">\n\
-             <title>{}</title>\n<style>{STYLE}</style>\n{}\n</head>\n<body>\n{body}<script>{SCRIPT}</script>\n</body></html>\n",
-            escape(&self.title),
-            interactive::library(),
-        )
+        body
     }
 }
 
@@ -113,6 +137,25 @@ fn write_part(body: &mut String, part: &Part) {
             }
             *body += "</tbody></table></div>\n";
         }
+        Part::Smoothing => {
+            *body += "<div class=\"wide controls\"><label>smoothing <input type=\"range\" id=\"smoothing\" min=\"0\" \
+                      max=\"0.95\" step=\"0.05\" value=\"0\"> <output id=\"smoothing-value\">0.00</output></label></div>\n";
+        }
+        Part::Completions(rows) => {
+            // A completion's text may hold what would end the script element.
+            let rows = Value::from(rows.clone()).to_string().replace('<', "\\u003c");
+            let _ = writeln!(
+                body,
+                "<div class=\"wide completions\">{COMPLETIONS}<script type=\"application/json\">{rows}</script></div>"
+            );
+        }
+        Part::Grid(grid) => {
+            let grid = grid.to_string().replace('<', "\\u003c");
+            let _ = writeln!(
+                body,
+                "<div class=\"wide grid\">{GRID}<script type=\"application/json\">{grid}</script></div>"
+            );
+        }
         Part::Texts(texts) => {
             *body += "<div class=\"wide\">";
             for (title, text) in texts {
@@ -128,73 +171,30 @@ fn write_part(body: &mut String, part: &Part) {
     }
 }
 
+/// What stands around the rows of completions.
+const COMPLETIONS: &str = r#"<div class="controls"><label>step <select name="step"></select></label>
+<label>show <select name="kind"><option value="">all</option><option value="best">highest reward</option>
+<option value="worst">lowest reward</option><option value="cut">cut off</option></select></label>
+<label>with <input name="words" type="search" placeholder="words"></label><output></output></div>
+<div class="scroll"><table><thead><tr><th data-key="step">step</th><th data-key="reward">reward</th>
+<th data-key="tokens">tokens</th><th data-key="reason" class="text">reason</th><th data-key="prompt" class="text">prompt</th>
+<th data-key="completion" class="text">completion</th><th data-key="right answer" class="text">right answer</th>
+</tr></thead><tbody></tbody></table></div><button type="button">more</button>"#;
+
+/// What stands around the cells of a grid.
+const GRID: &str = r#"<div class="controls"><label>completion <select name="completion"></select></label>
+<label>colour <select name="figure"><option value="0">entropy, nats</option><option value="1">KL to the final policy, nats</option>
+<option value="2">probability of the token taken</option><option value="3">rank of the token taken</option></select></label>
+<label>of <select name="tap"></select></label><label>model <select name="model"></select></label>
+<span class="scale"><output name="low"></output><i></i><output name="high"></output></span></div>
+<p class="prompt"></p><div class="scroll"><table></table></div><pre class="cell"></pre>"#;
+
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
-const STYLE: &str = "
-:root { --ink: #1c2126; --soft: #5b6670; --back: #fbfbfa; --card: #ffffff; --edge: #e3e5e7; --grid: #e6e8ea; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --soft: #9aa5af; --back: #14171a; --card: #1c2024; --edge: #2d3338; --grid: #32393f; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem clamp(.8rem, 3vw, 2.5rem) 4rem; max-width: 1360px; background: var(--back);
-  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, 'Segoe UI', sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem; }
-h3 { font-size: 1rem; margin: 0 0 .2rem; font-weight: 600; }
-p { margin: .2rem 0; max-width: 78ch; }
-header p, section > p, figcaption { color: var(--soft); overflow-wrap: anywhere; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.4rem 0 0; }
-.facts div { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: .6rem .8rem; }
-dt { color: var(--soft); font-size: .8rem; }
-dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.parts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 1rem; margin-top: .8rem; }
-figure { margin: 0; padding: .9rem 1rem; background: var(--card); border: 1px solid var(--edge); border-radius: 8px; min-width: 0; }
-figure.heat, .wide { grid-column: 1 / -1; min-width: 0; }
-figcaption { font-size: .86rem; max-width: 78ch; }
-.scroll { overflow-x: auto; }
-.lines .chart { min-height: 380px; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--edge); }
-th { color: var(--soft); font-weight: 600; }
-details { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: .4rem .8rem; margin-bottom: .4rem; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: .86rem/1.45 ui-monospace, monospace; margin: .5rem 0; }
-";
+const STYLE: &str = include_str!("../../../assets/page.css");
 
-/// Unpacks the library, and draws every chart in the colours of the page, and again when these change.
-const SCRIPT: &str = r#"
-async function library() {
-  const packed = Uint8Array.from(atob(document.getElementById('plotly').textContent), c => c.charCodeAt(0));
-  const script = document.createElement('script');
-  script.textContent = await new Response(
-    new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'))).text();
-  document.head.append(script);
-}
-const scheme = window.matchMedia('(prefers-color-scheme: dark)');
-function colours() {
-  const style = getComputedStyle(document.documentElement);
-  const of = name => style.getPropertyValue(name).trim();
-  return { 'font.color': of('--ink'), 'xaxis.gridcolor': of('--grid'), 'yaxis.gridcolor': of('--grid'),
-    'xaxis.linecolor': of('--grid'), 'yaxis.linecolor': of('--grid'),
-    'hoverlabel.bgcolor': of('--card'), 'hoverlabel.bordercolor': of('--soft'), 'hoverlabel.font.color': of('--ink') };
-}
-const charts = [...document.querySelectorAll('.chart')];
-const draw = async chart => {
-  const figure = JSON.parse(document.getElementById(chart.id + '-data').textContent);
-  if (!figure.layout.width) figure.layout.width = chart.clientWidth;
-  await Plotly.newPlot(chart, figure.data, figure.layout, figure.config);
-  await Plotly.relayout(chart, colours());
-};
-window.report = library().then(() => Promise.all(charts.map(draw)))
-  .then(() => { document.documentElement.dataset.drawn = charts.length; });
-window.report.catch(error => charts.forEach(chart => {
-  chart.textContent = `Not drawn (${error}): the charts need a browser of 2023 or newer; figures/ has them as SVG.`;
-}));
-// Charts of fixed cells keep their width and scroll; curves take what there is.
-const fit = () => document.querySelectorAll('.lines .chart').forEach(chart =>
-  chart.clientWidth && window.Plotly && Plotly.relayout(chart, { width: chart.clientWidth }));
-window.addEventListener('resize', () => { clearTimeout(window.fitting); window.fitting = setTimeout(fit, 100); });
-scheme.addEventListener('change', () => window.Plotly && charts.forEach(chart => Plotly.relayout(chart, colours())));
-"#;
+/// Unpacks the library, draws every chart in the colours of the page, and again when these change; smooths curves, lists
+/// completions, and renews a live page.
+const SCRIPT: &str = include_str!("../../../assets/page.js");
