@@ -687,7 +687,8 @@ fn broken_adapters_are_refused() {
         (with(&[("w.lora_a", &[4, 2])]), "no .lora_b"),
         (with(&[("w.lora_b", &[2, 4])]), "no .lora_a"),
         (with(&[("w.lora_a", &[4, 2]), ("w.lora_b", &[3, 4])]), "A [n_in, rank]"),
-        (with(&[("w.lora_a", &[4, 2, 2]), ("w.lora_b", &[2, 4, 2])]), "A [n_in, rank]"),
+        (with(&[("w.lora_a", &[4, 2, 2]), ("w.lora_b", &[2, 4, 3])]), "A [n_in, rank]"),
+        (with(&[("w.lora_a", &[4, 2, 2]), ("w.lora_b", &[2, 4])]), "A [n_in, rank]"),
         (with(&[("blk.0.attn_q.weight", &[4])]), "ends in .lora_a or .lora_b"),
         (
             with(&[("token_embd.weight.lora_a", &[2, 9]), ("token_embd.weight.lora_b", &[2, 4])]),

@@ -184,7 +184,9 @@ pub fn dump<'m>(
         lenses: Lenses::default(),
         interrupted: false,
     };
-    let files = DumpFiles::open(&conduct.out, settings, sides.len(), conduct.resume, |records| {
+    let mixture = |side: &Side<'_>| side.model.config().layers.iter().any(|l| l.experts.is_some());
+    let mixtures: Vec<bool> = sides.iter().map(mixture).collect();
+    let files = DumpFiles::open(&conduct.out, settings, &mixtures, conduct.resume, |records| {
         take(&mut findings, records)
     })?;
     let done = files.progress();

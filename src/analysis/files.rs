@@ -45,23 +45,25 @@ pub struct Progress {
 pub struct DumpFiles {
     out: PathBuf,
     writers: Vec<BufWriter<File>>,
-    columns: Vec<(String, Kind)>,
+    // Of each side.
+    columns: Vec<Vec<(String, Kind)>>,
     progress: Progress,
 }
 
 impl DumpFiles {
     /// Makes the folder, or goes on with it: then `replay` gets the records that are there, those of both
-    /// sides for one place together.
+    /// sides for one place together. `mixtures`: whether a side is a mixture of experts.
     ///
     /// # Errors
     /// Without `resume`, a folder that is not empty; with it, one without a dump of these settings.
     pub fn open(
         out: &Path,
         settings: &Settings,
-        sides: usize,
+        mixtures: &[bool],
         resume: bool,
         mut replay: impl FnMut(&[Record]),
     ) -> Result<DumpFiles> {
+        let sides = mixtures.len();
         let progress = if resume { read_progress(out, settings)? } else { None };
         let paths: Vec<PathBuf> =
             RECORDS[..sides].iter().map(|name| out.join(format!("{name}.jsonl"))).collect();
@@ -90,7 +92,7 @@ impl DumpFiles {
             file.map(BufWriter::new).map_err(Error::io("write", path))
         };
         let writers = paths.iter().map(open).collect::<Result<_>>()?;
-        let columns = columns(settings.look.top_k > 0);
+        let columns = mixtures.iter().map(|&m| columns(settings.look.top_k > 0, m)).collect();
         Ok(DumpFiles { out: out.into(), writers, columns, progress })
     }
 
@@ -128,8 +130,8 @@ impl DumpFiles {
 
     /// Appends the records of one place, one for each side.
     pub fn write(&mut self, records: &[Record]) -> Result<()> {
-        for (record, out) in records.iter().zip(&mut self.writers) {
-            record.write(&self.columns, out).map_err(Error::io("write records in", &self.out))?;
+        for ((record, out), columns) in records.iter().zip(&mut self.writers).zip(&self.columns) {
+            record.write(columns, out).map_err(Error::io("write records in", &self.out))?;
         }
         Ok(())
     }
@@ -157,14 +159,14 @@ impl DumpFiles {
 
     /// Cuts off what is not whole and writes the Parquet files.
     pub fn finish(&mut self) -> Result<()> {
-        for ((name, out), &bytes) in RECORDS.iter().zip(&mut self.writers).zip(&self.progress.bytes)
-        {
+        let files = RECORDS.iter().zip(&mut self.writers).zip(&self.progress.bytes);
+        for (((name, out), &bytes), columns) in files.zip(&self.columns) {
             let from = self.out.join(format!("{name}.jsonl"));
             out.flush()
                 .and_then(|()| out.get_ref().set_len(bytes))
                 .map_err(Error::io("cut", &from))?;
             let to = self.out.join(format!("{name}.parquet"));
-            parquet::from_json_lines(&from, &self.columns, &to)?;
+            parquet::from_json_lines(&from, columns, &to)?;
         }
         Ok(())
     }

@@ -169,7 +169,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (from, to) = (dir.path().join("e.jsonl"), dir.path().join("e.parquet"));
         for all_taps in [false, true] {
-            let columns = columns(all_taps);
+            let columns = columns(all_taps, all_taps);
             let mut text = Vec::new();
             let n = GROUP + 3;
             for i in 0..n {

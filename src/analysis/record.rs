@@ -159,7 +159,7 @@ pub struct Record {
     pub figures: [f32; Figure::N],
     /// By [`Tap`]; always of the layer's and the final policy, of the others when asked for.
     pub tops: [Option<Top>; 7],
-    /// The router's choice, in a mixture of experts; in `entropy.jsonl` alone, as `experts` and `router_entropy`.
+    /// The router's choice, where the layer has one: `experts` and `router_entropy`.
     pub routed: Option<Routed>,
 }
 
@@ -193,8 +193,12 @@ enum Cell<'r> {
     Texts(&'r [String]),
 }
 
-/// Names and kinds of all columns; `all_taps`: with the top tokens of every tap.
-pub fn columns(all_taps: bool) -> Vec<(String, Kind)> {
+const EXPERTS: &str = "experts";
+const ROUTER_ENTROPY: &str = "router_entropy";
+
+/// Names and kinds of all columns; `all_taps`: with the top tokens of every tap; `mixture`: with what routers chose, of a
+/// layer without one nothing and 0.
+pub fn columns(all_taps: bool, mixture: bool) -> Vec<(String, Kind)> {
     let ints = ["row", "completion", "layer", "position", "token"];
     let mut columns: Vec<_> = ints.map(|name| (name.to_string(), Kind::Int)).into();
     columns.push(("text".into(), Kind::Text));
@@ -214,6 +218,10 @@ pub fn columns(all_taps: bool) -> Vec<(String, Kind)> {
             }
         }
     }
+    if mixture {
+        columns.push((EXPERTS.into(), Kind::Ints));
+        columns.push((ROUTER_ENTROPY.into(), Kind::Float));
+    }
     columns
 }
 
@@ -223,7 +231,7 @@ impl Record {
         self.figures[figure as usize]
     }
 
-    fn cells(&self) -> Vec<Cell<'_>> {
+    fn cells(&self, mixture: bool) -> Vec<Cell<'_>> {
         let ints = [self.row, self.completion, self.layer, self.position];
         let mut cells: Vec<_> = ints.map(|n| Cell::Int(n as i64)).into();
         cells.extend([Cell::Int(self.token as i64), Cell::Text(&self.text)]);
@@ -240,12 +248,18 @@ impl Record {
                 Cell::Int(top.taken_rank as i64),
             ]);
         }
+        if mixture {
+            let routed = self.routed.as_ref();
+            cells.push(Cell::Ints(routed.map_or(&[], |r| &r.experts)));
+            cells.push(Cell::Float(routed.map_or(0.0, |r| r.entropy)));
+        }
         cells
     }
 
     /// Writes the record as a line of JSON; `names` are those of [`columns`].
     pub fn write(&self, names: &[(String, Kind)], out: &mut impl Write) -> std::io::Result<()> {
-        let cells = self.cells();
+        let mixture = names.last().is_some_and(|(name, _)| name == ROUTER_ENTROPY);
+        let cells = self.cells(mixture);
         assert_eq!(cells.len(), names.len(), "a cell for every column");
         for (i, ((name, _), cell)) in names.iter().zip(cells).enumerate() {
             write!(out, "{}\"{name}\":", if i == 0 { '{' } else { ',' })?;
@@ -258,12 +272,6 @@ impl Record {
                 Cell::Floats(list) => serde_json::to_writer(&mut *out, list),
                 Cell::Texts(list) => serde_json::to_writer(&mut *out, list),
             }?;
-        }
-        if let Some(Routed { experts, entropy }) = &self.routed {
-            write!(out, ",\"experts\":")?;
-            serde_json::to_writer(&mut *out, experts)?;
-            write!(out, ",\"router_entropy\":")?;
-            serde_json::to_writer(&mut *out, entropy)?;
         }
         out.write_all(b"}\n")
     }
@@ -310,12 +318,13 @@ impl Record {
                 taken_rank: int(&name("taken_rank"))? as u32,
             });
         }
-        let routed = match object.contains_key("experts") {
-            false => None,
-            true => Some(Routed {
-                experts: list("experts")?.iter().filter_map(|e| Some(e.as_i64()? as i32)).collect(),
-                entropy: float("router_entropy")?,
-            }),
+        let experts: Vec<i32> = match object.contains_key(EXPERTS) {
+            false => Vec::new(),
+            true => list(EXPERTS)?.iter().filter_map(|e| Some(e.as_i64()? as i32)).collect(),
+        };
+        let routed = match experts.is_empty() {
+            true => None,
+            false => Some(Routed { experts, entropy: float(ROUTER_ENTROPY)? }),
         };
         Ok(Record {
             row: int("row")?,
@@ -368,7 +377,7 @@ mod tests {
         for all_taps in [false, true] {
             let record = example(2, 5, all_taps);
             let mut line = Vec::new();
-            record.write(&columns(all_taps), &mut line).unwrap();
+            record.write(&columns(all_taps, all_taps), &mut line).unwrap();
             let line = String::from_utf8(line).unwrap();
             assert_eq!(line.matches('\n').count(), 1);
             assert_eq!(Record::read(&line, "here").unwrap(), record);

@@ -198,7 +198,8 @@ mod tests {
             Rope::Sectioned { rotated, .. } => rotated,
             _ => 32,
         };
-        let delta = shape.delta.map(|d| DeltaNets { n_k: 1, n_v: d.n_v / d.n_k, size: 32, ..d });
+        let delta =
+            shape.delta.map(|d| DeltaNets { n_k: 2, n_v: 2 * d.n_v / d.n_k, size: 32, ..d });
         let gemma4 = shape.gemma4.map(|g| Gemma4 { full_head_size: 64, per_layer_embd: 32, ..g });
         let n_head = shape.n_head / shape.n_head_kv;
         let n_embd = n_head * head_size;
