@@ -52,9 +52,10 @@ impl Size {
     /// The model's size, in words.
     pub fn words(self, model: &Model) -> String {
         let million = model.n_params() as f64 / 1e6;
-        match million < 950.0 {
-            true => format!("{million:.0} million parameters"),
-            false => format!("{:.1} billion parameters", million / 1e3),
+        match million {
+            m if m < 10.0 => format!("{m:.1} million parameters"),
+            m if m < 950.0 => format!("{m:.0} million parameters"),
+            m => format!("{:.1} billion parameters", m / 1e3),
         }
     }
 
