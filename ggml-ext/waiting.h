@@ -20,13 +20,12 @@
 #include <unistd.h>
 
 enum {
-    BUPO_PAUSES_PER_LOOK = 16,                // about a microsecond
-    BUPO_SAME_WAIT_NS    = 10 * 1000,         // a longer gap between two looks begins another wait
-    BUPO_SPIN_NS         = 30 * 1000,         // before the first sleep
-    BUPO_SLEEP_NS        = 20 * 1000,
-    BUPO_SLICE_NS        = 100 * 1000,        // the shortest that Linux gives
-    BUPO_ASK_EVERY_NS    = 1000 * 1000,       // whether this process was put aside
-    BUPO_BUSY_NS         = 100 * 1000 * 1000, // for so long afterwards the machine counts as busy
+    BUPO_SAME_WAIT_NS = 1000,              // a longer gap between two pauses begins another wait
+    BUPO_SPIN_NS      = 100 * 1000,        // before the first sleep: longer than threads wait where nobody is in the way
+    BUPO_SLEEP_NS     = 20 * 1000,
+    BUPO_SLICE_NS     = 100 * 1000,        // the shortest that Linux gives
+    BUPO_ASK_EVERY_NS = 1000 * 1000,       // whether this process was put aside
+    BUPO_BUSY_NS      = 100 * 1000 * 1000, // for so long afterwards the machine counts as busy
 };
 
 static inline int64_t bupo_now_ns(void) {
@@ -68,14 +67,10 @@ static inline void bupo_short_slices(void) {
 
 static inline void bupo_wait_a_little(void) {
     static __thread struct {
-        unsigned pauses;
-        int64_t  began, looked;
-        bool     short_slices;
+        int64_t began, looked;
+        bool    short_slices;
     } wait;
     _mm_pause();
-    if (++wait.pauses % BUPO_PAUSES_PER_LOOK != 0) {
-        return;
-    }
     int64_t now = bupo_now_ns();
     if (now - wait.looked > BUPO_SAME_WAIT_NS) {
         wait.began = now;
