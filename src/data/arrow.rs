@@ -11,7 +11,7 @@ use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_json::LineDelimitedWriter;
 use serde_json::Value;
 
-use super::jsonl::Row;
+use super::jsonl::{NextRow, Row, UntilError};
 use crate::error::json_fault;
 use crate::{Error, Result};
 
@@ -29,7 +29,6 @@ pub struct ArrowRows {
     batches: Batches,
     rows: std::vec::IntoIter<Value>,
     row: usize,
-    done: bool,
 }
 
 impl ArrowRows {
@@ -37,7 +36,7 @@ impl ArrowRows {
     ///
     /// # Errors
     /// It cannot be read, or is no Arrow file.
-    pub fn open(path: &Path) -> Result<ArrowRows> {
+    pub fn open(path: &Path) -> Result<UntilError<ArrowRows>> {
         let mut file = File::open(path).map_err(Error::io("read", path))?;
         let mut start = [0; FILE_MAGIC.len()];
         let read = file.read(&mut start).map_err(Error::io("read", path))?;
@@ -48,9 +47,11 @@ impl ArrowRows {
             false => Box::new(StreamReader::try_new(file, None).map_err(|e| refused(path, &e))?),
         };
         let rows = Vec::new().into_iter();
-        Ok(ArrowRows { path: path.into(), batches, rows, row: 0, done: false })
+        Ok(UntilError::new(ArrowRows { path: path.into(), batches, rows, row: 0 }))
     }
+}
 
+impl NextRow for ArrowRows {
     fn next_row(&mut self) -> Result<Option<Row>> {
         loop {
             if let Some(value) = self.rows.next() {
@@ -85,19 +86,6 @@ fn refused(path: &Path, error: &arrow_schema::ArrowError) -> Error {
     let got = error.to_string().replace('\n', " ");
     let advice = "write it again with pyarrow or datasets, or convert it to Parquet";
     Error::invalid(path.display().to_string(), "an Arrow (Feather) file", got, advice)
-}
-
-impl Iterator for ArrowRows {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.done {
-            return None;
-        }
-        let row = self.next_row().transpose();
-        self.done = !matches!(row, Some(Ok(_)));
-        row
-    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use ::csv::{ErrorKind, Reader, ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
 
 use super::compressed::{self, Plain};
-use super::jsonl::{MAX_LINE_BYTES, Row, shorten};
+use super::jsonl::{MAX_LINE_BYTES, NextRow, Row, UntilError, shorten};
 use crate::{Error, Result};
 
 /// Rows of a CSV file. Values are texts; an empty one is null. Quotes as in RFC 4180.
@@ -22,12 +22,11 @@ pub struct CsvRows<R> {
     names: Vec<String>,
     used: Arc<AtomicUsize>,
     row: usize,
-    done: bool,
 }
 
 impl CsvRows<Plain> {
     /// Opens `path`, compressed or not, and reads its header.
-    pub fn open(path: &Path, delimiter: u8) -> Result<Self> {
+    pub fn open(path: &Path, delimiter: u8) -> Result<UntilError<Self>> {
         CsvRows::new(compressed::open(path)?, path, delimiter)
     }
 }
@@ -37,7 +36,7 @@ impl<R: Read> CsvRows<R> {
     ///
     /// # Errors
     /// A header that cannot be read, has an empty or a repeated name.
-    pub fn new(source: R, path: &Path, delimiter: u8) -> Result<Self> {
+    pub fn new(source: R, path: &Path, delimiter: u8) -> Result<UntilError<Self>> {
         let used = Arc::new(AtomicUsize::new(0));
         let bounded = Bounded { inner: source, used: used.clone() };
         let mut reader = ReaderBuilder::new().delimiter(delimiter).from_reader(bounded);
@@ -53,9 +52,12 @@ impl<R: Read> CsvRows<R> {
                 return Err(Error::invalid(place, "column names, each once", got, advice));
             }
         }
-        Ok(CsvRows { path: path.to_path_buf(), reader, names, used, row: 0, done: false })
+        let path = path.to_path_buf();
+        Ok(UntilError::new(CsvRows { path, reader, names, used, row: 0 }))
     }
+}
 
+impl<R: Read> NextRow for CsvRows<R> {
     fn next_row(&mut self) -> Result<Option<Row>> {
         let mut record = StringRecord::new();
         // What was read ahead stays below the reader's buffer, which is small beside the bound.
@@ -72,19 +74,6 @@ impl<R: Read> CsvRows<R> {
             })
             .collect();
         Ok(Some(Row { place: place(&self.path, self.row), line: self.row, object, untyped: true }))
-    }
-}
-
-impl<R: Read> Iterator for CsvRows<R> {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.done {
-            return None;
-        }
-        let row = self.next_row().transpose();
-        self.done = !matches!(row, Some(Ok(_)));
-        row
     }
 }
 

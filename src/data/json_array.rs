@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::jsonl::{MAX_LINE_BYTES, Row, kind};
+use super::jsonl::{MAX_LINE_BYTES, NextRow, Row, UntilError, kind};
 use crate::error::json_fault;
 use crate::{Error, Result};
 
@@ -15,20 +15,21 @@ pub struct JsonArray<R> {
     path: PathBuf,
     reader: R,
     row: usize,
-    done: bool,
 }
 
 impl<R: BufRead> JsonArray<R> {
     /// Reads `reader` from behind the array's `[`, calling it `path` in messages.
-    pub fn new(reader: R, path: &Path) -> JsonArray<R> {
-        JsonArray { path: path.into(), reader, row: 0, done: false }
+    pub fn new(reader: R, path: &Path) -> UntilError<JsonArray<R>> {
+        UntilError::new(JsonArray { path: path.into(), reader, row: 0 })
     }
 
     /// The next byte that is no space, which stays where it is; none at the end.
     fn peek(&mut self) -> Result<Option<u8>> {
         next_byte(&mut self.reader).map_err(Error::io("read", &self.path))
     }
+}
 
+impl<R: BufRead> NextRow for JsonArray<R> {
     fn next_row(&mut self) -> Result<Option<Row>> {
         let place = format!("{}, element {}", self.path.display(), self.row + 1);
         let wrong = |expected: &str, got: String| {
@@ -78,19 +79,6 @@ pub(super) fn next_byte(reader: &mut impl BufRead) -> std::io::Result<Option<u8>
         if found.is_some() {
             return Ok(found);
         }
-    }
-}
-
-impl<R: BufRead> Iterator for JsonArray<R> {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.done {
-            return None;
-        }
-        let row = self.next_row().transpose();
-        self.done = !matches!(row, Some(Ok(_)));
-        row
     }
 }
 

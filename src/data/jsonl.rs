@@ -81,6 +81,33 @@ impl Row {
     }
 }
 
+/// Reads rows one after another.
+pub(super) trait NextRow {
+    /// None at the end.
+    fn next_row(&mut self) -> Result<Option<Row>>;
+}
+
+/// The rows of a reader, which ends with its first error.
+pub(super) struct UntilError<R>(Option<R>);
+
+impl<R: NextRow> UntilError<R> {
+    pub(super) fn new(reader: R) -> UntilError<R> {
+        UntilError(Some(reader))
+    }
+}
+
+impl<R: NextRow> Iterator for UntilError<R> {
+    type Item = Result<Row>;
+
+    fn next(&mut self) -> Option<Result<Row>> {
+        let row = self.0.as_mut()?.next_row().transpose();
+        if !matches!(row, Some(Ok(_))) {
+            self.0 = None;
+        }
+        row
+    }
+}
+
 /// The rows of a JSON-lines source. Blank lines are skipped; after a line that is no
 /// JSON object the next one follows, after any other error the iteration ends.
 #[derive(Debug)]

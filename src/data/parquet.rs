@@ -19,7 +19,7 @@ use ::parquet::{
 };
 use serde_json::{Map, Number, Value};
 
-use super::jsonl::{Row, shorten};
+use super::jsonl::{NextRow, Row, UntilError, shorten};
 use super::thrift::{check_footer, check_pages};
 use crate::error::caught;
 use crate::ggml::MappedFile;
@@ -30,7 +30,6 @@ pub struct ParquetRows {
     path: PathBuf,
     rows: RowIter<'static>,
     row: usize,
-    done: bool,
 }
 
 impl ParquetRows {
@@ -38,7 +37,7 @@ impl ParquetRows {
     ///
     /// # Errors
     /// A file that is cut or damaged, or whose schema cannot be read.
-    pub fn open(path: &Path) -> Result<ParquetRows> {
+    pub fn open(path: &Path) -> Result<UntilError<ParquetRows>> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let place = || path.display().to_string();
         let damaged = |reason: String| {
@@ -57,9 +56,11 @@ impl ParquetRows {
             })?;
         }
         let rows = RowIter::from_file_into(Box::new(reader));
-        Ok(ParquetRows { path: path.to_path_buf(), rows, row: 0, done: false })
+        Ok(UntilError::new(ParquetRows { path: path.to_path_buf(), rows, row: 0 }))
     }
+}
 
+impl NextRow for ParquetRows {
     fn next_row(&mut self) -> Result<Option<Row>> {
         self.row += 1;
         let place = format!("{}, row {}", self.path.display(), self.row);
@@ -80,19 +81,6 @@ impl ParquetRows {
                 Err(Error::invalid(place, "a readable row", reason, "fetch the file again"))
             }
         }
-    }
-}
-
-impl Iterator for ParquetRows {
-    type Item = Result<Row>;
-
-    fn next(&mut self) -> Option<Result<Row>> {
-        if self.done {
-            return None;
-        }
-        let row = self.next_row().transpose();
-        self.done = !matches!(row, Some(Ok(_)));
-        row
     }
 }
 
