@@ -15,7 +15,7 @@ const DEPTH: usize = 256;
 /// Outputs whose sums lie in scratch at a time.
 const ROWS: usize = 48;
 /// Rows that are dequantised at a time, at most.
-const MOST_ROWS: usize = 12;
+pub(super) const MOST_ROWS: usize = 12;
 /// Columns for which rows are dequantised once.
 const COLUMNS: usize = 128;
 /// Floats of the widest vector.

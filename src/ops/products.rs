@@ -6,12 +6,9 @@ use ggml_sys as sys;
 
 use super::gemm::with_scratch;
 use super::linear::{Weight, weight_matrix};
-use super::narrow::{self, Narrow};
+use super::narrow::{self, MOST_ROWS, Narrow};
 use super::rows::partition;
 use crate::ggml::{Arena, Tensor, Type};
-
-/// Outputs are shared out to threads in runs of so many, the rows of a kernel.
-const UNIT: usize = 12;
 
 /// From how many columns on our product is faster than ggml's on plain blocks of a type, where it is at all. Measured with
 /// AVX-512 by `bench ops MODEL --case ops/columns --threads 1` (docs/LOG.md); a table, and not a measurement at each start,
@@ -38,8 +35,9 @@ pub(crate) unsafe extern "C" fn weight_product(dst: *mut sys::ggml_tensor, ith: 
         let [w, x] = [(*dst).src[0], (*dst).src[1]];
         let (n_all, t, k) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize, (*w).ne[0] as usize);
         let weight = &Weight::new(w);
-        let parts = partition(n_all.div_ceil(UNIT), ith, nth);
-        let ns = (parts.start * UNIT).min(n_all)..(parts.end * UNIT).min(n_all);
+        // Threads get runs of as many outputs as a kernel takes.
+        let parts = partition(n_all.div_ceil(MOST_ROWS), ith, nth);
+        let ns = (parts.start * MOST_ROWS).min(n_all)..(parts.end * MOST_ROWS).min(n_all);
         with_scratch(narrow::scratch(k, t), |scratch| {
             let (x, y) = ((*x).data.cast::<f32>().cast_const(), (*dst).data.cast::<f32>());
             Narrow { weight, sizes: [k, n_all, t], ns, x, y, scratch }.run();

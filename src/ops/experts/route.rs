@@ -17,7 +17,7 @@ use ggml_sys as sys;
 
 use super::f32_shape;
 use crate::ggml::{Arena, Tensor};
-use crate::ops::rows::partition;
+use crate::ops::rows::{partition, source_rows};
 
 /// From logits to probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,12 +149,6 @@ fn weigh(params: &sys::bupo_route_params, w: &mut [f32]) -> f32 {
     sum
 }
 
-/// A matrix's columns `[n]`, of a live F32 source.
-unsafe fn column<'k>(tensor: *const sys::ggml_tensor, n: usize, t: usize) -> &'k [f32] {
-    // SAFETY: the caller's source is a live contiguous F32 matrix of `n` rows and more than `t` columns.
-    unsafe { std::slice::from_raw_parts(((*tensor).data as *const f32).add(t * n), n) }
-}
-
 unsafe extern "C" fn route_kernel(
     dst: *mut sys::ggml_tensor,
     ith: c_int,
@@ -168,15 +162,16 @@ unsafe extern "C" fn route_kernel(
         let src = &(*dst).src;
         let (e, t_all) = ((*src[0]).ne[0] as usize, (*src[0]).ne[1] as usize);
         let used = params.used as usize;
-        let bias = (params.bias != 0).then(|| column(src[1], e, 0));
-        let given = (params.given != 0).then(|| src[1 + params.bias as usize]);
+        let logits = source_rows(dst, 0);
+        let bias = (params.bias != 0).then(|| source_rows(dst, 1).row(0));
+        let given = (params.given != 0).then(|| source_rows(dst, 1 + params.bias as usize));
         let out: *mut f32 = (*dst).data.cast();
         let (mut p, mut ranked) = (vec![0f32; e], Vec::with_capacity(e));
         for t in partition(t_all, ith, nth) {
             let weights = std::slice::from_raw_parts_mut(out.add(t * used), used);
             let experts = std::slice::from_raw_parts_mut(out.add((t_all + t) * used), used);
-            probabilities(params, column(src[0], e, t), &mut p);
-            match given.map(|given| column(given, used, t)).filter(|given| given[0] >= 0.0) {
+            probabilities(params, logits.row(t), &mut p);
+            match given.as_ref().map(|given| given.row(t)).filter(|given| given[0] >= 0.0) {
                 Some(given) => experts.copy_from_slice(given),
                 None => {
                     ranked.clear();
@@ -205,15 +200,13 @@ unsafe extern "C" fn back_kernel(
     // thread that has token t.
     unsafe {
         let params = &*userdata.cast::<sys::bupo_route_params>();
-        let src = &(*dst).src;
+        let [logits, experts, d_weights] = [0, 1, 2].map(|i| source_rows(dst, i));
         let (e, t_all) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
-        let used = params.used as usize;
         let mut p = vec![0f32; e];
         for t in partition(t_all, ith, nth) {
             let d = std::slice::from_raw_parts_mut(((*dst).data as *mut f32).add(t * e), e);
-            let experts = column(src[1], used, t);
-            probabilities(params, column(src[0], e, t), &mut p);
-            back(params, &p, experts, column(src[2], used, t), d);
+            probabilities(params, logits.row(t), &mut p);
+            back(params, &p, experts.row(t), d_weights.row(t), d);
         }
     }
 }
