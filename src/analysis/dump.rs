@@ -184,8 +184,7 @@ pub fn dump<'m>(
         lenses: Lenses::default(),
         interrupted: false,
     };
-    let mixture = |side: &Side<'_>| side.model.config().layers.iter().any(|l| l.experts.is_some());
-    let mixtures: Vec<bool> = sides.iter().map(mixture).collect();
+    let mixtures: Vec<bool> = sides.iter().map(|side| side.model.config().is_mixture()).collect();
     let files = DumpFiles::open(&conduct.out, settings, &mixtures, conduct.resume, |records| {
         take(&mut findings, records)
     })?;

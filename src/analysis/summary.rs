@@ -4,7 +4,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::record::Figure;
 use super::routers::{ExpertLoad, Routed, RouterSums};
-use crate::model::Config;
+use crate::model::{Config, Policy};
 
 /// Entropy changes of a layer and its two modules (PAPER section 1), derived from the figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,7 +228,7 @@ pub fn boundary(layers: &[LayerMeans]) -> Boundary {
     let below_final = |layer: usize| layer.min(n_layer.saturating_sub(1)).max(1);
     let (recommended, mut why) = match layer {
         None => {
-            let fallback = (3 * n_layer).div_ceil(4);
+            let fallback = Policy::usual_layer(n_layer);
             (
                 fallback,
                 format!(

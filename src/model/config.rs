@@ -248,6 +248,11 @@ impl Config {
         (1..=depth).filter(first).collect()
     }
 
+    /// Whether some layers are mixtures of experts.
+    pub fn is_mixture(&self) -> bool {
+        self.layers.iter().any(|layer| layer.experts.is_some())
+    }
+
     /// What mixes tokens, layer by layer.
     pub fn mixers(&self) -> Vec<&'static str> {
         self.layers.iter().map(LayerConfig::mixer).collect()

@@ -15,6 +15,11 @@ impl Policy {
         Policy { depth: n_layer, norm: true }
     }
 
+    /// The layer whose policy an internal phase takes where nobody has looked for one: three quarters of `n_layer`.
+    pub fn usual_layer(n_layer: usize) -> usize {
+        (3 * n_layer).div_ceil(4)
+    }
+
     /// The internal policy of `layer` (from 1): `softmax(H^l E_u^T)`, without the final norm unless
     /// `final_norm` asks for that ablation. Layer L means the final policy, with its norm.
     ///

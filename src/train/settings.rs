@@ -13,7 +13,7 @@ use super::preset::Size;
 use super::{Algorithm, TrainConfig};
 use crate::data::source;
 use crate::ggml::usable_cores;
-use crate::model::Model;
+use crate::model::{Model, Policy};
 use crate::{Error, Result};
 
 /// Lengths of the demo model's problems and answers, tokens.
@@ -102,9 +102,9 @@ impl TrainConfig {
         let internal_steps = self.given_internal_steps();
         let internal_layer = match self.internal_layer {
             Some(LayerChoice::Layer(layer)) => layer,
-            Some(LayerChoice::Auto) => (3 * n_layer).div_ceil(4),
+            Some(LayerChoice::Auto) => Policy::usual_layer(n_layer),
             None => {
-                let layer = (3 * n_layer).div_ceil(4);
+                let layer = Policy::usual_layer(n_layer);
                 if internal_steps > 0 {
                     let why = format!("three quarters of {n_layer}");
                     reasons.push(format!("--internal-layer {layer}: {why}; auto looks for one"));

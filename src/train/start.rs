@@ -333,7 +333,7 @@ fn source(
         let options = RolloutOptions { n_ctx_seq, kv_bytes: settings.kv_mib << 20 }
             .at_most(settings.sequences(), model.engine())?;
         let mut rollouts = Rollouts::new(model.engine(), pool, options)?;
-        if model.config().layers.iter().any(|layer| layer.experts.is_some()) {
+        if model.config().is_mixture() {
             rollouts.keep_experts();
         }
         rollouts.set_adapter(Some(lora.live(model)?))?;

@@ -261,7 +261,7 @@ impl<'m> Demand<'m> {
         let scratch = scratch_bytes(&ScratchShape {
             n_embd: m.n_embd,
             n_ff: m.most(LayerConfig::ffn_width),
-            mixture: m.layers.iter().any(|layer| layer.experts.is_some()),
+            mixture: m.is_mixture(),
             n_q: m.most(LayerConfig::q_width),
             n_kv: m.most(LayerConfig::kv_width),
             n_conv: m.most(|l| l.delta.map_or(0, |d| d.spec(m.rms_eps).width())),
