@@ -22,9 +22,9 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct TrainConfig {
-    /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max), with
-    /// commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a, without weights all
-    /// rows make one pool
+    /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max,
+    /// task:words), with commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a, without weights all
+    /// rows make one pool. With --algo sft a task gives its worked solutions, task:words?rows=200 the first 200
     #[arg(
         long,
         default_value = "task:add",

@@ -235,7 +235,7 @@ fn read_data(
         let facts = Facts::of_problems(&task, encoder)?;
         return Ok((config, Data { read: Read::Task(task), held_out, facts }));
     }
-    let rows = reader.read(&config.data, notes)?;
+    let rows = reader.read(&config.data, false, notes)?;
     // What is settled later must not change which rows are left out when the run goes on.
     let most_tokens = reader.most_tokens().min(1 << 20);
     let mut facts = Facts {
@@ -270,7 +270,7 @@ fn read_data(
 fn held_out_rows(reader: &Reader<'_, '_>, notes: &mut Vec<String>) -> Result<Vec<ResponseGroup>> {
     let Some(files) = &reader.config.eval_data else { return Ok(Vec::new()) };
     let mut own = Vec::new();
-    let rows = reader.read(files, &mut own)?;
+    let rows = reader.read(files, true, &mut own)?;
     notes.extend(own.into_iter().map(|note| format!("--eval-data: {note}")));
     if rows.are_prompts() {
         let advice = "held-out rows are scored, not answered: give completions";
