@@ -58,6 +58,26 @@ impl Page {
         })
     }
 
+    /// All tables: head and rows.
+    pub fn tables(&self) -> impl Iterator<Item = (&Vec<String>, &Vec<Vec<String>>)> {
+        self.sections.iter().flat_map(|s| &s.parts).filter_map(|part| match part {
+            Part::Table(head, rows) => Some((head, rows)),
+            _ => None,
+        })
+    }
+
+    /// The tables as Markdown.
+    pub fn markdown(&self) -> String {
+        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+        let mut text = format!("# {}\n\n{}\n", self.title, self.subtitle);
+        for (head, rows) in self.tables() {
+            let rule = vec!["---".to_string(); head.len()];
+            text += "\n";
+            [head, &rule].into_iter().chain(rows).for_each(|cells| text += &line(cells));
+        }
+        text
+    }
+
     /// The page's HTML.
     pub fn html(&self) -> String {
         self.document("<body>")
