@@ -33,6 +33,14 @@ impl TrainConfig {
             let got = self.objective.map_or(String::new(), Algorithm::name);
             return refuse("--objective", "an algorithm with rewards, not bupo", got, advice);
         }
+        if let Some(steps) = self.internal_steps.filter(|&n| n > 0)
+            && !self.algo.has_internal_phase()
+        {
+            let algo = self.algo.name();
+            let advice = format!("for an internal phase of {algo}: --algo bupo --objective {algo}");
+            let expected = format!("none or 0 beside --algo {algo}");
+            return refuse("--internal-steps", &expected, steps.to_string(), &advice);
+        }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
             ("--rank", self.rank),
@@ -62,6 +70,11 @@ impl TrainConfig {
                 self.given_mini_batch().to_string(),
                 "lower it",
             );
+        }
+        if self.old_from_rollout && self.given_baseline() == Baseline::Value {
+            let (got, advice) =
+                ("--baseline value".into(), "leave it out: values need that forward");
+            return refuse("--old-from-rollout", "a baseline without a value head", got, advice);
         }
         if self.early_stop > 0 && self.eval_every == 0 {
             let advice = "say how often to look with --eval-every";

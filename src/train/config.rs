@@ -136,6 +136,15 @@ pub struct TrainConfig {
     /// Truncated importance sampling: cap of exp(logp_train - logp_rollout), final phase (0 = off)
     #[arg(long, default_value_t = 0.0, value_name = "CAP", help_heading = "Algorithm")]
     pub tis_cap: f32,
+    /// Where a step has several mini batches, take the log-probs that sampling gave for those before the update, which
+    /// saves a forward; checked in each step against recomputed ones of a prompt, which are taken for all where the mean
+    /// difference is above 0.01 nats; final phase
+    #[arg(long, help_heading = "Algorithm")]
+    pub old_from_rollout: bool,
+    /// Sample with exact products throughout (CPU), not only where they are faster: log-probs are training's but for the
+    /// cache's rounding; a few sequences decode up to four times as slowly
+    #[arg(long, help_heading = "Algorithm")]
+    pub exact_rollouts: bool,
 
     /// Objectives without rewards.
     #[command(flatten)]

@@ -31,6 +31,8 @@ pub struct Response {
     pub advantages: Vec<f32>,
     /// Log-probs under the policy before the step's first update; none until they are needed.
     pub old: Option<Vec<f32>>,
+    /// Whether they are those that it was sampled with.
+    pub old_is_rollout: bool,
     /// Log-probs under the reference: the base model, unless it is said otherwise.
     pub base: Option<Vec<f32>>,
     /// Values at each token before the step's first update, with a critic.
@@ -106,6 +108,8 @@ pub struct UpdateConfig {
     pub micro_batch_tokens: usize,
     /// Tokens take the experts that they took in the rollout.
     pub replay_routes: bool,
+    /// Log-probs that sampling gave stand for those before the update, where they are close to them.
+    pub old_from_rollout: bool,
 }
 
 /// Sums over the tokens of mini batches.
@@ -123,6 +127,8 @@ pub struct Tally {
     pub kl: f64,
     /// |log-prob of rollout - log-prob before the update|, nats.
     pub drift: f64,
+    /// Tokens of which both are known.
+    pub drift_tokens: usize,
     /// Mini batches.
     pub updates: usize,
     /// Gradient norms, added up.
@@ -154,6 +160,18 @@ impl Tally {
 enum Whose {
     Policy,
     Reference,
+}
+
+/// How far log-probs that sampling gave may be from recomputed ones to stand for them, nats: a twentieth of
+/// what a ratio may move before it is clipped.
+const ROLLOUTS_CLOSE: f64 = 0.01;
+
+/// Takes the log-probs that sampling gave for those before the update.
+fn take_rollouts(groups: &mut [ResponseGroup]) {
+    for response in groups.iter_mut().flat_map(|g| &mut g.responses) {
+        response.old.get_or_insert_with(|| response.rollout.clone());
+        response.old_is_rollout = true;
+    }
 }
 
 /// What is done with a mini batch.
@@ -230,8 +248,14 @@ impl Learner<'_> {
     }
 
     /// What an objective wants to know of a step's groups before the first update: old log-probs, values and
-    /// advantages of a policy gradient, log-probs under the reference.
-    pub fn prepare(&mut self, groups: &mut [ResponseGroup], config: &UpdateConfig) -> Result<()> {
+    /// advantages of a policy gradient, log-probs under the reference. Returns how far log-probs that sampling gave are
+    /// from recomputed ones of a sample, nats, where they were to be taken.
+    pub fn prepare(
+        &mut self,
+        groups: &mut [ResponseGroup],
+        config: &UpdateConfig,
+    ) -> Result<Option<f64>> {
+        let mut apart = None;
         if let Objective::PolicyGradient(settings) = config.objective {
             if self.critic.is_some() {
                 self.fill_old(groups, config)?;
@@ -241,13 +265,42 @@ impl Learner<'_> {
                 // Before the first update the policy is the one that `old` means, so the first mini batch
                 // needs no pass of its own for it.
                 let first = config.mini_batch.min(groups.len());
-                self.fill_old(&mut groups[first..], config)?;
+                let later = &mut groups[first..];
+                if config.old_from_rollout {
+                    apart = self.check_rollouts(later, config)?;
+                }
+                match apart.is_some_and(|nats| nats <= ROLLOUTS_CLOSE) {
+                    true => take_rollouts(later),
+                    false => self.fill_old(later, config)?,
+                }
             }
         }
         if config.objective.has_reference() {
             self.fill_reference(groups, config)?;
         }
-        Ok(())
+        Ok(apart)
+    }
+
+    /// Mean distance of the log-probs that sampling gave from recomputed ones, nats, over the first group that teaches
+    /// something; none where there is none, or where a completion's are not known.
+    fn check_rollouts(
+        &mut self,
+        groups: &[ResponseGroup],
+        config: &UpdateConfig,
+    ) -> Result<Option<f64>> {
+        let known = |r: &Response| r.rollout.len() == r.tokens.len();
+        if !groups.iter().flat_map(|g| &g.responses).all(known) {
+            return Ok(None);
+        }
+        let sample = groups.iter().find(|g| g.responses.iter().any(Response::has_signal));
+        let Some(sample) = sample.map(std::slice::from_ref) else { return Ok(None) };
+        let measured = self.measure(sample, config, Whose::Policy)?;
+        let both = sample[0].responses.iter().zip(&measured).flat_map(|(response, now)| {
+            // Responses without signal were not measured.
+            response.rollout.iter().zip(&now.logprobs)
+        });
+        let apart: Vec<f64> = both.map(|(a, b)| (a - b).abs() as f64).collect();
+        Ok(Some(apart.iter().sum::<f64>() / apart.len() as f64))
     }
 
     /// Sets `old`, where there is none yet, and `values` of all responses from the current adapter.

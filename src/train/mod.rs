@@ -328,6 +328,7 @@ impl<'m> Trainer<'m> {
             mini_batch: c.mini_batch,
             micro_batch_tokens: c.micro_batch_tokens,
             replay_routes: c.replay_routes,
+            old_from_rollout: c.old_from_rollout && phase == Phase::Final,
         }
     }
 
@@ -341,8 +342,10 @@ impl<'m> Trainer<'m> {
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
         let config = self.update_config(phase, policy);
-        self.learner.prepare(groups, &config)?;
         let mut tally = Tally::default();
+        if let Some(nats) = self.learner.prepare(groups, &config)? {
+            tally.note("old_from_rollout_nats", nats);
+        }
         let (mut done, total) = (0, self.learner.trained_tokens(groups, &config));
         // From here on the step is completed: a run only stops between steps, where it can go on.
         if self.stop.load(Ordering::Relaxed) {

@@ -171,7 +171,10 @@ impl Trainer<'_> {
             truncated: mean(&|s| s.truncated as u8 as f32),
             clip_fraction: per_token(tally, tally.clipped as f64),
             drift_nats: match done.phase {
-                Phase::Final => per_token(tally, tally.drift),
+                Phase::Final => {
+                    let known = tally.drift_tokens;
+                    (known > 0).then(|| (tally.drift / known as f64) as f32)
+                }
                 Phase::Internal => None,
             },
             kl_nats: match self.settings.kl_coef > 0.0 {

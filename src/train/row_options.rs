@@ -181,10 +181,11 @@ const MEANINGS: [Meaning; 8] = [
             "value-lr",
             "kl-coef",
             "tis-cap",
+            "old-from-rollout",
         ],
         Algorithm::is_rewarded,
     ),
-    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib"], |algo| {
+    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib", "exact-rollouts"], |algo| {
         algo.is_rewarded() || algo == Algorithm::Distill
     }),
     (&["epochs", "max-length", "strict"], |algo| !algo.is_rewarded()),
@@ -221,7 +222,7 @@ pub(super) fn refuse_meaningless(config: &TrainConfig) -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`] naming one.
 pub(super) fn refuse_sampling(config: &TrainConfig) -> Result<()> {
-    let names = ["group", "top-p", "top-k", "min-p", "kv-mib"];
+    let names = ["group", "top-p", "top-k", "min-p", "kv-mib", "exact-rollouts"];
     refuse(config, names.iter(), || "rows without completions beside it, to sample them".into())
 }
 

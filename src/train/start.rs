@@ -21,6 +21,7 @@ use super::{
 };
 use crate::data::{Problem, ProblemSource};
 use crate::ggml::ThreadPool;
+use crate::llama::Products;
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, RolloutOptions, Rollouts};
 use crate::{Error, Result};
@@ -335,6 +336,13 @@ fn source(
         let mut rollouts = Rollouts::new(model.engine(), pool, options)?;
         if model.config().is_mixture() {
             rollouts.keep_experts();
+        }
+        if settings.exact_rollouts {
+            if !model.device().is_host() {
+                let (got, advice) = (settings.device.to_string(), "leave it out");
+                return Err(Error::invalid("--exact-rollouts", "--device cpu", got, advice));
+            }
+            rollouts.set_products(Products::Exact);
         }
         rollouts.set_adapter(Some(lora.live(model)?))?;
         Ok(rollouts)

@@ -321,7 +321,10 @@ mod tests {
         let mut file = tempfile::NamedTempFile::with_suffix(".jsonl").unwrap();
         writeln!(file, r#"{{"step": 1, "reward": 0.5}}"#).unwrap();
         let error = of_study(file.path()).err().unwrap().to_string();
-        assert!(error.contains("expected a run of a study") && error.contains("`step`"), "{error}");
+        assert!(
+            error.contains("expected a run of a study") && error.contains("got step, reward"),
+            "{error}"
+        );
         let empty = tempfile::NamedTempFile::with_suffix(".jsonl").unwrap();
         let error = of_study(empty.path()).err().unwrap().to_string();
         assert!(error.contains("at least one run"), "{error}");
