@@ -52,6 +52,8 @@ pub enum DeviceChoice {
     Cuda(usize),
     /// `auto`: the first GPU, or the CPU where this build has no CUDA or the driver shows no GPU.
     Auto,
+    /// `emulated`: the GPU's kernels on the host, slowly; to rehearse what a GPU is to do (docs/GPU.md).
+    Emulated,
 }
 
 impl FromStr for DeviceChoice {
@@ -61,6 +63,7 @@ impl FromStr for DeviceChoice {
         let index = match text.split_once(':') {
             None if text == "cpu" => return Ok(DeviceChoice::Cpu),
             None if text == "auto" => return Ok(DeviceChoice::Auto),
+            None if text == "emulated" => return Ok(DeviceChoice::Emulated),
             None if text == "cuda" => Some(0),
             Some(("cuda", index)) => index.parse().ok(),
             _ => None,
@@ -78,6 +81,7 @@ impl fmt::Display for DeviceChoice {
             DeviceChoice::Cpu => f.write_str("cpu"),
             DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
             DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Emulated => f.write_str("emulated"),
         }
     }
 }
@@ -91,6 +95,7 @@ impl DeviceChoice {
     pub fn resolve(self, precise: bool) -> Result<Device> {
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Emulated => Ok(Device::Emulated { precise }),
             DeviceChoice::Auto => match gpus() {
                 Ok(gpus) if !gpus.is_empty() => Ok(Device::Gpu { index: 0, precise }),
                 _ => Ok(Device::Cpu),
