@@ -111,8 +111,12 @@ fn in_order<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 fn tables(arms: &[&str], runs: &[Run]) -> Vec<Part> {
     let keys = in_order(runs.iter().flat_map(|run| run.figures.keys().map(String::as_str)));
     let number = |run: &Run, key: &str| run.figures.get(key).and_then(Value::as_f64);
-    let known = |key: &&str| runs.iter().any(|run| number(run, key).is_some());
-    let keys: Vec<&str> = keys.into_iter().filter(known).collect();
+    // What is the same in all runs says nothing.
+    let differs = |key: &&str| {
+        let values: Vec<f64> = runs.iter().filter_map(|run| number(run, key)).collect();
+        values.len() == 1 || values.windows(2).any(|pair| pair[0] != pair[1])
+    };
+    let keys: Vec<&str> = keys.into_iter().filter(differs).collect();
     let of = |arm: &str, key: &str| -> BTreeMap<i64, f64> {
         let of_arm = runs.iter().filter(|run| run.arm == arm);
         of_arm.filter_map(|run| Some((run.seed, number(run, key)?))).collect()
