@@ -7,8 +7,10 @@
 //! | `task:add` | `17+25=` | `42` |
 //! | `task:sub` | `17-25=` | `-8` |
 //! | `task:max` | `max(17,25)=` | `25` |
+//! | `task:mul` | `17*25=` | `425` |
+//! | `task:guess` | `Guess my number, 0 to 99. I say higher or lower.` | `17` |
 //!
-//! The answer is expected as `\boxed{42}`. A parameter follows a question mark: `task:add?digits=3`.
+//! `task:guess` is for environments (its problem is x alone). The answer is expected as `\boxed{42}`. A parameter follows a question mark: `task:add?digits=3`.
 //!
 //! Split: a pair is held out for evaluation when Knuth's multiplicative hash of it falls into the lowest fifth,
 //! `(x * 10^digits + y) * 2654435761 mod 2^32 < 2^32 / 5`. `tools/pretrain_demo.py` keeps to the same rule.
@@ -25,7 +27,8 @@ use crate::{Error, Result};
 /// Begins the name of every task.
 const PREFIX: &str = "task:";
 /// What [`Task::parse`] knows.
-pub const SUPPORTED: &str = "task:add, task:sub, task:max, each with ?digits=1..9 (default 2)";
+pub const SUPPORTED: &str =
+    "task:add, task:sub, task:max, task:mul, task:guess, each with ?digits=1..9 (default 2)";
 
 const DEFAULT_DIGITS: u32 = 2;
 const MAX_DIGITS: u32 = 9;
@@ -44,6 +47,8 @@ enum Operation {
     Add,
     Sub,
     Max,
+    Mul,
+    Guess,
 }
 
 /// Held-out problems of a task that stand for its data where nobody gave a number.
@@ -67,6 +72,8 @@ impl Task {
             Some("add") => Operation::Add,
             Some("sub") => Operation::Sub,
             Some("max") => Operation::Max,
+            Some("mul") => Operation::Mul,
+            Some("guess") => Operation::Guess,
             _ => return Err(unknown("task", name)),
         };
         let mut digits = DEFAULT_DIGITS;
@@ -134,7 +141,10 @@ impl Task {
     }
 
     fn pairs(&self) -> u64 {
-        self.base() * self.base()
+        match self.operation {
+            Operation::Guess => self.base(),
+            _ => self.base() * self.base(),
+        }
     }
 
     /// A pair as one number, `x * 10^digits + y`.
@@ -152,11 +162,20 @@ impl Task {
             Operation::Add => (format!("{x}+{y}"), x + y),
             Operation::Sub => (format!("{x}-{y}"), x - y),
             Operation::Max => (format!("max({x},{y})"), x.max(y)),
+            Operation::Mul => (format!("{x}*{y}"), x * y),
+            Operation::Guess => (pair.to_string(), pair as i64),
         };
         let source = format!("{self} {question}");
+        let question = match self.operation {
+            Operation::Guess => {
+                let most = self.base() - 1;
+                format!("Guess my number, 0 to {most}. I say higher or lower.")
+            }
+            _ => format!("{question}="),
+        };
         Problem {
             id: source.clone(),
-            prompt: Prompt::Messages(vec![Message::user(format!("{question}="))]),
+            prompt: Prompt::Messages(vec![Message::user(question)]),
             answer: answer.to_string(),
             source,
             difficulty: None,
@@ -171,6 +190,8 @@ impl fmt::Display for Task {
             Operation::Add => "add",
             Operation::Sub => "sub",
             Operation::Max => "max",
+            Operation::Mul => "mul",
+            Operation::Guess => "guess",
         };
         write!(f, "task:{name}")?;
         if self.digits == DEFAULT_DIGITS { Ok(()) } else { write!(f, "?digits={}", self.digits) }
@@ -181,7 +202,9 @@ impl fmt::Display for Task {
 mod tests {
     use super::*;
 
-    const SPECS: [&str; 6] = [
+    const SPECS: [&str; 8] = [
+        "task:mul?digits=4",
+        "task:guess?digits=5",
         "task:add",
         "task:sub",
         "task:max",
@@ -203,11 +226,15 @@ mod tests {
             ("task:sub", 17_25, "17-25=", "-8"),
             ("task:max", 17_25, "max(17,25)=", "25"),
             ("task:add?digits=3", 7_999, "7+999=", "1006"),
+            ("task:mul", 17_25, "17*25=", "425"),
         ] {
             let problem = Task::parse(spec).unwrap().problem(pair);
             assert_eq!((question(&problem), problem.answer.as_str()), (asked, answer));
             assert_eq!(problem.source, format!("{spec} {}", asked.trim_end_matches('=')));
         }
+        let problem = Task::parse("task:guess").unwrap().problem(57);
+        assert_eq!(question(&problem), "Guess my number, 0 to 99. I say higher or lower.");
+        assert_eq!((problem.answer.as_str(), problem.id.as_str()), ("57", "task:guess 57"));
     }
 
     #[test]
@@ -264,7 +291,7 @@ mod tests {
     #[test]
     fn unknown_tasks_and_parameters_are_named() {
         for (spec, expected) in [
-            ("task:mul", "task 'task:mul' is not supported; supported: task:add, task:sub"),
+            ("task:div", "task 'task:div' is not supported; supported: task:add, task:sub"),
             ("add", "task 'add' is not supported"),
             ("task:add?size=3", "task parameter 'size' is not supported; supported: task:add,"),
             ("task:add?digits=0", "task:add?digits=0: expected digits from 1 to 9, got '0'"),
