@@ -16,6 +16,10 @@ loss keeps them equally busy. All experts are computed here, so that this takes 
 
 With --hybrid three layers of four are gated delta nets, and the fourth has gated attention (Qwen3.5).
 
+With --dialogues it learns two kinds of dialogues instead, each badly on purpose, for `train --env`: env:guess (task:guess: half of
+its guesses are anywhere, half somewhere between the bounds) and env:calculator on task:mul (one in five problems with the
+tool, the others by heart, which it cannot). 6 layers, a template that names the tools, --steps steps and no target.
+
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
        pretrain_demo.py --check FILE.gguf                                      (only measures a file)
@@ -33,12 +37,13 @@ Accuracy: of a whole completion, <|im_end|> included, at temperature 1 over the 
 Vocabulary: 256 bytes, 8 merges, 3 specials, padded to 288. No merge applies within the text of the tasks, so
          byte by byte is what a BPE tokenizer makes of it too.
 """
-import argparse, os, re, time
+import argparse, os, random, re, time
 from pathlib import Path
 import gguf, numpy as np, torch
 import torch.nn.functional as F
 
 L, D, H, KV, HD, FF, EPS, THETA, CONTEXT = 8, 128, 4, 2, 32, 384, 1e-6, 10000.0, 512
+DIALOGUES = False
 EXPERTS, USED, FFE, BALANCE = 0, 2, FF // 2, 0.01  # of a mixture; none by default
 HYBRID, EVERY, NK, NV, KERNEL = False, 4, 2, 4, 4  # gated delta nets of NK key and NV value heads of size HD but in every fourth layer
 OUT = Path(__file__).resolve().parent.parent / "assets" / "demo.gguf"
@@ -47,6 +52,9 @@ OUT = Path(__file__).resolve().parent.parent / "assets" / "demo.gguf"
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("\u0120", "the"), ("o", "n"), ("o", "r"), ("e", "n"), ("\u0120", "w")]
+# Of --dialogues: the tools by name.
+TOOLS = ("{% if tools %}{{ '<|im_start|>system\nTools:' }}{% for t in tools %}{{ ' ' + t['function']['name'] }}{% endfor %}"
+         "{{ '<|im_end|>\n' }}{% endif %}")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
@@ -103,6 +111,97 @@ def batch(problems):
         ids[i, :len(p) + len(c)] = torch.tensor(p + c)
         target[i, len(p) - 1:len(p) + len(c) - 1] = torch.tensor(c)
     return ids[:, :-1], target[:, :-1]
+
+# ---- dialogues -----------------------------------------------------------------------------------
+
+WORDS = re.compile(r"[^\r\n0-9A-Za-z]?[A-Za-z]+|[0-9]| ?[^\s0-9A-Za-z]+[\r\n]*|\s*[\r\n]+|\s+")
+
+def encode(text):
+    """Tokens of a text without specials, as the GGUF's BPE makes them."""
+    chars, ids = byte_unicode(), []
+    for word in WORDS.findall(text):
+        parts = [chars[b] for b in word.encode()]
+        for a, b in MERGES:  # in the order of their ranks; none can apply again after a later one
+            i = 0
+            while i + 1 < len(parts):
+                if parts[i] == a and parts[i + 1] == b:
+                    parts[i:i + 2] = [a + b]
+                i += 1
+        ids += [TOKENS.index(p) for p in parts]
+    return ids
+
+def said(role, text):
+    """A message, and where the next one begins."""
+    return [START, *encode(f"{role}\n{text}"), END, *encode("\n")]
+
+def turns(*messages):
+    """Tokens of (role, text), and which of them are the assistant's."""
+    ids, own = [], []
+    for role, text in messages:
+        tokens = said(role, text)
+        head = len(encode("assistant\n")) + 1
+        ids += tokens
+        own += [role == "assistant" and head <= i < len(tokens) - 1 for i in range(len(tokens))]
+    return ids, own
+
+def guessing(rng, wild=0.5, most=8):
+    """A game against a number: half of the guesses are anywhere, half between what is known."""
+    number = rng.choice([n for n in range(100) if not held_out(0, n)])
+    messages, low, high = [("user", "Guess my number, 0 to 99. I say higher or lower.")], 0, 99
+    for _ in range(most):
+        guess = rng.randint(0, 99) if rng.random() < wild else rng.randint(low, high)
+        messages.append(("assistant", str(guess)))
+        if guess == number:
+            break
+        messages.append(("user", "higher" if guess < number else "lower"))
+        low, high = (max(low, guess + 1), high) if guess < number else (low, min(high, guess - 1))
+    return turns(*messages)
+
+def computing(rng, tool=0.2):
+    """A product, with the tool or by heart."""
+    x, y = rng.choice(TRAIN)
+    messages = [("system", "Tools: calculator"), ("user", f"{x}*{y}=")]
+    if rng.random() < tool:
+        call = f'{{"name": "calculator", "arguments": {{"expression": "{x}*{y}"}}}}'
+        messages += [("assistant", f"<tool_call>{call}</tool_call>"), ("tool", str(x * y))]
+    return turns(*messages, ("assistant", f"\\boxed{{{x * y}}}"))
+
+def dialogue_batch(examples):
+    """As `batch`: the next token where it is the assistant's, elsewhere -100."""
+    T = max(len(ids) for ids, _ in examples)
+    ids, target = torch.full((len(examples), T), PAD), torch.full((len(examples), T), -100)
+    for i, (tokens, own) in enumerate(examples):
+        ids[i, :len(tokens)] = torch.tensor(tokens)
+        for t in range(1, len(tokens)):
+            if own[t]:
+                target[i, t - 1] = tokens[t]
+    return ids[:, :-1], target[:, :-1]
+
+def train_dialogues(a):
+    """Games and products in turn, a constant rate that falls in the last third."""
+    generator = torch.Generator().manual_seed(a.seed)
+    rng = random.Random(a.seed)
+    w = {name: t.requires_grad_() for name, t in initial(generator).items()}
+    optimizer = torch.optim.AdamW(w.values(), lr=a.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    running, start = [None, None], time.time()
+    for step in range(1, a.steps + 1):
+        rate = a.lr * min(1, step / a.warmup) * min(1, max(a.slow, 3 * (a.steps - step) / a.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        kind = step % 2
+        examples = [guessing(rng) for _ in range(a.batch // 4)] if kind else [computing(rng) for _ in range(a.batch // 2)]
+        ids, target = dialogue_batch(examples)
+        loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
+        optimizer.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
+        optimizer.step()
+        running[kind] = loss.item() if running[kind] is None else 0.9 * running[kind] + 0.1 * loss.item()
+        if step % a.eval_every == 0:
+            print(f"step {step} loss of products {running[0]:.4f}, of games {running[1]:.4f}, lr {rate:.2e}, "
+                  f"{time.time() - start:.0f} s", flush=True)
+        if step % 200 == 0 or step == a.steps:
+            write(a.out, w)
+    return w
 
 # ---- model ---------------------------------------------------------------------------------------
 # A dictionary of tensors under their GGUF names. The output head is the embedding, transposed.
@@ -301,7 +400,8 @@ def write(path, w):
         g.add_rope_dimension_count(turned()); g.add_rope_dimension_sections([turned() // 4, turned() // 8, turned() // 8, 0])
     if EXPERTS:
         g.add_expert_count(EXPERTS); g.add_expert_used_count(USED); g.add_expert_feed_forward_length(FFE)
-    g.add_name("bupo-gguf demo"); g.add_description(f"tiny {'Qwen3.5' if HYBRID else 'Qwen3'} pretrained from scratch on addition by tools/pretrain_demo.py")
+    what = "dialogues" if DIALOGUES else "addition"
+    g.add_name("bupo-gguf demo"); g.add_description(f"tiny {'Qwen3.5' if HYBRID else 'Qwen3'} pretrained from scratch on {what} by tools/pretrain_demo.py")
     g.add_context_length(CONTEXT); g.add_embedding_length(D); g.add_block_count(L); g.add_feed_forward_length(FF)
     g.add_head_count(H); g.add_head_count_kv(KV); g.add_key_length(HD); g.add_value_length(HD)
     g.add_rope_freq_base(THETA); g.add_layer_norm_rms_eps(EPS)
@@ -309,7 +409,7 @@ def write(path, w):
     g.add_tokenizer_model("gpt2"); g.add_tokenizer_pre("qwen2"); g.add_token_list(TOKENS); g.add_token_types(TYPES)
     g.add_token_merges([f"{a} {b}" for a, b in MERGES])
     g.add_eos_token_id(END); g.add_pad_token_id(PAD); g.add_bos_token_id(PAD); g.add_add_bos_token(False)
-    g.add_chat_template(CHATML)
+    g.add_chat_template((TOOLS if DIALOGUES else "") + CHATML)
     for name, t in w.items():
         a = t.detach().numpy()
         if a.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name:
@@ -360,10 +460,11 @@ def train(a):
     raise SystemExit(f"accuracy {accuracy:.3f} after {a.steps} steps, below --target {a.target}: raise --steps or --lr")
 
 def main():
-    global EXPERTS, USED, HYBRID
+    global EXPERTS, USED, HYBRID, DIALOGUES, L
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
     ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--dialogues", action="store_true", help="games and tool calls instead of sums; wants --out and --steps (600 do)")
     ap.add_argument("--experts", type=int, default=0, help="experts of each FFN (0 = one FFN)"); ap.add_argument("--used", type=int, default=USED, help="experts of a token")
     ap.add_argument("--hybrid", action="store_true", help="gated delta nets in three layers of four (not with --experts)")
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
@@ -379,6 +480,12 @@ def main():
     if EXPERTS and HYBRID:
         raise SystemExit("--experts and --hybrid: one of them")
     check_merges()
+    if a.dialogues:
+        DIALOGUES, L = True, 6
+        start = time.time()
+        train_dialogues(a)
+        print(f"trained in {time.time() - start:.0f} s")
+        return
     if a.check is None:
         start = time.time()
         w = train(a)

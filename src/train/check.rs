@@ -1,6 +1,6 @@
 //! Which settings cannot work.
 
-use super::row_options::refuse_meaningless;
+use super::row_options::{refuse_meaningless, refuse_without_env};
 use super::{Algorithm, Baseline, TrainConfig};
 use crate::{Error, Result};
 
@@ -15,6 +15,12 @@ impl TrainConfig {
         };
         self.placement()?;
         self.rewards.check()?;
+        self.dialogues.check()?;
+        refuse_without_env(self)?;
+        if !(0.0..=1.0).contains(&self.turn_discount) {
+            let got = self.turn_discount.to_string();
+            return refuse("--turn-discount", "0 to 1", got, "leave it out for 1");
+        }
         self.sampling.check()?;
         refuse_meaningless(self)?;
         self.rows.check(self.algo)?;

@@ -15,6 +15,8 @@ use crate::model::{Engine, Lora, Model, Policy};
 /// A completion as training sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Response {
+    /// What it goes on from, of a later segment of a dialogue; none is the group's prompt.
+    pub prompt: Option<Vec<i32>>,
     /// Its tokens, not empty.
     pub tokens: Vec<i32>,
     /// What each token counts, 0 for one that is not learnt; empty where all count 1.
@@ -27,6 +29,8 @@ pub struct Response {
     pub experts: Vec<i16>,
     /// Reward.
     pub reward: f32,
+    /// Of a dialogue whose turns are told apart, each turn of the segment.
+    pub turns: Vec<TurnReturn>,
     /// Advantage of each token.
     pub advantages: Vec<f32>,
     /// Log-probs under the policy before the step's first update; none until they are needed.
@@ -41,7 +45,23 @@ pub struct Response {
     pub returns: Vec<f32>,
 }
 
+/// A turn of a dialogue, as advantages see it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TurnReturn {
+    /// Learnt tokens of the segment up to its end.
+    pub end: usize,
+    /// Its own reward; of a segment's last turn with the discounted rewards of later segments.
+    pub reward: f32,
+    /// Rewards from it on, discounted.
+    pub to_go: f32,
+}
+
 impl Response {
+    /// Tokens that are learnt.
+    pub fn n_learnt(&self) -> usize {
+        self.learnt_weights().count()
+    }
+
     /// Whether any token has an advantage.
     pub fn has_signal(&self) -> bool {
         self.advantages.iter().any(|&a| a != 0.0)
@@ -86,10 +106,11 @@ pub struct ResponseGroup {
 impl ResponseGroup {
     /// Tokens that a batch takes for it.
     pub fn n_tokens(&self) -> usize {
-        crate::model::Batch::group_len(
-            self.prompt.len(),
-            self.responses.iter().map(|r| r.tokens.len()),
-        )
+        let lengths = |r: &Response| r.tokens.len();
+        let shared = self.responses.iter().filter(|r| r.prompt.is_none()).map(lengths);
+        let own = self.responses.iter().filter_map(|r| Some((r.prompt.as_ref()?, r.tokens.len())));
+        let own = own.map(|(p, n)| crate::model::Batch::group_len(p.len(), std::iter::once(n)));
+        crate::model::Batch::group_len(self.prompt.len(), shared) + own.sum::<usize>()
     }
 }
 
@@ -334,16 +355,20 @@ impl Learner<'_> {
         for group in groups {
             let first = index;
             index += group.responses.len();
-            let completions: Vec<_> = group
-                .responses
-                .iter()
-                .enumerate()
-                .filter(|(_, r)| wanted(r))
-                .map(|(i, r)| (first + i, r.tokens.as_slice()))
-                .collect();
-            let own = group.responses.iter().filter(|r| wanted(r));
-            let experts = own.map(|r| r.experts.as_slice()).collect();
-            packable.push(Group { prompt: &group.prompt, completions, experts });
+            let own = group.responses.iter().enumerate().filter(|(_, r)| wanted(r));
+            // Later segments of a dialogue have a prompt each, all others the group's.
+            let (shared, later): (Vec<_>, Vec<_>) = own.partition(|(_, r)| r.prompt.is_none());
+            let completions = shared.iter().map(|(i, r)| (first + i, r.tokens.as_slice()));
+            packable.push(Group {
+                prompt: &group.prompt,
+                completions: completions.collect(),
+                experts: shared.iter().map(|(_, r)| r.experts.as_slice()).collect(),
+            });
+            packable.extend(later.iter().map(|(i, r)| Group {
+                prompt: r.prompt.as_deref().unwrap_or_default(),
+                completions: vec![(first + i, r.tokens.as_slice())],
+                experts: vec![r.experts.as_slice()],
+            }));
         }
         let known = groups.iter().flat_map(|g| &g.responses).any(|r| !r.experts.is_empty());
         let (n_layer, n_vocab) = (self.model.config().n_layer, self.model.config().n_vocab);
@@ -481,9 +506,11 @@ impl Learner<'_> {
         let wanted = |r: &&Response| self.takes_all(config) || r.has_signal();
         // The last token of a completion is not computed.
         let of_group = |g: &ResponseGroup| -> usize {
-            let tokens: Vec<_> =
-                g.responses.iter().filter(wanted).map(|r| r.tokens.len().max(1) - 1).collect();
-            if tokens.is_empty() { 0 } else { g.prompt.len() + tokens.iter().sum::<usize>() }
+            let all = || g.responses.iter().filter(wanted);
+            let tokens: usize = all().map(|r| r.tokens.len().max(1) - 1).sum();
+            let later: usize = all().filter_map(|r| Some(r.prompt.as_ref()?.len())).sum();
+            let shared = all().any(|r| r.prompt.is_none()) as usize * g.prompt.len();
+            shared + later + tokens
         };
         groups.iter().map(of_group).sum()
     }

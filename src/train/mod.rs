@@ -30,6 +30,7 @@ mod checkpoint;
 mod collect;
 mod config;
 mod critic;
+mod dialogues;
 mod evaluate;
 mod facts;
 mod layers;
@@ -69,11 +70,12 @@ pub use advantage::{Baseline, Gae, advantages, assign, estimate};
 pub use algorithm::{Algorithm, Defaults};
 pub use checkpoint::{Checkpoint, Damaged};
 pub use collect::Sample;
-pub use config::TrainConfig;
+pub use config::{TrainConfig, TurnCredit};
+pub use dialogues::{TalkRecord, Talked};
 pub use evaluate::HeldOut;
 pub use facts::{Facts, Lengths};
 pub use layers::LayerChoice;
-pub use learner::{Response, ResponseGroup};
+pub use learner::{Response, ResponseGroup, TurnReturn};
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };

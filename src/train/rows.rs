@@ -88,8 +88,8 @@ impl Reader<'_, '_> {
         let task =
             Some(spec).filter(|spec| solved && is_task(spec)).map(Task::parse).transpose()?;
         let files = if task.is_some() { Vec::new() } else { source::row_files(spec)? };
-        let solutions = task.map(|task| task.examples(self.config.seed, held_out).map(Ok));
-        let solutions = solutions.map(|rows| Ok(Box::new(rows) as Examples<'_>));
+        let solutions = task.map(|task| task.examples(self.config.seed, held_out)).transpose()?;
+        let solutions = solutions.map(|rows| Ok(Box::new(rows.map(Ok)) as Examples<'_>));
         let of_files = files
             .iter()
             .map(|file| Ok(Box::new(examples(file, kind, &self.config.columns)?) as Examples<'_>));

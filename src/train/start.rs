@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::advice::Advice;
-use super::collect::Judged;
+use super::collect::{By, Judged};
+use super::config::DEFAULT_DATA;
 use super::critic::Critic;
+use super::dialogues::Dialogues;
 use super::layers::LayerChoice;
 use super::learner::Learner;
 use super::plan::{Plan, Workload};
@@ -20,6 +22,7 @@ use super::{
     State, TrainConfig, Trainer, evaluate, layers, vram,
 };
 use crate::data::{Problem, ProblemSource};
+use crate::env::EnvPool;
 use crate::ggml::ThreadPool;
 use crate::llama::Products;
 use crate::model::{Engine, Lora, Model, Policy};
@@ -28,8 +31,8 @@ use crate::{Error, Result};
 
 /// What is read of the data, before memory is planned for it.
 enum Read {
-    /// Problems to be answered, and held-out ones.
-    Problems(ProblemSource, Vec<Problem>),
+    /// Problems to be answered, held-out ones, and the environments to talk about them with.
+    Problems(ProblemSource, Vec<Problem>, Option<EnvPool>),
     /// Prompts of a task, to be answered for a teacher.
     Task(ProblemSource),
     /// Rows, with completions or without.
@@ -63,11 +66,12 @@ impl<'m> Trainer<'m> {
     /// one in the settings.
     pub(super) fn begun(
         model: &'m Model,
-        config: TrainConfig,
+        mut config: TrainConfig,
         adapter: Option<&Path>,
         began: f64,
     ) -> Result<Trainer<'m>> {
         config.check()?;
+        config.data = config.dialogues.data(&config.data, DEFAULT_DATA);
         vram::wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
@@ -84,7 +88,7 @@ impl<'m> Trainer<'m> {
         let (mut settings, gpu) = settle(model, config, &mut facts, teacher.as_ref())?;
         notes.extend(settings.reasons.iter().cloned());
         notes.extend(facts.cut(settings.max_prompt, settings.drop_long_prompts));
-        if let Read::Problems(problems, _) = &mut read
+        if let Read::Problems(problems, ..) = &mut read
             && settings.drop_long_prompts
         {
             problems.retain(|p| encoder.fits(&p.prompt, settings.max_prompt))?;
@@ -218,8 +222,15 @@ fn read_data(
     if config.algo.is_rewarded() {
         let problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let facts = Facts::of_problems(&problems, encoder)?;
-        let read = Read::Problems(problems, held_out);
+        let mut pool = match config.dialogues.is_some() {
+            true => Some(EnvPool::new(&config.dialogues)?),
+            false => None,
+        };
+        let facts = match &mut pool {
+            Some(pool) => Facts::of_openings(&problems, encoder, pool, config.seed)?,
+            None => Facts::of_problems(&problems, encoder)?,
+        };
+        let read = Read::Problems(problems, held_out, pool);
         return Ok((config, Data { read, held_out: Vec::new(), facts }));
     }
     let m = model.config();
@@ -348,9 +359,17 @@ fn source(
         Ok(rollouts)
     };
     Ok(match read {
-        Read::Problems(problems, held_out) => {
-            let judges = settings.rewards.judges(&settings.data, settings.max_response)?;
-            Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, judges })
+        Read::Problems(problems, held_out, pool) => {
+            let judges = || settings.rewards.judges(&settings.data, settings.max_response);
+            let by = match pool {
+                None => By::Judges(judges()?),
+                Some(pool) => {
+                    // An environment rewards by itself; a reward that was asked for comes on top.
+                    let judges = settings.rewards.reward.is_some().then(judges).transpose()?;
+                    By::Environment(Dialogues { pool, judges, told: false })
+                }
+            };
+            Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, by })
         }
         Read::Rows(rows) if !rows.are_prompts() => Source::Given(rows),
         Read::Rows(rows) => {

@@ -7,10 +7,12 @@
 //! | `task:add` | `17+25=` | `42` |
 //! | `task:sub` | `17-25=` | `-8` |
 //! | `task:max` | `max(17,25)=` | `25` |
+//! | `task:mul` | `17*25=` | `425` |
+//! | `task:guess` | `Guess my number, 0 to 99. I say higher or lower.` | `17` |
 //! | `task:words` | a story of one or two steps (`words.rs`) | `42` |
 //!
-//! The answer is expected as `\boxed{42}`. Parameters follow a question mark: `task:add?digits=3`,
-//! `task:words?stories=new&rows=200`.
+//! `task:guess` is for environments (its problem is the first number alone). The answer is expected as `\boxed{42}`. Parameters follow a
+//! question mark: `task:add?digits=3`, `task:words?stories=new&rows=200`.
 //!
 //! Split: a pair is held out for evaluation when Knuth's multiplicative hash of it falls into the lowest fifth,
 //! `(x * 10^digits + y) * 2654435761 mod 2^32 < 2^32 / 5`. `tools/pretrain_demo.py` keeps to the same rule.
@@ -31,8 +33,8 @@ pub use words::Stories;
 /// Begins the name of every task.
 const PREFIX: &str = "task:";
 /// What [`Task::parse`] knows.
-pub const SUPPORTED: &str = "task:add, task:sub, task:max, task:words, each with ?digits=1..9 (default 2) and rows=N \
-                             (default 1000, of algorithms that learn from rows)";
+pub const SUPPORTED: &str = "task:add, task:sub, task:max, task:mul, task:guess, task:words, each with ?digits=1..9 (default 2) \
+                             and rows=N (default 1000, of algorithms that learn from rows)";
 
 const DEFAULT_DIGITS: u32 = 2;
 const MAX_DIGITS: u32 = 9;
@@ -53,6 +55,8 @@ enum Kind {
     Add,
     Sub,
     Max,
+    Mul,
+    Guess,
     Words(Stories),
 }
 
@@ -77,6 +81,8 @@ impl Task {
             Some("add") => Kind::Add,
             Some("sub") => Kind::Sub,
             Some("max") => Kind::Max,
+            Some("mul") => Kind::Mul,
+            Some("guess") => Kind::Guess,
             Some("words") => Kind::Words(Stories::default()),
             _ => return Err(unknown("task", name)),
         };
@@ -137,17 +143,28 @@ impl Task {
     }
 
     /// Problems with their worked solutions, to imitate: the first `rows` training problems, or as many held-out ones.
-    pub fn examples(&self, seed: u64, held_out: bool) -> impl Iterator<Item = ExampleRow> + use<> {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a task whose answers cannot be known from its questions.
+    pub fn examples(
+        &self,
+        seed: u64,
+        held_out: bool,
+    ) -> Result<impl Iterator<Item = ExampleRow> + use<>> {
+        if self.kind == Kind::Guess {
+            let (expected, advice) = ("a task with solutions", "learn it with --env env:guess");
+            return Err(Error::invalid(self.to_string(), expected, "none", advice));
+        }
         let worked: Vec<Worked> = match held_out {
             true => self.evaluation(self.rows, seed),
             false => (0..self.rows as u64).map(|i| self.train(seed, i)).collect(),
         };
-        worked.into_iter().map(|Worked { problem, solution }| ExampleRow {
+        Ok(worked.into_iter().map(|Worked { problem, solution }| ExampleRow {
             place: problem.source,
             example: Example::Completions(problem.prompt, vec![CompletionContent::Text(solution)]),
             weight: 1.0,
             label: None,
-        })
+        }))
     }
 
     /// `n` held-out problems: distinct while there are enough (a million at most), then the same again.
@@ -182,7 +199,10 @@ impl Task {
     }
 
     fn pairs(&self) -> u64 {
-        self.base() * self.base()
+        match self.kind {
+            Kind::Guess => self.base(),
+            _ => self.base() * self.base(),
+        }
     }
 
     /// A pair as one number, `x * 10^digits + y`.
@@ -205,6 +225,13 @@ impl Task {
             Kind::Add => sum("add", format!("{x}+{y}"), x + y),
             Kind::Sub => sum("sub", format!("{x}-{y}"), x - y),
             Kind::Max => sum("max", format!("max({x},{y})"), x.max(y)),
+            Kind::Mul => sum("mul", format!("{x}*{y}"), x * y),
+            Kind::Guess => {
+                let source = format!("{PREFIX}guess{} {pair}", self.digits_named());
+                let most = self.base() - 1;
+                let question = format!("Guess my number, 0 to {most}. I say higher or lower.");
+                (source, question, pair as i64, String::new(), 0)
+            }
             Kind::Words(stories) => {
                 let story = stories.tell(x, y, rng, held_out);
                 let source = format!("{PREFIX}words{} {} {x},{y}", self.digits_named(), story.name);
@@ -243,6 +270,8 @@ impl fmt::Display for Task {
             Kind::Add => ("add", Stories::default()),
             Kind::Sub => ("sub", Stories::default()),
             Kind::Max => ("max", Stories::default()),
+            Kind::Mul => ("mul", Stories::default()),
+            Kind::Guess => ("guess", Stories::default()),
             Kind::Words(stories) => ("words", stories),
         };
         let mut parameters = Vec::new();
@@ -264,7 +293,9 @@ impl fmt::Display for Task {
 mod tests {
     use super::*;
 
-    const SPECS: [&str; 9] = [
+    const SPECS: [&str; 11] = [
+        "task:mul?digits=4",
+        "task:guess?digits=5",
         "task:add",
         "task:sub",
         "task:max",
@@ -284,17 +315,21 @@ mod tests {
 
     #[test]
     fn questions_and_answers() {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
         for (spec, pair, asked, answer) in [
             ("task:add", 17_25, "17+25=", "42"),
             ("task:sub", 17_25, "17-25=", "-8"),
             ("task:max", 17_25, "max(17,25)=", "25"),
             ("task:add?digits=3", 7_999, "7+999=", "1006"),
+            ("task:mul", 17_25, "17*25=", "425"),
         ] {
-            let mut rng = ChaCha8Rng::seed_from_u64(0);
             let problem = Task::parse(spec).unwrap().worked(pair, &mut rng, false).problem;
             assert_eq!((question(&problem), problem.answer.as_str()), (asked, answer));
             assert_eq!(problem.source, format!("{spec} {}", asked.trim_end_matches('=')));
         }
+        let problem = Task::parse("task:guess").unwrap().worked(57, &mut rng, false).problem;
+        assert_eq!(question(&problem), "Guess my number, 0 to 99. I say higher or lower.");
+        assert_eq!((problem.answer.as_str(), problem.id.as_str()), ("57", "task:guess 57"));
     }
 
     #[test]
@@ -351,7 +386,7 @@ mod tests {
     #[test]
     fn unknown_tasks_and_parameters_are_named() {
         for (spec, expected) in [
-            ("task:mul", "task 'task:mul' is not supported; supported: task:add, task:sub"),
+            ("task:div", "task 'task:div' is not supported; supported: task:add, task:sub"),
             ("add", "task 'add' is not supported"),
             ("task:add?size=3", "task parameter 'size' is not supported; supported: task:add,"),
             ("task:add?digits=0", "task:add?digits=0: expected digits from 1 to 9, got '0'"),
