@@ -309,7 +309,7 @@ impl Learner<'_> {
         groups: &[ResponseGroup],
         config: &UpdateConfig,
     ) -> Result<Option<f64>> {
-        let known = |r: &Response| r.rollout.len() == r.tokens.len();
+        let known = |r: &Response| r.rollout.len() == r.n_learnt();
         if !groups.iter().flat_map(|g| &g.responses).all(known) {
             return Ok(None);
         }
