@@ -13,62 +13,35 @@
 //!
 //! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
 //! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
-//! computes a product ([`Products`]), and with them now and then a token.
+//! computes a product ([`Products`]), and with them now and then a token. [`Rollouts::make_invariant`] ends that: kernels
+//! are chosen by the weight's type alone, each prompt is decoded by itself, and a token that would be decoded alone gets
+//! company, for ggml has another kernel for one column.
+//!
+//! In a [`Team`] a rank samples the requests that it takes, one after another as slots become free.
 
-use std::collections::VecDeque;
+mod taking;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rand::{Rng, SeedableRng};
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+use super::request::{Completion, Finish, Request, rng};
 use super::sampler::{Sampler, Sampling};
 use super::sizes::{MAX_PARALLEL, PREFILL_TOKENS, RolloutOptions, RolloutSizes};
 use super::watch::{Progress, ProgressOnly, Watcher};
 use crate::ggml::ThreadPool;
 use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products, Token, TokenBatch};
+use crate::team::{Queue, Team};
 use crate::{Error, Result};
-
-/// A prompt and how many completions of it are wanted.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Prompt tokens, not empty.
-    pub prompt_tokens: Vec<i32>,
-    /// Completions.
-    pub n: usize,
-    /// Tells the random numbers of requests apart; with the seed and a completion's index it is their key.
-    pub seed_stream: u64,
-    /// A completion ends at this length.
-    pub max_tokens: usize,
-}
-
-/// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Finish {
-    /// An end-of-generation token was sampled; it is the last of the tokens.
-    Eog,
-    /// The length limit.
-    Length,
-}
-
-/// One sampled completion.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// Token ids, at least one.
-    pub tokens: Vec<i32>,
-    /// Log-prob of each under the full policy at the sampling temperature, nats.
-    pub logprobs: Vec<f32>,
-    /// Why it ended.
-    pub finish: Finish,
-    /// The experts that the prompt's tokens took, then those of its own that were read (all but the last): see
-    /// [`Context::experts`]; empty where they are not kept.
-    pub experts: Vec<i16>,
-}
 
 /// Logits at which sampling is worth several threads.
 const PARALLEL_LOGITS: usize = 1 << 16;
+/// Sequences from which on a decode on the CPU does not get faster by more of them: a rank that has so many takes no
+/// further request.
+const ENOUGH: usize = 32;
 
 /// Samples completions with llama.cpp.
 pub struct Rollouts {
@@ -87,6 +60,7 @@ pub struct Rollouts {
     draws: bool,
     // Sequences have states, which cannot forget a completion's tokens.
     has_states: bool,
+    team: Team,
 }
 
 /// A request in work: the logits after its prompt start every completion.
@@ -142,7 +116,23 @@ impl Rollouts {
             n_slots,
             draws,
             has_states,
+            team: Team::alone(),
         })
+    }
+
+    /// Shares the requests of every call among the ranks of a team, from now on: all of them make the same calls.
+    pub fn share(&mut self, team: &Team) {
+        self.team = team.clone();
+    }
+
+    /// Who samples.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// Samples completions that do not depend on who is decoded beside them, on the CPU, from now on.
+    pub fn make_invariant(&mut self) {
+        self.set_products(Products::Invariant);
     }
 
     /// Draws tokens in the decoding graph also where logits lie in host memory, where nothing is gained: for tests.
@@ -223,11 +213,13 @@ impl Rollouts {
         stop: &AtomicBool,
         watch: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> Result<Vec<Vec<Completion>>> {
-        self.generate_watched(requests, sampling, seed, stop, &mut ProgressOnly(watch))
+        let own = self.generate_watched(requests, sampling, seed, stop, &mut ProgressOnly(watch));
+        self.team.join(requests.len(), own)
     }
 
     /// [`Rollouts::generate`] with a watcher that is also handed every completion as it ends, so that
-    /// it is judged while others are sampled.
+    /// it is judged while others are sampled. Of a team it gives the requests that this rank took, and is no call that
+    /// all ranks end together: a [`Team::join`] has to follow.
     pub fn generate_watched(
         &mut self,
         requests: &[Request],
@@ -235,7 +227,8 @@ impl Rollouts {
         seed: u64,
         stop: &AtomicBool,
         watcher: &mut dyn Watcher,
-    ) -> Result<Vec<Vec<Completion>>> {
+    ) -> Result<Vec<(usize, Vec<Completion>)>> {
+        let mut queue = self.team.queue(requests.len());
         for (i, r) in requests.iter().enumerate() {
             let room = self.n_ctx_seq.saturating_sub(r.prompt_tokens.len());
             if r.prompt_tokens.is_empty() || r.max_tokens == 0 || r.max_tokens > room {
@@ -254,13 +247,22 @@ impl Rollouts {
         // A truncated or greedy choice is made from the logits.
         let draws = self.draws && sampling.temperature > 0.0 && !sampling.truncates();
         context.draw(if draws { n_slots } else { 0 })?;
+        let invariant = self.sizes.products == Products::Invariant;
+        let total = match queue.is_shared() {
+            false => requests.iter().map(|r| r.n).sum(),
+            true => 0,
+        };
         let mut run = Run {
             context,
             workers,
             requests,
             sampling,
             seed,
-            pending: (0..requests.len()).filter(|&r| requests[r].n > 0).collect(),
+            enough: if self.model.device().is_host() { ENOUGH } else { n_slots },
+            queue: &mut queue,
+            ahead: None,
+            taken: Vec::new(),
+            invariant,
             groups: Vec::new(),
             slots: Vec::new(),
             done: requests.iter().map(|r| vec![None; r.n]).collect(),
@@ -269,10 +271,10 @@ impl Rollouts {
             has_states: self.has_states,
             draws,
             finished: Vec::new(),
-            progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
+            progress: Progress { total, ..Progress::default() },
         };
         run.slots.resize_with(n_slots, || None);
-        while run.progress.done < run.progress.total {
+        while run.is_open() {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
@@ -285,8 +287,9 @@ impl Rollouts {
             run.report(watcher)?;
         }
         watcher.progress(run.progress)?;
-        let take = |group: Vec<Option<Completion>>| group.into_iter().flatten().collect();
-        Ok(run.done.into_iter().map(take).collect())
+        let Run { mut done, taken, .. } = run;
+        let mut take = |r: usize| std::mem::take(&mut done[r]).into_iter().flatten().collect();
+        Ok(taken.into_iter().map(|r| (r, take(r))).collect())
     }
 }
 
@@ -297,7 +300,16 @@ struct Run<'r> {
     requests: &'r [Request],
     sampling: &'r Sampling,
     seed: u64,
-    pending: VecDeque<usize>,
+    /// What is not begun.
+    queue: &'r mut Queue,
+    /// A request that was taken and waits for a slot.
+    ahead: Option<usize>,
+    /// All requests that were taken.
+    taken: Vec<usize>,
+    /// Sequences beyond which no request is taken from others.
+    enough: usize,
+    /// Nothing may depend on who is decoded together.
+    invariant: bool,
     groups: Vec<Group>,
     slots: Vec<Option<Slot>>,
     done: Vec<Vec<Option<Completion>>>,
@@ -323,17 +335,18 @@ impl Run<'_> {
                 (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
             let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
             let (mut left, mut tokens) = (free.len(), 0);
-            while let Some(&request) = self.pending.front() {
+            while left > 0 {
+                let Some(request) = self.peek(free.len() - left)? else { break };
                 let r = &self.requests[request];
                 let n = r.n.min(left);
                 tokens += r.prompt_tokens.len();
-                let alone = self.prompt_slot.is_some() || tokens > PREFILL_TOKENS;
-                if n == 0 || (!claimed.is_empty() && alone) {
+                let alone = self.prompt_slot.is_some() || self.invariant || tokens > PREFILL_TOKENS;
+                if !claimed.is_empty() && alone {
                     break;
                 }
                 left -= n;
                 claimed.push((request, n));
-                self.pending.pop_front();
+                self.ahead = None;
             }
             if claimed.is_empty() {
                 return Ok(());
@@ -500,6 +513,14 @@ impl Run<'_> {
                 logits: true,
             });
         }
+        let company = self.invariant && self.slots.len() > 1;
+        if let (true, &[only]) = (company, running.as_slice()) {
+            // ggml has another kernel for one column.
+            let sequence = if only == 0 { 1 } else { 0 };
+            self.context.forget(sequence, 0)?;
+            let id = batch.0[0].id;
+            batch.0.push(Token { id, position: 0, sequence: sequence as i32, logits: true });
+        }
         let mut slots: Vec<Slot> =
             running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
         let sampled = if self.draws {
@@ -561,13 +582,4 @@ impl Run<'_> {
                 .collect()
         })
     }
-}
-
-/// The random numbers of one completion.
-fn rng(seed: u64, stream: u64, index: usize) -> ChaCha8Rng {
-    let mut key = [0u8; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&stream.to_le_bytes());
-    key[16..24].copy_from_slice(&(index as u64).to_le_bytes());
-    ChaCha8Rng::from_seed(key)
 }

@@ -3,8 +3,9 @@
 
 use serde::Serialize;
 
-use super::learner::{ResponseGroup, Tally};
+use super::learner::ResponseGroup;
 use super::source::Source;
+use super::tally::Tally;
 use super::{Observer, Phase, TrainConfig, Trainer};
 use crate::Result;
 use crate::data::{Problem, ProblemSource, SourceOptions};

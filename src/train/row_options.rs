@@ -184,7 +184,7 @@ const MEANINGS: [Meaning; 8] = [
         ],
         Algorithm::is_rewarded,
     ),
-    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib"], |algo| {
+    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib", "batch-invariant"], |algo| {
         algo.is_rewarded() || algo == Algorithm::Distill
     }),
     (&["epochs", "max-length", "strict"], |algo| !algo.is_rewarded()),
