@@ -389,14 +389,16 @@ enum bupo_products {
     BUPO_PRODUCTS_GGML   = 0,
     BUPO_PRODUCTS_FASTER = 1, // ours from as many columns on as bupo_decoding says
     BUPO_PRODUCTS_EXACT  = 2, // ours
+    // Ours for types of which they are ever the faster ones, ggml's for others, whatever the number of columns; so is attention
+    BUPO_PRODUCTS_INVARIANT = 3,
 };
 
 // What is ours in decoding.
 struct bupo_decoding {
     bupo_product    product;   // with weights
     const int64_t * columns;   // from which it is the faster one, by type: GGML_TYPE_COUNT numbers, 0: never
-    bupo_product    attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each, q F32,
-                               // k, v and mask F16 in whole rows in host memory, without sinks, slopes or softcap
+    bupo_product    attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each (of any
+                               // number with BUPO_PRODUCTS_INVARIANT), q F32, k, v and mask F16 in whole rows in host memory, without sinks, slopes or softcap
     int64_t         most_heads; // of queries to a head of keys, for which `attention` is made
 };
 

@@ -46,7 +46,9 @@ struct Product : ggml::cpu::tensor_traits {
         return true;
     }
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
-        product.load(std::memory_order_acquire)(op, params->ith, params->nth);
+        // The kernel for a factor cuts columns into tiles, in which sums are formed in another order.
+        const bool invariant = products_of(params->threadpool) == BUPO_PRODUCTS_INVARIANT;
+        (invariant ? weight_product : product).load(std::memory_order_acquire)(op, params->ith, params->nth);
         return true;
     }
 };
@@ -62,7 +64,9 @@ struct WeightProduct : ggml::cpu::tensor_traits {
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         const bupo_products wanted = products_of(params->threadpool);
-        const int64_t       from   = wanted == BUPO_PRODUCTS_EXACT ? 1 : columns.load(std::memory_order_relaxed);
+        const int64_t       faster = columns.load(std::memory_order_relaxed);
+        const bool          always = wanted == BUPO_PRODUCTS_EXACT || (wanted == BUPO_PRODUCTS_INVARIANT && faster > 0);
+        const int64_t       from   = always ? 1 : faster;
         if (wanted == BUPO_PRODUCTS_GGML || from == 0 || op->src[1]->ne[1] < from) {
             return false;
         }
@@ -79,7 +83,9 @@ struct Attention : ggml::cpu::tensor_traits {
     bool work_size(int, const ggml_tensor *, size_t &) override { return false; }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
-        if (products_of(params->threadpool) == BUPO_PRODUCTS_GGML || !serves(op)) {
+        const bupo_products wanted = products_of(params->threadpool);
+        const int64_t       least  = wanted == BUPO_PRODUCTS_INVARIANT ? 1 : BUPO_ATTENTION_SEQUENCES;
+        if (wanted == BUPO_PRODUCTS_GGML || !serves(op, least)) {
             return false;
         }
         attention.load(std::memory_order_acquire)(op, params->ith, params->nth);
@@ -92,14 +98,14 @@ private:
         return whole->buffer && ggml_backend_buffer_is_host(whole->buffer);
     }
 
-    static bool serves(const ggml_tensor * op) {
+    static bool serves(const ggml_tensor * op, int64_t least) {
         const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
         float bias, cap;
         memcpy(&bias, (const float *) op->op_params + 1, sizeof bias);
         memcpy(&cap, (const float *) op->op_params + 2, sizeof cap);
         const int64_t streams = q->ne[3];
         const bool plain = bias == 0.0f && cap == 0.0f && !op->src[4];
-        const bool shapes = q->ne[1] == 1 && streams >= BUPO_ATTENTION_SEQUENCES && k->ne[3] == streams && v->ne[3] == streams &&
+        const bool shapes = q->ne[1] == 1 && streams >= least && k->ne[3] == streams && v->ne[3] == streams &&
                             k->ne[0] == q->ne[0] && v->ne[0] == q->ne[0] && v->ne[2] == k->ne[2] && q->ne[2] % k->ne[2] == 0 &&
                             q->ne[2] / k->ne[2] <= most_heads.load(std::memory_order_relaxed);
         const bool rows = q->type == GGML_TYPE_F32 && q->nb[0] == 4 && k->type == GGML_TYPE_F16 && k->nb[0] == 2 &&

@@ -16,6 +16,7 @@ pub mod ops;
 #[allow(unsafe_code)]
 pub mod llama;
 pub mod gguf;
+pub mod team;
 pub mod synth;
 pub mod model;
 pub mod data;

@@ -23,6 +23,10 @@ fi
 if [ -n "${BUPO_REQUIRE_MODELS:-}" ]; then
     python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
 fi
+# The feature `mpi` needs an MPI with its headers; only CI insists on one.
+if [ -n "${BUPO_REQUIRE_MPI:-}" ]; then
+    command -v mpirun >/dev/null && command -v mpicc >/dev/null || missing+=(openmpi-bin libopenmpi-dev)
+fi
 # Not needed, but it makes a second build of llama.cpp a matter of seconds.
 command -v ccache >/dev/null || missing+=(ccache)
 

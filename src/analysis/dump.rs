@@ -21,6 +21,7 @@ use super::summary::Sums;
 use crate::ggml::ThreadPool;
 use crate::model::{Engine, Lora, Model};
 use crate::rollout::Sampling;
+use crate::team::{Fact, Team};
 use crate::{Error, Result};
 
 /// Rows that are read before those without a completion are answered together.
@@ -70,6 +71,8 @@ pub struct Conduct {
     pub batch_tokens: usize,
     /// Keep the records as JSON lines, too, beside Parquet.
     pub json_lines: bool,
+    /// Answers do not depend on who is decoded beside them.
+    pub batch_invariant: bool,
 }
 
 /// What a dump runs on, and who may look on or stop it.
@@ -78,6 +81,8 @@ pub struct Run<'r> {
     pub pool: &'r Arc<ThreadPool>,
     /// Becomes true to stop it after the batch.
     pub stop: &'r AtomicBool,
+    /// Who shares the batches; the first rank writes.
+    pub team: &'r Team,
     /// Looks on.
     pub watcher: &'r mut dyn Watcher,
 }
@@ -133,17 +138,22 @@ pub struct Findings {
     pub interrupted: bool,
 }
 
+/// Of a batch: by model, layer - 1 and place.
+type Figures = Vec<Vec<Vec<Measured>>>;
+
 /// A dump in the making.
 struct Dump<'d, 'm> {
     sides: &'d mut [Side<'m>],
     settings: &'d Settings,
     conduct: &'d Conduct,
     engine: Engine,
-    files: DumpFiles,
+    // Of the first rank.
+    files: Option<DumpFiles>,
     findings: Findings,
     // Rows of the window that cannot be used, and why.
     unusable: Vec<(usize, String)>,
     stop: &'d AtomicBool,
+    team: &'d Team,
     watcher: &'d mut dyn Watcher,
 }
 
@@ -158,7 +168,7 @@ pub fn dump<'m>(
     conduct: &Conduct,
     run: Run<'_>,
 ) -> Result<Findings> {
-    let Run { pool, stop, watcher } = run;
+    let Run { pool, stop, team, watcher } = run;
     let model = sides[0].model;
     check_comparable(sides)?;
     for side in sides.iter() {
@@ -170,7 +180,9 @@ pub fn dump<'m>(
     let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
     let answering =
         Answering { max_response: settings.max_response, sampling, seed: settings.seed };
-    let mut answerer = Answerer::new(model, pool.clone(), answering);
+    let invariant = crate::rollout::invariant(conduct.batch_invariant, model.device(), team)?;
+    let mut answerer = Answerer::new(model, pool.clone(), answering, team, invariant);
+    begin_together(team, sides, settings, conduct, pool)?;
     let mut findings = Findings {
         sums: sides.iter().map(|side| Sums::of(side.model.config())).collect(),
         mixers: sides.iter().map(|side| side.model.config().mixers()).collect(),
@@ -185,12 +197,19 @@ pub fn dump<'m>(
         interrupted: false,
     };
     let mixtures: Vec<bool> = sides.iter().map(|side| side.model.config().is_mixture()).collect();
-    let files = DumpFiles::open(&conduct.out, settings, &mixtures, conduct.resume, |records| {
-        take(&mut findings, records)
-    })?;
-    let done = files.progress();
-    (findings.samples, findings.rows) = (done.samples, done.rows);
-    (findings.refused, findings.reasons) = (done.refused, done.reasons.clone());
+    let mut files = None;
+    if team.is_first() {
+        let (out, resume) = (&conduct.out, conduct.resume);
+        let open = DumpFiles::open(out, settings, &mixtures, resume, |records| {
+            take(&mut findings, records)
+        })?;
+        let done = open.progress();
+        (findings.samples, findings.rows) = (done.samples, done.rows);
+        (findings.refused, findings.reasons) = (done.refused, done.reasons.clone());
+        files = Some(open);
+    }
+    (findings.samples, findings.rows) =
+        team.from_first(|| Ok((findings.samples, findings.rows)))?;
     if conduct.resume {
         watcher.resumed(findings.sums[0].tokens());
     }
@@ -203,6 +222,7 @@ pub fn dump<'m>(
         findings,
         unusable: Vec::new(),
         stop,
+        team,
         watcher,
     };
     for _ in 0..dump.findings.rows {
@@ -210,16 +230,23 @@ pub fn dump<'m>(
     }
     let outcome = dump.run(&mut rows, &mut answerer);
     dump.findings.interrupted = matches!(outcome, Err(Error::Interrupted));
-    if dump.files.progress().samples > 0 {
+    let Some(mut files) = dump.files else {
+        return if dump.findings.interrupted {
+            Ok(dump.findings)
+        } else {
+            outcome.map(|()| dump.findings)
+        };
+    };
+    if files.progress().samples > 0 {
         if !dump.findings.interrupted {
             outcome?;
         }
-        dump.files.finish()?;
-        dump.findings.lenses = dump.files.progress().lenses.clone();
-        dump.findings.prompts = dump.files.progress().prompts.clone();
+        files.finish()?;
+        dump.findings.lenses = files.progress().lenses.clone();
+        dump.findings.prompts = files.progress().prompts.clone();
         return Ok(dump.findings);
     }
-    dump.files.discard()?;
+    files.discard()?;
     outcome?;
     let got = match dump.findings.reasons.first() {
         Some(first) => format!("none in {}, for {first}", dump.findings.rows),
@@ -227,6 +254,33 @@ pub fn dump<'m>(
     };
     let advice = "give rows with a prompt, and a completion or room to answer";
     Err(Error::invalid(&settings.data, "a row that can be used", got, advice))
+}
+
+/// Looks whether all ranks have the same models, adapters, settings and processors.
+fn begin_together(
+    team: &Team,
+    sides: &[Side<'_>],
+    settings: &Settings,
+    conduct: &Conduct,
+    pool: &ThreadPool,
+) -> Result<()> {
+    if team.is_alone() {
+        return Ok(());
+    }
+    let adapters = [&settings.adapter, &settings.compare_adapter];
+    let files = sides.iter().flat_map(|side| side.model.files().iter().cloned());
+    let files = files.chain(adapters.into_iter().flatten().map(PathBuf::from));
+    let sums = files.map(|file| crate::gguf::sha256(&file)).collect::<Result<Vec<_>>>()?;
+    let how = (settings, conduct.samples, conduct.strict, conduct.batch_tokens);
+    let how = serde_json::to_string(&how).unwrap_or_default();
+    let options = "start all ranks with the same options";
+    team.alike(&[
+        Fact::program()?,
+        Fact::new("SHA-256 of models and adapters", sums.join(" "), "copy the first rank's files"),
+        Fact::new("settings", how, options),
+        Fact::new("threads", pool.n_threads().to_string(), "say how many with --threads"),
+        Fact::processor(),
+    ])
 }
 
 /// Two models must mean the same by a token id and by a layer.
@@ -334,12 +388,21 @@ impl<'m> Dump<'_, 'm> {
         let packed = pack(samples, self.settings.pick, budget, n_vocab)?;
         let firsts: Vec<usize> = packed.iter().map(|p| p.samples[0].0.row).collect();
         let mut whole = true;
+        let shared = match self.team.is_alone() {
+            true => None,
+            false => Some(self.shared_figures(&packed)?),
+        };
+        let mut shared = shared.into_iter().flatten();
         for (i, packed) in packed.iter().enumerate() {
-            // A row that was begun is ended, so that sums and files say the same.
-            if whole && self.stop.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-            self.batch(packed)?;
+            let measured = match shared.next() {
+                Some(measured) => measured,
+                // A row that was begun is ended, so that sums and files say the same.
+                None if whole && self.stop.load(Ordering::Relaxed) => {
+                    return Err(Error::Interrupted);
+                }
+                None => self.figures(packed)?,
+            };
+            self.record(packed, measured)?;
             self.watcher.measured(self.findings.samples, self.findings.sums[0].tokens());
             // A row that goes on in the next batch is not done; refused rows after the last batch are.
             let last = packed.samples.last().expect("a batch has samples").0.row;
@@ -354,6 +417,23 @@ impl<'m> Dump<'_, 'm> {
             self.commit(end)?;
         }
         Ok(())
+    }
+
+    /// The figures of all batches, of which the ranks measure one after another.
+    fn shared_figures(&mut self, packed: &[Packed]) -> Result<Vec<Figures>> {
+        if self.team.stops(self.stop)? {
+            return Err(Error::Interrupted);
+        }
+        let team = self.team;
+        let mut queue = team.queue(packed.len());
+        let mut own = Vec::new();
+        let measured: Result<()> = (|| {
+            while let Some(i) = queue.take()? {
+                own.push((i, self.figures(&packed[i])?));
+            }
+            Ok(())
+        })();
+        team.join(packed.len(), measured.map(|()| own))
     }
 
     fn limit_reached(&self) -> bool {
@@ -371,22 +451,34 @@ impl<'m> Dump<'_, 'm> {
         f.reasons.extend(done.into_iter().map(|(_, reason)| reason));
         f.reasons.truncate(REASONS);
         f.rows = rows as u64;
-        self.files.commit(f.rows, f.samples, f.refused, &f.reasons)
+        match &mut self.files {
+            Some(files) => files.commit(f.rows, f.samples, f.refused, &f.reasons),
+            None => Ok(()),
+        }
     }
 
-    /// One batch under every model: records to the files, figures to the sums.
-    fn batch(&mut self, packed: &Packed) -> Result<()> {
-        let mut measured: Vec<Vec<Vec<Measured>>> = Vec::with_capacity(self.sides.len());
+    /// One batch under every model.
+    fn figures(&mut self, packed: &Packed) -> Result<Figures> {
+        let mut measured: Figures = Vec::with_capacity(self.sides.len());
         for side in self.sides.iter() {
             let lora = side.lora.as_ref();
             let (batch, picked) = (&packed.batch, &packed.picked);
             let look = self.settings.look;
             measured.push(measure(&mut self.engine, side.model, lora, batch, picked, look)?);
         }
+        Ok(measured)
+    }
+
+    /// A batch that was measured: records to the files, figures to the sums.
+    fn record(&mut self, packed: &Packed, measured: Figures) -> Result<()> {
+        let Some(files) = &mut self.files else {
+            self.findings.samples += packed.samples.len() as u64;
+            return Ok(());
+        };
         let (model, lora) = (self.sides[0].model, self.sides[0].lora.as_ref());
         let places = (&packed.batch, packed.picked.as_slice());
         let (engine, look) = (&mut self.engine, self.settings.look);
-        self.files.lenses().take(engine, (model, lora), places, &measured[0], look)?;
+        files.lenses().take(engine, (model, lora), places, &measured[0], look)?;
         let mut at = 0;
         for (sample, n) in &packed.samples {
             let own = at..at + n;
@@ -415,12 +507,12 @@ impl<'m> Dump<'_, 'm> {
                             routed: m.routed,
                         });
                     }
-                    self.files.write(&records)?;
+                    files.write(&records)?;
                     take(&mut self.findings, &records);
                 }
             }
             let prompt = |tokens: &[i32]| model.engine().vocab().text(tokens, false);
-            self.files.keep_prompt(self.findings.samples, || prompt(&sample.prompt));
+            files.keep_prompt(self.findings.samples, || prompt(&sample.prompt));
             self.findings.samples += 1;
         }
         Ok(())

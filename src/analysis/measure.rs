@@ -43,7 +43,7 @@ impl Look {
 }
 
 /// One layer at one token.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Measured {
     /// By [`Figure`].
     pub figures: [f32; Figure::N],

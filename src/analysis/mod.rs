@@ -39,7 +39,8 @@ pub use summary::{Boundary, Change, LayerMeans, Mean, Sums, boundary};
 use crate::Result;
 use crate::gguf::write_json_atomically;
 
-/// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`.
+/// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`. None of a rank that is
+/// not the first.
 ///
 /// # Errors
 /// Those of [`dump`], and of writing.
@@ -48,13 +49,17 @@ pub fn entropy<'m>(
     settings: &Settings,
     conduct: &Conduct,
     run: Run<'_>,
-) -> Result<Outcome> {
+) -> Result<Option<Outcome>> {
+    let team = run.team.clone();
     let findings = dump(sides, settings, conduct, run)?;
+    if !team.is_first() {
+        return Ok(None);
+    }
     let outcome = Outcome::new(settings, &findings);
     write_json_atomically(&conduct.out.join("summary.json"), &outcome)?;
     report::write(&report::of_dump(&outcome, &findings), &conduct.out)?;
     if !conduct.json_lines && !findings.interrupted {
         files::DumpFiles::drop_json_lines(&conduct.out)?;
     }
-    Ok(outcome)
+    Ok(Some(outcome))
 }

@@ -1,14 +1,16 @@
 //! What a training run looks at again and again: a few fixed completions under the current adapter.
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
-use super::measure::{Look, cosine, measure};
+use super::measure::{Look, Measured, cosine, measure};
 use super::pack::{Packed, Pick, pack};
 use super::record::Figure;
 use super::rows::Sample;
 use super::summary::{Change, Sums};
 use crate::Result;
 use crate::model::{Engine, Lora, Model, Question, Walk};
+use crate::team::Team;
 
 /// Means over the probe's tokens; entropies and divergences in nats. Lists are by layer, from layer 1 up.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -44,7 +46,8 @@ pub struct Probe {
     pub kl_later: Vec<f64>,
 }
 
-/// Running sums over all tokens of `samples`, of which `budget` go through the model at once.
+/// Running sums over all tokens of `samples`, of which `budget` go through the model at once; the ranks of a team measure
+/// one batch after another.
 pub fn sums(
     engine: &mut Engine,
     model: &Model,
@@ -52,16 +55,39 @@ pub fn sums(
     samples: &[Sample],
     final_norm: bool,
     budget: usize,
+    team: &Team,
 ) -> Result<Sums> {
     let mut sums = Sums::new(model.config().n_layer);
     let look = Look { top_k: 0, final_norm };
-    for packed in packs(model, samples, budget)? {
+    let packs = packs(model, samples, budget)?;
+    let measured = shared(team, &packs, |packed| {
         let layers = measure(engine, model, lora, &packed.batch, &packed.picked, look)?;
+        let of_layer = |layer: Vec<Measured>| layer.into_iter().map(|m| m.figures).collect();
+        Ok(layers.into_iter().map(of_layer).collect::<Vec<Vec<[f32; Figure::N]>>>())
+    })?;
+    for layers in measured {
         for (l, layer) in layers.iter().enumerate() {
-            layer.iter().for_each(|m| sums.add(l + 1, &m.figures));
+            layer.iter().for_each(|figures| sums.add(l + 1, figures));
         }
     }
     Ok(sums)
+}
+
+/// What all ranks make of all batches, in their order.
+fn shared<T: Serialize + DeserializeOwned>(
+    team: &Team,
+    packs: &[Packed],
+    mut make: impl FnMut(&Packed) -> Result<T>,
+) -> Result<Vec<T>> {
+    let mut queue = team.queue(packs.len());
+    let mut own = Vec::new();
+    let made: Result<()> = (|| {
+        while let Some(i) = queue.take()? {
+            own.push((i, make(&packs[i])?));
+        }
+        Ok(())
+    })();
+    team.join(packs.len(), made.map(|()| own))
 }
 
 fn packs(model: &Model, samples: &[Sample], budget: usize) -> Result<Vec<Packed>> {
@@ -69,6 +95,7 @@ fn packs(model: &Model, samples: &[Sample], budget: usize) -> Result<Vec<Packed>
 }
 
 /// Looks at `samples` (at least one token), with an eye on `layer`.
+#[expect(clippy::too_many_arguments, reason = "those of `sums`, and a layer")]
 pub fn probe(
     engine: &mut Engine,
     model: &Model,
@@ -77,15 +104,20 @@ pub fn probe(
     layer: usize,
     final_norm: bool,
     budget: usize,
+    team: &Team,
 ) -> Result<Probe> {
-    let sums = sums(engine, model, lora, samples, final_norm, budget)?;
+    let sums = sums(engine, model, lora, samples, final_norm, budget, team)?;
     let means = sums.means();
     let figure = |figure| means.iter().map(|l| l.get(figure).mean).collect::<Vec<f64>>();
     let change = |change| means.iter().map(|l| l.change(change).mean).collect::<Vec<f64>>();
     let n_later = model.config().n_layer - layer;
     let (mut cos_later, mut kl_later) = (vec![0.0; n_later], vec![0.0; n_later + 1]);
-    for packed in packs(model, samples, budget)? {
-        later(engine, model, lora, &packed, layer, final_norm, &mut cos_later, &mut kl_later)?;
+    let packs = packs(model, samples, budget)?;
+    let parts =
+        shared(team, &packs, |packed| later(engine, model, lora, packed, layer, final_norm))?;
+    for (cos, kl) in parts {
+        cos_later.iter_mut().zip(cos).for_each(|(sum, part)| *sum += part);
+        kl_later.iter_mut().zip(kl).for_each(|(sum, part)| *sum += part);
     }
     let tokens = sums.tokens();
     cos_later.iter_mut().chain(&mut kl_later).for_each(|sum| *sum /= tokens as f64);
@@ -106,8 +138,7 @@ pub fn probe(
     })
 }
 
-/// Adds a batch's cosines and divergences of `layer` and those above it, and of the final policy.
-#[expect(clippy::too_many_arguments, reason = "two sums of one walk")]
+/// Sums over a batch of the cosines, and of the divergences, of `layer` and those above it, and of the final policy.
 fn later(
     engine: &mut Engine,
     model: &Model,
@@ -115,10 +146,10 @@ fn later(
     packed: &Packed,
     layer: usize,
     final_norm: bool,
-    cos_later: &mut [f64],
-    kl_later: &mut [f64],
-) -> Result<()> {
+) -> Result<(Vec<f64>, Vec<f64>)> {
     let d = model.config().n_embd;
+    let n_later = model.config().n_layer - layer;
+    let (mut cos_later, mut kl_later) = (vec![0.0; n_later], vec![0.0; n_later + 1]);
     let rows: Vec<i32> = packed.picked.iter().map(|&i| packed.batch.scored[i].row).collect();
     let mut walk = Walk::new(engine, model, lora, &packed.batch, &rows)?;
     let mut own: Vec<f32> = Vec::new(); // H^layer: [D, S]
@@ -153,5 +184,5 @@ fn later(
             *sum += answers.kl_from(i * group + m) as f64;
         }
     }
-    Ok(())
+    Ok((cos_later, kl_later))
 }

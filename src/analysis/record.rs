@@ -126,7 +126,7 @@ impl Figure {
 }
 
 /// The likeliest tokens of one policy, and how it sees the token that was taken.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Top {
     /// Likeliest first.
     pub tokens: Vec<i32>,

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 /// One layer's router at one token.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Routed {
     /// The chosen experts, from 0, ascending.
     pub experts: Vec<i32>,

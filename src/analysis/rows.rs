@@ -9,6 +9,7 @@ use crate::data::{CompletionContent, RolloutRow, Task, rollouts, tasks::is_task}
 use crate::ggml::ThreadPool;
 use crate::model::{Lora, Model};
 use crate::rollout::{Encoder, Progress, Request, RolloutOptions, Rollouts, Sampling};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// A completion and what it answers.
@@ -139,14 +140,23 @@ pub struct Answerer<'m> {
     model: &'m Model,
     pool: Arc<ThreadPool>,
     answering: Answering,
+    team: Team,
+    invariant: bool,
     // With the longest sequence and the number of prompts that it was made for.
     rollouts: Option<(usize, usize, Rollouts)>,
 }
 
 impl<'m> Answerer<'m> {
-    /// An answerer on these threads.
-    pub fn new(model: &'m Model, pool: Arc<ThreadPool>, answering: Answering) -> Answerer<'m> {
-        Answerer { model, pool, answering, rollouts: None }
+    /// An answerer on these threads, of the ranks of a team; `invariant`: an answer does not depend on who is decoded
+    /// beside it.
+    pub fn new(
+        model: &'m Model,
+        pool: Arc<ThreadPool>,
+        answering: Answering,
+        team: &Team,
+        invariant: bool,
+    ) -> Answerer<'m> {
+        Answerer { model, pool, answering, team: team.clone(), invariant, rollouts: None }
     }
 
     /// One answer for each prompt; `(row, prompt)`: the row is the key of its random numbers.
@@ -166,6 +176,10 @@ impl<'m> Answerer<'m> {
             let mut rollouts = Rollouts::new(self.model.engine(), &self.pool, options)?;
             if let Some(lora) = lora {
                 rollouts.set_adapter(Some(lora.live(self.model)?))?;
+            }
+            rollouts.share(&self.team);
+            if self.invariant {
+                rollouts.make_invariant();
             }
             self.rollouts = Some((n_ctx_seq, prompts.len(), rollouts));
         }

@@ -9,9 +9,10 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
-use crate::analysis::{Conduct, Look, Pick, Run, Settings, Side, Watcher, entropy};
+use crate::analysis::{Conduct, Look, Pick, Run, Settings, Side, Unwatched, Watcher, entropy};
 use crate::ggml::ThreadPool;
 use crate::options::at_least_one;
+use crate::team::Team;
 use crate::{Error, Result};
 
 const ANSWERS: &str = "Answers to rows without a completion";
@@ -110,6 +111,9 @@ pub struct EntropyArgs {
         help_heading = ANSWERS
     )]
     seed: u64,
+    /// Sample answers that do not depend on who is decoded beside them; with several MPI ranks always on, on the CPU
+    #[arg(long, help_heading = ANSWERS)]
+    batch_invariant: bool,
     /// System message put before text prompts
     #[arg(long, value_name = "TEXT", help_heading = "Data")]
     system: Option<String>,
@@ -136,7 +140,7 @@ pub struct EntropyArgs {
     json: bool,
 }
 
-pub fn run(args: EntropyArgs) -> Result<()> {
+pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
     let text = |path: &PathBuf| path.display().to_string();
     let settings = Settings {
         model: text(&args.model.model),
@@ -158,6 +162,7 @@ pub fn run(args: EntropyArgs) -> Result<()> {
         strict: args.strict,
         batch_tokens: args.batch_tokens,
         json_lines: !args.no_json_lines,
+        batch_invariant: args.batch_invariant,
     };
     let model = args.device.open(&args.model)?;
     let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;
@@ -169,9 +174,11 @@ pub fn run(args: EntropyArgs) -> Result<()> {
     let pool = Arc::new(ThreadPool::with(args.threads)?);
     let stop = Arc::<AtomicBool>::default();
     stop_on_signal(stop.clone())?;
-    let mut watch = Watch::new();
-    let run = Run { pool: &pool, stop: &stop, watcher: &mut watch };
-    let outcome = entropy(&mut sides, &settings, &conduct, run)?;
+    team.share_stop(&stop);
+    let (mut watch, mut unwatched) = (Watch::new(), Unwatched);
+    let watcher: &mut dyn Watcher = if team.is_first() { &mut watch } else { &mut unwatched };
+    let run = Run { pool: &pool, stop: &stop, team, watcher };
+    let Some(outcome) = entropy(&mut sides, &settings, &conduct, run)? else { return Ok(()) };
     watch.bar.finish_and_clear();
     if args.json {
         print_json(&outcome)?;

@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
+use indicatif::ProgressBar;
 
 use super::{DeviceArgs, ModelArgs, print_json, print_line, stop_on_signal, watch::bar};
 use crate::eval::EvalConfig;
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// Measure a model, with or without an adapter, on problems with known answers
@@ -32,17 +34,21 @@ pub struct EvalArgs {
     json: bool,
 }
 
-pub fn run(args: EvalArgs) -> Result<()> {
+pub fn run(args: EvalArgs, team: &Team) -> Result<()> {
     let model = args.device.open(&args.model)?;
     let stop = Arc::new(AtomicBool::new(false));
     stop_on_signal(stop.clone())?;
-    let bar = bar();
+    let bar = if team.is_first() { bar() } else { ProgressBar::hidden() };
     bar.set_message("evaluate");
-    let report = args.config.run(&model, &stop, &mut |progress| {
+    team.share_stop(&stop);
+    let report = args.config.run(&model, team, &stop, &mut |progress| {
         bar.set_length(progress.total as u64);
         bar.set_position(progress.done as u64);
     });
     bar.finish_and_clear();
+    if !team.is_first() {
+        return report.map(|_| ());
+    }
     if matches!(report, Err(Error::Interrupted)) {
         let way_on = match args.config.out {
             Some(_) => "go on with the same command and --resume",

@@ -23,10 +23,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::ggml::DeviceChoice;
 use crate::model::{Lora, Model, Placement};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// Look inside quantised GGUF models and train LoRA adapters on them with Bottom-up Policy
@@ -71,7 +72,8 @@ struct ModelArgs {
 /// Where to compute.
 #[derive(Args, Clone, Debug)]
 struct DeviceArgs {
-    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, cuda:auto (one for each MPI rank
+    /// of a machine), or auto; a GPU needs a build with `--features cuda`
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     device: DeviceChoice,
     /// On a GPU: layers, from the last one down, whose weights lie in its memory [default: all]
@@ -107,23 +109,22 @@ pub fn run() -> ExitCode {
     let matches = command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let given = matches.subcommand().map_or(&matches, |(_, given)| given);
-    let outcome = match cli.command {
-        Command::Train(args) => train::run(*args, given),
-        Command::Entropy(args) => entropy::run(*args),
-        Command::Report(args) => report::run(args),
-        Command::Score(args) => score::run(args),
-        Command::Generate(args) => generate::run(args),
-        Command::Verify(args) => verify::run(args),
-        Command::Synth(args) => synth::run(args),
-        Command::Bench(args) => bench::run(args),
-        Command::Eval(args) => eval::run(*args),
-        Command::Export(args) => export::run(*args),
-        Command::ImportPeft(args) => import_peft::run(args),
-        Command::Diff(args) => diff::run(*args),
-        Command::Inspect(args) => inspect::run(args),
-        Command::Completions(args) => completions::run(args),
-        Command::Man(args) => man::run(args),
-    };
+    let outcome = Team::started().and_then(|team| {
+        let outcome = match shares(&cli.command) || team.is_alone() {
+            true => subcommand(cli.command, given, &team),
+            false => {
+                let advice = "start it alone; train, eval and entropy run on several ranks";
+                let (expected, got) = ("one process", format!("{} ranks", team.size()));
+                let name = matches.subcommand_name().unwrap_or_default();
+                Err(team.shared_by_all(Error::invalid(name, expected, got, advice)))
+            }
+        };
+        let tell =
+            |error: &Error, who: &str| eprintln!("error: {who}: {}", one_line(&error.to_string()));
+        let outcome = team.end(outcome, tell);
+        // The first rank tells what they all know.
+        if team.is_first() { outcome } else { Ok(()) }
+    });
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Error::Interrupted) => {
@@ -137,6 +138,31 @@ pub fn run() -> ExitCode {
             eprintln!("error: {}", one_line(&error.to_string()));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Whether the ranks of a team share the work of a subcommand.
+fn shares(command: &Command) -> bool {
+    matches!(command, Command::Train(_) | Command::Entropy(_) | Command::Eval(_))
+}
+
+fn subcommand(command: Command, given: &ArgMatches, team: &Team) -> Result<()> {
+    match command {
+        Command::Train(args) => train::run(*args, given, team),
+        Command::Entropy(args) => entropy::run(*args, team),
+        Command::Report(args) => report::run(args),
+        Command::Score(args) => score::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Synth(args) => synth::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Eval(args) => eval::run(*args, team),
+        Command::Export(args) => export::run(*args),
+        Command::ImportPeft(args) => import_peft::run(args),
+        Command::Diff(args) => diff::run(*args),
+        Command::Inspect(args) => inspect::run(args),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
     }
 }
 

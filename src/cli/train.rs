@@ -8,7 +8,8 @@ use super::{print_json, print_line, stop_on_signal, watch::Show, watch::Watch};
 use crate::analysis::report;
 use crate::data::read_rollouts;
 use crate::model::Model;
-use crate::train::{Preset, Resume, RunConfig, Summary, TrainConfig, Trainer};
+use crate::team::Team;
+use crate::train::{Observer, Preset, Resume, RunConfig, Silent, Summary, TrainConfig, Trainer};
 use crate::{Error, Result};
 
 /// Train a LoRA adapter with BuPO, GRPO and their kin, with SFT, DPO or KTO, or after a teacher
@@ -67,6 +68,9 @@ pub struct TrainArgs {
     /// of an uninterrupted run
     #[arg(long, requires = "resume", help_heading = "Run")]
     allow_change: bool,
+    /// With several MPI ranks: go on although their processors differ, so that last bits depend on who computed what
+    #[arg(long, help_heading = "Run")]
+    allow_mixed: bool,
     /// Settings by name; options beside it stand. bupo-paper: the paper's reference runs, with LoRA instead of all
     /// weights; 0.6b, 1.7b, 4b, 8b: learning rate, batch and length for a model of about that many parameters
     #[arg(
@@ -125,19 +129,24 @@ impl TrainArgs {
     }
 }
 
-pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
+pub fn run(mut args: TrainArgs, given: &ArgMatches, team: &Team) -> Result<()> {
+    args.quiet |= !team.is_first();
     if let Some(folder) = &args.resume {
-        let mut resume = Resume::open(folder)?;
+        let mut resume = Resume::open_in(folder, team)?;
         let settings = args.config.given(given)?;
         resume.change(args.model.clone(), &settings, args.allow_change)?;
         let model = Model::open_on(&resume.config().model, resume.config().train.placement()?)?;
-        let mut trainer = resume.trainer(&model)?;
+        let mut trainer = resume.trainer_in(&model, team)?;
         let show = args.show();
         if !show.quiet {
             eprintln!("{}", trainer.memory());
         }
-        serve(args.serve, folder)?;
-        return watched(&mut trainer, show, args.json, |t, watch| t.run_on(resume, watch));
+        if args.allow_mixed {
+            trainer.allow_mixed();
+        }
+        serve(args.serve.filter(|_| team.is_first()), folder)?;
+        let run = |t: &mut Trainer<'_>, watch: &mut dyn Observer| t.run_on(resume, watch);
+        return watched(&mut trainer, show, args.json, team, run);
     }
     if let Some(file) = &args.settings_file {
         let (model, config) = RunConfig::template(file, &args.config.given(given)?)?;
@@ -153,12 +162,17 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     let model = Model::open_on(path, args.config.placement()?)?;
     if let Some(preset) = args.preset {
         let applied = preset.apply(model.config(), &args.config.given(given)?)?;
-        applied.notes.iter().for_each(|note| eprintln!("preset: {note}"));
+        if team.is_first() {
+            applied.notes.iter().for_each(|note| eprintln!("preset: {note}"));
+        }
         args.config = applied.config;
         args.config.check()?;
     }
     if args.dry_run {
-        let trainer = Trainer::new(&model, args.config)?;
+        let trainer = Trainer::in_team(&model, args.config, team)?;
+        if !team.is_first() {
+            return Ok(());
+        }
         eprintln!("{}", trainer.memory());
         trainer.notes().iter().for_each(|note| eprintln!("{note}"));
         let settings = RunConfig { model: path.into(), train: trainer.settings().written() };
@@ -169,9 +183,13 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     }
     if let Some(path) = &args.rollouts {
         let rows = read_rollouts(path)?;
-        let mut trainer = Trainer::new(&model, args.config.clone())?;
+        let mut trainer = Trainer::in_team(&model, args.config.clone(), team)?;
         say_frozen(&trainer);
-        let replay = trainer.replay(&rows, args.dump_gradients.as_deref())?;
+        let dump = args.dump_gradients.as_deref().filter(|_| team.is_first());
+        let replay = trainer.replay(&rows, dump)?;
+        if !team.is_first() {
+            return Ok(());
+        }
         if let Some(out) = &args.config.out {
             trainer.save_to(out)?;
         }
@@ -179,15 +197,18 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches) -> Result<()> {
     }
     let out = args.config.out.clone().unwrap_or_else(|| default_out(path, &args.config));
     let show = args.show();
-    let mut trainer = Trainer::new(&model, args.config)?;
+    let mut trainer = Trainer::in_team(&model, args.config, team)?;
     if !show.quiet {
         eprintln!("{}", trainer.memory());
     }
     if let Some(path) = &args.dump_gradients {
         trainer.dump_gradients_to(path)?;
     }
-    serve(args.serve, &out)?;
-    watched(&mut trainer, show, args.json, |t, watch| t.run(&out, watch))
+    if args.allow_mixed {
+        trainer.allow_mixed();
+    }
+    serve(args.serve.filter(|_| team.is_first()), &out)?;
+    watched(&mut trainer, show, args.json, team, |t, watch| t.run(&out, watch))
 }
 
 /// Serves the run's page, where that is wanted, as long as the process lives.
@@ -213,9 +234,14 @@ fn watched<'m>(
     trainer: &mut Trainer<'m>,
     show: Show,
     json: bool,
-    run: impl FnOnce(&mut Trainer<'m>, &mut Watch) -> Result<Summary>,
+    team: &Team,
+    run: impl FnOnce(&mut Trainer<'m>, &mut dyn Observer) -> Result<Summary>,
 ) -> Result<()> {
     stop_on_signal(trainer.stop_flag())?;
+    if !team.is_first() {
+        let summary = run(trainer, &mut Silent)?;
+        return if summary.interrupted { Err(Error::Interrupted) } else { Ok(()) };
+    }
     say_frozen(trainer);
     let mut watch = Watch::new(trainer, show);
     let summary = run(trainer, &mut watch)?;

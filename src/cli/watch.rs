@@ -304,6 +304,10 @@ impl Observer for Watch {
         if let Some(rows) = &r.held_out {
             line += &format!("  held-out loss {:.4}", rows.eval_loss);
         }
+        if let Some(c) = &r.communication {
+            let mb = c.comm_bytes as f64 / 1e6;
+            line += &format!("  comm {:.2} wait {:.2} s, {mb:.1} MB", c.comm_s, c.comm_wait_s);
+        }
         if r.updates_skipped > 0 {
             line += &format!("  ({} updates skipped: gradient not finite)", r.updates_skipped);
         }

@@ -14,6 +14,7 @@ use crate::gguf::sha256;
 use crate::model::{Lora, Model};
 use crate::reward::RewardOptions;
 use crate::rollout::{Encoder, Progress, PromptOptions, RolloutOptions, Rollouts, Sampling};
+use crate::team::{Fact, Team};
 use crate::{Error, Result};
 
 /// Dialogues that are opened to see how long openings are.
@@ -63,6 +64,9 @@ pub struct EvalConfig {
     /// Memory for the KV cache at most, MiB; sets how many sequences run at once
     #[arg(long, default_value_t = 1024, value_name = "MIB", help_heading = "Sampling")]
     pub kv_mib: usize,
+    /// Sample completions that do not depend on who is decoded beside them; with several MPI ranks always on, on the CPU
+    #[arg(long, help_heading = "Sampling")]
+    pub batch_invariant: bool,
 
     /// Adapter (GGUF)
     #[arg(long, value_name = "FILE", help_heading = "Run")]
@@ -79,6 +83,11 @@ pub struct EvalConfig {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = crate::options::at_least_one, help_heading = "Run")]
     pub threads: Option<usize>,
+}
+
+/// SHA-256 of files, one after another.
+fn sums(files: &[PathBuf]) -> Result<String> {
+    Ok(files.iter().map(|file| sha256(file)).collect::<Result<Vec<_>>>()?.join(" "))
 }
 
 impl EvalConfig {
@@ -137,10 +146,14 @@ impl EvalConfig {
     pub fn run(
         &self,
         model: &Model,
+        team: &Team,
         stop: &AtomicBool,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Report> {
         self.check()?;
+        self.dialogues.check_alone(team, self.batch_invariant)?;
+        let batch_invariant =
+            crate::rollout::invariant(self.batch_invariant, model.device(), team)?;
         let options = SourceOptions {
             seed: self.seed,
             columns: self.columns.clone(),
@@ -177,15 +190,30 @@ impl EvalConfig {
         if let Some(lora) = &mut lora {
             rollouts.set_adapter(Some(lora.live(model)?))?;
         }
-        let mut store = match &self.out {
-            Some(folder) => {
-                let settings = self.settings(model, max_prompt, max_response, problems.len())?;
-                Some(if self.resume {
-                    Store::resume(folder, &settings, problems.len(), self.samples)?
-                } else {
-                    Store::create(folder, &settings)?
-                })
-            }
+        rollouts.share(team);
+        if batch_invariant {
+            rollouts.make_invariant();
+        }
+        let mut settings = self.settings(model, max_prompt, max_response, problems.len())?;
+        if batch_invariant {
+            settings.insert("batch_invariant".into(), true.into());
+        }
+        if !team.is_alone() {
+            let text = |value| serde_json::to_string(value).unwrap_or_default();
+            team.alike(&[
+                Fact::program()?,
+                Fact::new("the model's SHA-256", sums(model.files())?, "copy the model's file"),
+                Fact::new("settings", text(&settings), "start all ranks with the same options"),
+                Fact::new("threads", threads.n_threads().to_string(), "give --threads"),
+                Fact::processor(),
+            ])?;
+        }
+        let mut store = match self.out.as_ref().filter(|_| team.is_first()) {
+            Some(folder) => Some(if self.resume {
+                Store::resume(folder, &settings, problems.len(), self.samples)?
+            } else {
+                Store::create(folder, &settings)?
+            }),
             None => None,
         };
         let options = EvalOptions {

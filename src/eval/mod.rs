@@ -38,6 +38,8 @@ pub struct EvalOptions {
     pub seed: u64,
 }
 
+/// Problems of each rank that are evaluated before what was found is kept.
+const KEPT_TOGETHER: usize = 64;
 /// Keeps the random numbers of evaluations apart from those of training.
 const EVAL_STREAM: u64 = 1 << 48;
 
@@ -154,61 +156,65 @@ impl Evaluator<'_, '_> {
     ) -> Result<Vec<Outcome>> {
         let judge = self.pool.judge().clone();
         let mut outcomes: Vec<Option<Outcome>> = vec![None; problems.len()];
-        if let Some(store) = store.as_deref_mut() {
-            for (problem, samples) in store.take_done() {
-                outcomes[problem] = Some(Outcome::new(&problems[problem], &samples, &judge));
-            }
+        let team = self.rollouts.team().clone();
+        let done = || Ok(store.as_deref_mut().map(Store::take_done).unwrap_or_default());
+        for (problem, samples) in team.from_first(done)? {
+            outcomes[problem] = Some(Outcome::new(&problems[problem], &samples, &judge));
         }
         let missing: Vec<usize> = (0..problems.len()).filter(|&p| outcomes[p].is_none()).collect();
-        let mut asked = Vec::with_capacity(missing.len());
-        let mut requests = Vec::with_capacity(missing.len());
-        for &p in &missing {
-            requests.push(Request {
-                prompt_tokens: self.encoder.prompt(&problems[p].prompt, options.max_prompt)?,
-                n: options.samples,
-                // By position in the data: a resumed evaluation samples what the first would have.
-                seed_stream: EVAL_STREAM + p as u64,
-                max_tokens: options.max_response,
-            });
-            asked.push(problems[p].clone());
-        }
-        let mut sampler = Sampler {
-            rollouts: self.rollouts,
-            encoder: self.encoder,
-            sampling: options.sampling,
-            seed: options.seed,
-            stop: self.stop,
-        };
-        let mut open: Vec<Vec<Option<EvalSample>>> =
-            missing.iter().map(|_| vec![None; options.samples]).collect();
-        let mut each = |fresh: &Fresh<'_>| -> Result<()> {
-            let p = missing[fresh.request];
-            let samples = &mut open[fresh.request];
-            samples[fresh.index] = Some(EvalSample {
-                problem: p,
-                id: problems[p].id.clone(),
-                sample: fresh.index,
-                right: fresh.judgement.right,
-                reward: fresh.judgement.reward,
-                reason: fresh.judgement.reason.clone(),
-                answer: problems[p].answer.clone(),
-                extracted: judge.answer(fresh.opening, fresh.text),
-                tokens: fresh.tokens,
-                truncated: fresh.truncated,
-                completion: fresh.text.into(),
-                talk: None,
-                messages: Vec::new(),
-            });
-            if samples.iter().all(Option::is_some) {
-                let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();
-                outcomes[p] = Some(Outcome::new(&problems[p], &samples, &judge));
-                if let Some(store) = store.as_deref_mut() {
-                    store.append(&samples)?;
-                }
+        // Of a team the first rank learns at the end of a call what the others sampled, and keeps it then.
+        let at_once = if team.is_alone() { missing.len() } else { team.size() * KEPT_TOGETHER };
+        for some in missing.chunks(at_once.max(1)) {
+            let mut asked = Vec::with_capacity(some.len());
+            let mut requests = Vec::with_capacity(some.len());
+            for &p in some {
+                requests.push(Request {
+                    prompt_tokens: self.encoder.prompt(&problems[p].prompt, options.max_prompt)?,
+                    n: options.samples,
+                    // By position in the data: a resumed evaluation samples what the first would have.
+                    seed_stream: EVAL_STREAM + p as u64,
+                    max_tokens: options.max_response,
+                });
+                asked.push(problems[p].clone());
             }
-            Ok(())
-        };
-        self.pool.sample(&mut sampler, &asked, &requests, progress, &mut each)?;
+            let mut sampler = Sampler {
+                rollouts: self.rollouts,
+                encoder: self.encoder,
+                sampling: options.sampling,
+                seed: options.seed,
+                stop: self.stop,
+            };
+            let mut open: Vec<Vec<Option<EvalSample>>> =
+                some.iter().map(|_| vec![None; options.samples]).collect();
+            let mut each = |fresh: &Fresh<'_>| -> Result<()> {
+                let p = some[fresh.request];
+                let samples = &mut open[fresh.request];
+                samples[fresh.index] = Some(EvalSample {
+                    problem: p,
+                    id: problems[p].id.clone(),
+                    sample: fresh.index,
+                    right: fresh.judgement.right,
+                    reward: fresh.judgement.reward,
+                    reason: fresh.judgement.reason.clone(),
+                    answer: problems[p].answer.clone(),
+                    extracted: judge.answer(fresh.opening, fresh.text),
+                    tokens: fresh.tokens,
+                    truncated: fresh.truncated,
+                    completion: fresh.text.into(),
+                    talk: None,
+                    messages: Vec::new(),
+                });
+                if samples.iter().all(Option::is_some) {
+                    let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();
+                    outcomes[p] = Some(Outcome::new(&problems[p], &samples, &judge));
+                    if let Some(store) = store.as_deref_mut() {
+                        store.append(&samples)?;
+                    }
+                }
+                Ok(())
+            };
+            self.pool.sample(&mut sampler, &asked, &requests, progress, &mut each)?;
+        }
         Ok(outcomes.into_iter().flatten().collect())
     }
 }

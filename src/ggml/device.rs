@@ -50,6 +50,9 @@ pub enum DeviceChoice {
     Cpu,
     /// `cuda` or `cuda:N`
     Cuda(usize),
+    /// `cuda:auto`: the GPU of this rank's number among the ranks of its machine, from the first again where there are
+    /// more ranks than GPUs.
+    CudaOfRank,
     /// `auto`: the first GPU, or the CPU where this build has no CUDA or the driver shows no GPU.
     Auto,
     /// `emulated`: the GPU's kernels on the host, slowly; to rehearse what a GPU is to do (docs/GPU.md).
@@ -65,12 +68,13 @@ impl FromStr for DeviceChoice {
             None if text == "auto" => return Ok(DeviceChoice::Auto),
             None if text == "emulated" => return Ok(DeviceChoice::Emulated),
             None if text == "cuda" => Some(0),
+            Some(("cuda", "auto")) => return Ok(DeviceChoice::CudaOfRank),
             Some(("cuda", index)) => index.parse().ok(),
             _ => None,
         };
         index.map(DeviceChoice::Cuda).ok_or_else(|| {
             let advice = "leave it out for the CPU";
-            Error::invalid("--device", "cpu, cuda, cuda:N or auto", text, advice)
+            Error::invalid("--device", "cpu, cuda, cuda:N, cuda:auto or auto", text, advice)
         })
     }
 }
@@ -80,6 +84,7 @@ impl fmt::Display for DeviceChoice {
         match self {
             DeviceChoice::Cpu => f.write_str("cpu"),
             DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
+            DeviceChoice::CudaOfRank => f.write_str("cuda:auto"),
             DeviceChoice::Auto => f.write_str("auto"),
             DeviceChoice::Emulated => f.write_str("emulated"),
         }
@@ -100,6 +105,10 @@ impl DeviceChoice {
                 Ok(gpus) if !gpus.is_empty() => Ok(Device::Gpu { index: 0, precise }),
                 _ => Ok(Device::Cpu),
             },
+            DeviceChoice::CudaOfRank => {
+                let n = gpus()?.len().max(1);
+                DeviceChoice::Cuda(local_rank() % n).resolve(precise)
+            }
             DeviceChoice::Cuda(index) => {
                 let gpus = gpus()?;
                 if index >= gpus.len() {
@@ -116,6 +125,12 @@ impl DeviceChoice {
             }
         }
     }
+}
+
+/// This process's number among those of its machine, as launchers of MPI say it; 0 without one.
+fn local_rank() -> usize {
+    let names = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"];
+    names.iter().find_map(|name| std::env::var(name).ok()?.parse().ok()).unwrap_or(0)
 }
 
 /// The GPUs that the driver shows.

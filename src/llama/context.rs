@@ -21,6 +21,9 @@ pub enum Products {
     Faster,
     /// Ours.
     Exact,
+    /// Ours for types of which they are ever the faster ones, ggml's for the others, whatever the number of columns; with
+    /// two columns or more a column's result does not depend on the others, nor on their number.
+    Invariant,
 }
 
 impl Products {
@@ -29,6 +32,7 @@ impl Products {
             Products::Ggml => sys::BUPO_PRODUCTS_GGML,
             Products::Faster => sys::BUPO_PRODUCTS_FASTER,
             Products::Exact => sys::BUPO_PRODUCTS_EXACT,
+            Products::Invariant => sys::BUPO_PRODUCTS_INVARIANT,
         }
     }
 }

@@ -41,7 +41,7 @@ pub struct Attempt<'a> {
 }
 
 /// What a judge says about one completion.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Judgement {
     /// The weighted sum, finite.
     pub reward: f32,

@@ -23,7 +23,7 @@ pub struct JudgePool {
 }
 
 /// A completion with its judgement.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Judged {
     /// Tokens and log-probs.
     pub completion: Completion,
@@ -144,7 +144,7 @@ impl JudgePool {
     }
 
     /// Samples all requests and judges each completion as it ends, on the workers. `each` sees them in the
-    /// order in which they were judged.
+    /// order in which they were judged, those of other ranks at the end.
     ///
     /// # Errors
     /// Those of sampling, of a reward that cannot judge, and of `each`.
@@ -167,25 +167,18 @@ impl JudgePool {
             progress,
             each,
         };
-        let completions = sampler.rollouts.generate_watched(
-            requests,
-            &sampler.sampling,
-            sampler.seed,
-            sampler.stop,
-            &mut judging,
-        )?;
-        while judging.open > 0 {
-            let done = judging.pool.results.recv().map_err(|_| lost())?;
-            judging.take(done)?;
+        let own = judging.own(sampler, requests);
+        let team = sampler.rollouts.team();
+        let all = team.join_by(requests.len(), own)?;
+        for (request, (rank, group)) in all.iter().enumerate() {
+            if *rank != team.rank() {
+                group
+                    .iter()
+                    .enumerate()
+                    .try_for_each(|(index, judged)| judging.show(request, index, judged))?;
+            }
         }
-        let judged = |(completion, verdict): (Completion, Option<(String, Judgement)>)| {
-            let (text, judgement) = verdict.ok_or_else(lost)?;
-            Ok(Judged { completion, text, judgement })
-        };
-        let groups = completions.into_iter().zip(judging.verdicts);
-        groups
-            .map(|(group, verdicts)| group.into_iter().zip(verdicts).map(judged).collect())
-            .collect()
+        Ok(all.into_iter().map(|(_, group)| group).collect())
     }
 }
 
@@ -247,6 +240,46 @@ struct Judging<'j, 'm> {
 }
 
 impl Judging<'_, '_> {
+    /// Those of this rank, judged.
+    fn own(
+        &mut self,
+        sampler: &mut Sampler<'_, '_>,
+        requests: &[Request],
+    ) -> Result<Vec<(usize, Vec<Judged>)>> {
+        let (sampling, seed, stop) = (sampler.sampling, sampler.seed, sampler.stop);
+        let completions =
+            sampler.rollouts.generate_watched(requests, &sampling, seed, stop, self)?;
+        while self.open > 0 {
+            let done = self.pool.results.recv().map_err(|_| lost())?;
+            self.take(done)?;
+        }
+        let judged = |(completion, verdict): (Completion, Option<(String, Judgement)>)| {
+            let (text, judgement) = verdict.ok_or_else(lost)?;
+            Ok(Judged { completion, text, judgement })
+        };
+        completions
+            .into_iter()
+            .map(|(request, group)| {
+                let verdicts = std::mem::take(&mut self.verdicts[request]);
+                let group = group.into_iter().zip(verdicts).map(judged).collect::<Result<_>>()?;
+                Ok((request, group))
+            })
+            .collect()
+    }
+
+    /// Shows a completion that another rank judged.
+    fn show(&mut self, request: usize, index: usize, judged: &Judged) -> Result<()> {
+        (self.each)(&Fresh {
+            request,
+            index,
+            text: &judged.text,
+            opening: &self.openings[request],
+            tokens: judged.completion.tokens.len(),
+            truncated: judged.truncated(),
+            judgement: &judged.judgement,
+        })
+    }
+
     fn take(&mut self, (job, outcome): (Job, Result<Judgement>)) -> Result<()> {
         // Left over from a call that ended with an error.
         if job.call != self.pool.calls {

@@ -4,7 +4,7 @@
 //! decode; its answer is taken in a fixed number of rounds later ([`Partner::lag`]) and waited for where it has not come by
 //! then. Who is decoded together thus depends on no clock, and the same partner gives the same tokens to the last bit.
 
-use super::scheduler::{Completion, Finish};
+use super::request::{Completion, Finish};
 use crate::Result;
 
 /// A dialogue: which request, and which of its completions.

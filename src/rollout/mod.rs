@@ -2,6 +2,7 @@
 
 mod dialogue;
 mod encode;
+mod request;
 mod run;
 mod sampler;
 mod scheduler;
@@ -10,7 +11,30 @@ mod watch;
 
 pub use dialogue::{Answer, Partner, Segment, Which};
 pub use encode::{Conversation, Encoder, PromptOptions, Said, Turns};
+pub use request::{Completion, Finish, Request};
 pub use sampler::{Sampler, Sampling};
-pub use scheduler::{Completion, Finish, Request, Rollouts};
+pub use scheduler::Rollouts;
 pub use sizes::{RolloutOptions, RolloutSizes};
 pub use watch::{Progress, Watcher};
+
+use crate::ggml::Device;
+use crate::team::Team;
+use crate::{Error, Result};
+
+/// Whether completions are to be the same whoever is decoded beside them: where it is `wanted`, and where several ranks
+/// sample, for who samples what is a matter of time. GPUs have no kernels for it.
+///
+/// # Errors
+/// [`Error::Invalid`] where it is wanted on a GPU.
+pub fn invariant(wanted: bool, device: Device, team: &Team) -> Result<bool> {
+    if wanted && !device.is_host() {
+        let advice = "leave it out: a GPU's kernels depend on how many are decoded at once";
+        return Err(Error::invalid(
+            "--batch-invariant",
+            "--device cpu",
+            device.to_string(),
+            advice,
+        ));
+    }
+    Ok(device.is_host() && (wanted || !team.is_alone()))
+}

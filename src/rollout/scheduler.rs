@@ -13,56 +13,29 @@
 //!
 //! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
 //! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
-//! computes a product ([`Products`]), and with them now and then a token.
+//! computes a product ([`Products`]), and with them now and then a token. [`Rollouts::make_invariant`] ends that: kernels
+//! are chosen by the weight's type alone, each prompt is decoded by itself, and a token that would be decoded alone gets
+//! company, for ggml has another kernel for one column.
+//!
+//! In a [`Team`] a rank samples the requests that it takes, one after another as slots become free.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::dialogue::{Partner, Segment};
+use super::request::{Completion, Request};
 use super::run::Run;
 use super::sampler::Sampling;
 use super::sizes::{MAX_PARALLEL, RolloutOptions, RolloutSizes};
 use super::watch::{Progress, ProgressOnly, Watcher};
 use crate::ggml::ThreadPool;
 use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products};
+use crate::team::Team;
 use crate::{Error, Result};
 
-/// A prompt and how many completions of it are wanted.
-#[derive(Clone, Debug)]
-pub struct Request {
-    /// Prompt tokens, not empty.
-    pub prompt_tokens: Vec<i32>,
-    /// Completions.
-    pub n: usize,
-    /// Tells the random numbers of requests apart; with the seed and a completion's index it is their key.
-    pub seed_stream: u64,
-    /// A completion ends at this length.
-    pub max_tokens: usize,
-}
-
-/// Why a completion ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Finish {
-    /// An end-of-generation token was sampled; it is the last of the tokens.
-    Eog,
-    /// The length limit.
-    Length,
-}
-
-/// One sampled completion.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// Token ids, at least one.
-    pub tokens: Vec<i32>,
-    /// Log-prob of each under the full policy at the sampling temperature, nats.
-    pub logprobs: Vec<f32>,
-    /// Why it ended.
-    pub finish: Finish,
-    /// The experts that the prompt's tokens took, then those of its own that were read (all but the last): see
-    /// [`Context::experts`]; empty where they are not kept.
-    pub experts: Vec<i16>,
-}
+/// Sequences from which on a decode on the CPU does not get faster by more of them: a rank that has so many takes no
+/// further request.
+const ENOUGH: usize = 32;
 
 /// Samples completions with llama.cpp.
 pub struct Rollouts {
@@ -81,6 +54,9 @@ pub struct Rollouts {
     draws: bool,
     // Sequences have states, which cannot forget a completion's tokens.
     has_states: bool,
+    // Nothing may depend on who is decoded together.
+    invariant: bool,
+    team: Team,
 }
 
 impl Rollouts {
@@ -119,7 +95,27 @@ impl Rollouts {
             n_slots,
             draws,
             has_states,
+            invariant: false,
+            team: Team::alone(),
         })
+    }
+
+    /// Shares the requests of every call among the ranks of a team, from now on: all of them make the same calls.
+    pub fn share(&mut self, team: &Team) {
+        self.team = team.clone();
+    }
+
+    /// Who samples.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// Samples completions that do not depend on who is decoded beside them, on the CPU, from now on.
+    pub fn make_invariant(&mut self) {
+        self.invariant = true;
+        if self.sizes.products != Products::Exact {
+            self.set_products(Products::Invariant);
+        }
     }
 
     /// Draws tokens in the decoding graph also where logits lie in host memory, where nothing is gained: for tests.
@@ -200,11 +196,13 @@ impl Rollouts {
         stop: &AtomicBool,
         watch: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> Result<Vec<Vec<Completion>>> {
-        self.generate_watched(requests, sampling, seed, stop, &mut ProgressOnly(watch))
+        let own = self.generate_watched(requests, sampling, seed, stop, &mut ProgressOnly(watch));
+        self.team.join(requests.len(), own)
     }
 
     /// [`Rollouts::generate`] with a watcher that is also handed every completion as it ends, so that
-    /// it is judged while others are sampled.
+    /// it is judged while others are sampled. Of a team it gives the requests that this rank took, and is no call that
+    /// all ranks end together: a [`Team::join`] has to follow.
     pub fn generate_watched(
         &mut self,
         requests: &[Request],
@@ -212,14 +210,15 @@ impl Rollouts {
         seed: u64,
         stop: &AtomicBool,
         watcher: &mut dyn Watcher,
-    ) -> Result<Vec<Vec<Completion>>> {
+    ) -> Result<Vec<(usize, Vec<Completion>)>> {
         let done = self.run(requests, sampling, seed, stop, None, watcher)?;
         let completion = |mut segments: Vec<Segment>| segments.pop().map(|s| s.completion);
-        Ok(done.into_iter().map(|g| g.into_iter().filter_map(completion).collect()).collect())
+        let group = |g: Vec<Vec<Segment>>| g.into_iter().filter_map(completion).collect();
+        Ok(done.into_iter().map(|(request, g)| (request, group(g))).collect())
     }
 
     /// Dialogues from all requests with a partner, in their order: of each its segments. A request's `max_tokens` are
-    /// those that may follow its prompt in all, the partner's among them.
+    /// those that may follow its prompt in all, the partner's among them. Of a process alone.
     ///
     /// # Errors
     /// Those of [`Rollouts::generate`] and of the partner.
@@ -232,10 +231,12 @@ impl Rollouts {
         partner: &mut dyn Partner,
         watch: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> Result<Vec<Vec<Vec<Segment>>>> {
-        self.run(requests, sampling, seed, stop, Some(partner), &mut ProgressOnly(watch))
+        let watcher = &mut ProgressOnly(watch);
+        let done = self.run(requests, sampling, seed, stop, Some(partner), watcher)?;
+        Ok(done.into_iter().map(|(_, group)| group).collect())
     }
 
-    /// Of every completion of every request its segments.
+    /// The requests that this process took, and of every completion of them its segments.
     fn run(
         &mut self,
         requests: &[Request],
@@ -244,7 +245,8 @@ impl Rollouts {
         stop: &AtomicBool,
         partner: Option<&mut dyn Partner>,
         watcher: &mut dyn Watcher,
-    ) -> Result<Vec<Vec<Vec<Segment>>>> {
+    ) -> Result<Vec<(usize, Vec<Vec<Segment>>)>> {
+        let mut queue = self.team.queue(requests.len());
         self.check(requests)?;
         let n_slots = self.n_slots;
         self.context()?;
@@ -254,9 +256,11 @@ impl Rollouts {
         let draws = self.draws && sampling.temperature > 0.0 && !sampling.truncates();
         context.draw(if draws { n_slots } else { 0 })?;
         let prompt_slot = (self.draws || self.has_states).then_some(n_slots);
-        let mut run = Run::new(context, workers, requests, sampling, seed, partner);
+        let mut run = Run::new(context, workers, &mut queue, requests, sampling, seed, partner);
         run.lies_in(n_slots, prompt_slot, self.has_states, draws);
-        while !run.is_done() {
+        run.enough = if self.model.device().is_host() { ENOUGH } else { n_slots };
+        run.invariant = self.invariant;
+        while run.is_open() {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }

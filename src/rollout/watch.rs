@@ -1,6 +1,6 @@
 //! Following rollouts while they are sampled.
 
-use super::scheduler::Completion;
+use super::request::Completion;
 use crate::Result;
 
 /// How far a call of [`super::Rollouts::generate`] is, after each round of tokens.

@@ -86,6 +86,9 @@ pub struct Checkpoint {
     pub meta: Meta,
 }
 
+/// Files by name with their bytes.
+pub type Files = Vec<(String, Vec<u8>)>;
+
 /// A checkpoint that is not used, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damaged {
@@ -300,6 +303,20 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 impl Checkpoint {
+    /// Its name, and its files by name with their bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when one cannot be read.
+    pub fn files(&self) -> Result<(String, Files)> {
+        let read = |name: &str| {
+            let path = self.path.join(name);
+            Ok((name.to_string(), fs::read(&path).map_err(Error::io("read", &path))?))
+        };
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let files = FILES.into_iter().chain([SUMS]).map(read).collect::<Result<_>>()?;
+        Ok((name, files))
+    }
+
     /// Opens a checkpoint and checks every byte of it.
     fn open(path: &Path, step: u64) -> Result<Checkpoint> {
         let sums = read_text(&path.join(SUMS))?;

@@ -213,6 +213,10 @@ pub struct TrainConfig {
     /// --vram allows]
     #[arg(long, value_name = "MIB", help_heading = "Sampling")]
     pub kv_mib: Option<usize>,
+    /// Sample completions that do not depend on who is decoded beside them, so that any number of MPI ranks samples the
+    /// same ones; with several ranks always on, on the CPU
+    #[arg(long, help_heading = "Sampling")]
+    pub batch_invariant: bool,
 
     /// Learning rate [default: by the objective and the model's size]
     #[arg(long, value_name = "X", help_heading = "Optimiser")]
@@ -285,7 +289,8 @@ pub struct TrainConfig {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = crate::options::at_least_one, help_heading = "Run")]
     pub threads: Option<usize>,
-    /// Where to compute: cpu, cuda (the first GPU), cuda:N, or auto; a GPU needs a build with `--features cuda`
+    /// Where to compute: cpu, cuda (the first GPU), cuda:N, cuda:auto (one for each MPI rank
+    /// of a machine), or auto; a GPU needs a build with `--features cuda`
     #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Run")]
     pub device: String,
     /// On a GPU: its memory that the run may take, 12GiB say, for which micro batches and parallel sequences are

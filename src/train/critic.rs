@@ -79,15 +79,16 @@ impl Critic {
         scored.iter().map(|s| value(w, b, &direction(row(residual, w.len(), s)))).collect()
     }
 
-    /// Adds the gradient at the scored positions and returns the loss there. `targets` are (weight, return).
-    pub fn accumulate(
+    /// Loss and gradient at the scored positions. `targets` are (weight, return).
+    pub fn gradient(
         &mut self,
         depth: usize,
         residual: &[f32],
         scored: &[Scored],
         targets: &[(f32, f32)],
-    ) -> f64 {
+    ) -> (f64, Vec<f64>) {
         let Head { tensors, gradient, .. } = self.head(depth);
+        let mut gradient = vec![0.0; gradient.len()];
         let weights = tensors.values(0);
         let (w, b) = split(&weights);
         let mut loss = 0.0;
@@ -100,7 +101,13 @@ impl Critic {
                 *g += slope * *x as f64;
             }
         }
-        loss
+        (loss, gradient)
+    }
+
+    /// Adds a gradient to what the next step takes.
+    pub fn add(&mut self, depth: usize, gradient: &[f64]) {
+        let sum = &mut self.head(depth).gradient;
+        sum.iter_mut().zip(gradient).for_each(|(sum, g)| *sum += g);
     }
 
     /// One step with the gradient accumulated so far, which is cleared. One that is not finite changes nothing.
@@ -179,6 +186,18 @@ mod tests {
 
     const CONFIG: CriticConfig = CriticConfig { lr: 0.05, beta1: 0.9, beta2: 0.999, eps: 1e-8 };
 
+    fn accumulate(
+        critic: &mut Critic,
+        depth: usize,
+        residual: &[f32],
+        scored: &[Scored],
+        targets: &[(f32, f32)],
+    ) -> f64 {
+        let (loss, gradient) = critic.gradient(depth, residual, scored, targets);
+        critic.add(depth, &gradient);
+        loss
+    }
+
     fn scored(rows: &[i32]) -> Vec<Scored> {
         rows.iter().map(|&row| Scored { row, target: 0 }).collect()
     }
@@ -192,7 +211,7 @@ mod tests {
         let loss = |critic: &mut Critic, weights: &[f32]| {
             critic.heads[0].tensors.values_mut(0).copy_from_slice(weights);
             critic.heads[0].gradient.fill(0.0);
-            critic.accumulate(3, &residual, &at, &targets)
+            accumulate(critic, 3, &residual, &at, &targets)
         };
         for i in 0..5 {
             let (mut up, mut down) = (weights, weights);
@@ -211,14 +230,14 @@ mod tests {
         let mut critic = Critic::new(&[2, 4, 2], 2, CONFIG).unwrap();
         assert_eq!(critic.heads.len(), 2);
         for _ in 0..400 {
-            critic.accumulate(2, &residual, &scored(&[0, 1]), &[(0.5, 1.0), (0.5, -1.0)]);
+            accumulate(&mut critic, 2, &residual, &scored(&[0, 1]), &[(0.5, 1.0), (0.5, -1.0)]);
             critic.step(2);
         }
         let values = critic.values(2, &residual, &scored(&[0, 1]));
         assert!((values[0] - 1.0).abs() < 0.05 && (values[1] + 1.0).abs() < 0.05, "{values:?}");
         assert_eq!(critic.values(4, &residual, &scored(&[0, 1])), [0.0, 0.0]);
         let before = critic.values(2, &residual, &scored(&[0]));
-        critic.accumulate(2, &residual, &scored(&[0]), &[(f32::NAN, 1.0)]);
+        accumulate(&mut critic, 2, &residual, &scored(&[0]), &[(f32::NAN, 1.0)]);
         critic.step(2);
         assert_eq!(critic.values(2, &residual, &scored(&[0])), before);
     }

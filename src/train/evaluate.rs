@@ -5,8 +5,9 @@ use serde::Serialize;
 
 use super::collect::By;
 use super::dialogues::Dialogues;
-use super::learner::{ResponseGroup, Tally};
+use super::learner::ResponseGroup;
 use super::source::Source;
+use super::tally::Tally;
 use super::{Observer, Phase, TrainConfig, Trainer};
 use crate::Result;
 use crate::data::{Problem, ProblemSource, SourceOptions};

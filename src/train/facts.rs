@@ -28,6 +28,8 @@ pub struct Facts {
     pub solutions: Lengths,
     /// Tokens of the longest given row, held-out ones too; none where completions are sampled.
     pub longest_row: Option<usize>,
+    /// Ranks that share the work; 0 where nobody said.
+    pub ranks: usize,
     /// The longest completion that memory has room for, where that was found to be less than what is wished for.
     pub room: Option<usize>,
 }

@@ -151,7 +151,8 @@ pub(super) fn find(
         rollouts.release();
     }
     let budget = c.micro_batch_tokens;
-    let sums = analysis::sums(engine, model, Some(lora), &samples, c.final_norm, budget)?;
+    let sums =
+        analysis::sums(engine, model, Some(lora), &samples, c.final_norm, budget, with.team)?;
     if on_gpu {
         engine.release();
     }
@@ -182,7 +183,12 @@ impl Trainer<'_> {
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.set_adapter(None)?;
             }
-            let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
+            let with = With {
+                settings: &self.settings,
+                encoder: &self.encoder,
+                stop: &self.stop,
+                team: &self.team,
+            };
             let answers = answers(&mut self.source, with);
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.set_adapter(Some(self.learner.lora.live(self.model)?))?;
@@ -194,8 +200,16 @@ impl Trainer<'_> {
         let (layer, norm) = (c.internal_layer, c.final_norm);
         let (learner, budget) = (&mut self.learner, c.micro_batch_tokens);
         let (engine, lora) = (&mut learner.engine, Some(&learner.lora));
-        let probe =
-            analysis::probe(engine, self.model, lora, &self.probe_set, layer, norm, budget)?;
+        let probe = analysis::probe(
+            engine,
+            self.model,
+            lora,
+            &self.probe_set,
+            layer,
+            norm,
+            budget,
+            &self.team,
+        )?;
         self.end_updates()?;
         Ok(probe)
     }

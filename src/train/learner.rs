@@ -1,16 +1,17 @@
 //! The learner: scores mini batches, walks back, steps. What the losses are is the objective's affair.
 
-use std::collections::BTreeMap;
-
 use super::advantage::assign;
 use super::critic::Critic;
 use super::micro_batch::{Group, MicroBatch, Mixture, pack};
-use super::objective::{Objective, Scored};
+use super::objective::{Objective, Scored, Totals};
 use super::optimizer::AdamW;
+use super::tally::Tally;
 use super::teacher::Teacher;
+use super::together::GradientSum;
 use crate::Result;
 use crate::ggml::TensorSet;
 use crate::model::{Engine, Lora, Model, Policy};
+use crate::team::{Queue, Team};
 
 /// A completion as training sees it.
 #[derive(Clone, Debug, Default)]
@@ -133,49 +134,6 @@ pub struct UpdateConfig {
     pub old_from_rollout: bool,
 }
 
-/// Sums over the tokens of mini batches.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    /// Tokens that were scored.
-    pub tokens: usize,
-    /// Loss of each mini batch, added up.
-    pub loss: f64,
-    /// Entropies, nats.
-    pub entropy: f64,
-    /// Clipped tokens.
-    pub clipped: usize,
-    /// KL estimates, nats.
-    pub kl: f64,
-    /// |log-prob of rollout - log-prob before the update|, nats.
-    pub drift: f64,
-    /// Tokens of which both are known.
-    pub drift_tokens: usize,
-    /// Mini batches.
-    pub updates: usize,
-    /// Gradient norms, added up.
-    pub gradient_norm: f64,
-    /// Updates skipped for a gradient that was not finite.
-    pub skipped: usize,
-    /// Loss of the critic in each mini batch, added up.
-    pub value_loss: f64,
-    /// Sum and number of what an objective says of itself, by the field's names.
-    notes: BTreeMap<&'static str, (f64, usize)>,
-}
-
-impl Tally {
-    /// Takes a value into the mean of this name.
-    pub fn note(&mut self, name: &'static str, value: f64) {
-        let (sum, n) = self.notes.entry(name).or_default();
-        *sum += value;
-        *n += 1;
-    }
-
-    /// The means.
-    pub fn means(&self) -> impl Iterator<Item = (&'static str, f64)> + '_ {
-        self.notes.iter().map(|(name, (sum, n))| (*name, sum / *n as f64))
-    }
-}
-
 /// Whose log-probs are measured.
 #[derive(Clone, Copy, PartialEq)]
 enum Whose {
@@ -214,6 +172,8 @@ pub struct Learner<'m> {
     pub engine: Engine,
     /// Accumulated gradients.
     pub gradients: TensorSet,
+    /// Those of a further micro batch, before they are added.
+    pub part: TensorSet,
     /// Optimiser.
     pub optimizer: AdamW,
     /// Value heads, for PPO.
@@ -222,13 +182,27 @@ pub struct Learner<'m> {
     pub reference: Option<Lora>,
     /// Of a distillation.
     pub teacher: Option<Teacher<'m>>,
+    /// Who shares micro batches.
+    pub team: Team,
 }
 
 /// What a forward says of a response before an update.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, serde::Serialize, serde::Deserialize)]
 struct Measured {
     logprobs: Vec<f32>,
     values: Vec<f32>,
+}
+
+/// By the responses' numbers.
+type OfResponses = Vec<(usize, Measured)>;
+
+/// What a micro batch adds to its mini batch, beside the adapter's gradient.
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+struct Share {
+    loss: f64,
+    tally: Tally,
+    /// Gradient of the critic's head.
+    critic: Vec<f64>,
 }
 
 impl Learner<'_> {
@@ -240,10 +214,28 @@ impl Learner<'_> {
         config: &UpdateConfig,
         whose: Whose,
     ) -> Result<Vec<Measured>> {
-        let (policy, depth) = (config.policy, config.policy.depth());
         let packed = self.pack(groups, config)?;
+        let mut queue = self.team.queue(packed.len());
+        let own = self.measure_own(&packed, &mut queue, config, whose);
         let mut out = vec![Measured::default(); groups.iter().map(|g| g.responses.len()).sum()];
-        for micro in packed {
+        for micro in self.team.join(packed.len(), own)? {
+            micro.into_iter().for_each(|(response, measured)| out[response] = measured);
+        }
+        Ok(out)
+    }
+
+    /// The responses of the micro batches that are taken from the queue.
+    fn measure_own(
+        &mut self,
+        packed: &[MicroBatch],
+        queue: &mut Queue,
+        config: &UpdateConfig,
+        whose: Whose,
+    ) -> Result<Vec<(usize, OfResponses)>> {
+        let (policy, depth) = (config.policy, config.policy.depth());
+        let mut own = Vec::new();
+        while let Some(number) = queue.take()? {
+            let micro = &packed[number];
             let lora = match whose {
                 Whose::Policy => Some(&self.lora),
                 Whose::Reference => self.reference.as_ref(),
@@ -259,13 +251,16 @@ impl Learner<'_> {
                 None => Vec::new(),
             };
             let mut at = 0;
-            for (response, n) in micro.responses {
-                out[response].logprobs = scores.logprobs[at..at + n].to_vec();
-                out[response].values = values.get(at..at + n).unwrap_or_default().to_vec();
+            let measured = micro.responses.iter().map(|&(response, n)| {
+                let scored = at..at + n;
                 at += n;
-            }
+                let logprobs = scores.logprobs[scored.clone()].to_vec();
+                let values = values.get(scored).unwrap_or_default().to_vec();
+                (response, Measured { logprobs, values })
+            });
+            own.push((number, measured.collect()));
         }
-        Ok(out)
+        Ok(own)
     }
 
     /// What an objective wants to know of a step's groups before the first update: old log-probs, values and
@@ -400,63 +395,112 @@ impl Learner<'_> {
             totals.z0 = self.mismatched_kl(groups, config)?;
             tally.note("kl", totals.z0);
         }
-        let (policy, depth) = (config.policy, config.policy.depth());
+        let packed = self.pack(groups, config)?;
         let mut loss = 0.0;
-        for micro in self.pack(groups, config)? {
-            let (model, batch) = (self.model, &micro.batch);
-            match pass {
-                Pass::Train => self.engine.forward_to_train(model, &self.lora, batch, depth)?,
-                Pass::Score => self.engine.forward(model, Some(&self.lora), batch, depth)?,
-            }
-            if let Some(share) = self.engine.rerouted() {
-                tally.note("experts_differ", share);
-            }
-            let (scores, entropies) = match (config.objective, &mut self.teacher) {
-                (Objective::Distill(spec), Some(teacher)) => {
-                    let hidden = teacher.hidden(batch)?;
-                    let d = self.engine.diverge(model, batch, policy, &hidden, spec)?;
-                    (d.nats, d.entropies)
+        let mut sum = GradientSum::new(self, config.policy.depth());
+        for (first, wave) in sum.waves(&packed) {
+            let mut queue = self.team.queue(wave.len());
+            let mut own = Vec::new();
+            let done: Result<()> = (|| {
+                while let Some(number) =
+                    sum.room(own.len()).then(|| queue.take()).transpose()?.flatten()
+                {
+                    let share =
+                        self.micro_batch(&wave[number], &responses, config, pass, &totals)?;
+                    if pass == Pass::Train {
+                        sum.keep(self, first + number)?;
+                        progress(wave[number].batch.len());
+                    }
+                    own.push((number, share));
                 }
-                _ => {
-                    let (t, keep) = (config.temperature, pass == Pass::Train);
-                    let scores =
-                        self.engine.score(model, Some(&self.lora), batch, policy, t, keep)?;
-                    (scores.logprobs, scores.entropies)
+                Ok(())
+            })();
+            let shares = self.team.join_by(wave.len(), done.map(|()| own))?;
+            let by: Vec<usize> = shares.iter().map(|(rank, _)| *rank).collect();
+            for (micro, (rank, share)) in wave.iter().zip(shares) {
+                loss += share.loss;
+                tally.add(share.tally);
+                if let Some(critic) = &mut self.critic {
+                    critic.add(config.policy.depth(), &share.critic);
                 }
-            };
-            let mut scored = Vec::with_capacity(micro.responses.len());
-            let mut rest = scores.as_slice();
-            for &(index, n) in &micro.responses {
-                let (scores, later) = rest.split_at(n);
-                rest = later;
-                scored.push(Scored { response: responses[index], scores });
+                if pass == Pass::Train && rank != self.team.rank() {
+                    progress(micro.batch.len());
+                }
             }
-            let (part, cotangents) = config.objective.loss(&totals, &scored, tally);
-            loss += part;
-            tally.tokens += scores.len();
-            tally.entropy += entropies.iter().map(|&h| h as f64).sum::<f64>();
-            if pass == Pass::Score {
-                continue;
+            if pass == Pass::Train {
+                sum.add(self, &by)?;
             }
-            if let (Some(critic), Objective::PolicyGradient(settings)) =
-                (&mut self.critic, config.objective)
-            {
-                let targets: Vec<(f32, f32)> = scored
-                    .iter()
-                    .flat_map(|s| {
-                        let weight = settings.weight(s.scores.len(), &totals);
-                        s.response.returns.iter().map(move |&r| (weight, r))
-                    })
-                    .collect();
-                let residual = self.engine.residual(depth, batch.len());
-                tally.value_loss += critic.accumulate(depth, &residual, &batch.scored, &targets);
-            }
-            let gradients = &mut self.gradients;
-            self.engine.backward(model, &self.lora, gradients, batch, policy, &cotangents)?;
-            progress(batch.len());
+        }
+        if pass == Pass::Train {
+            sum.finish(self);
         }
         tally.loss += loss;
         Ok(loss as f32)
+    }
+
+    /// Scores a micro batch and, where it is a [`Pass::Train`], leaves its gradient in `part`.
+    fn micro_batch(
+        &mut self,
+        micro: &MicroBatch,
+        responses: &[&Response],
+        config: &UpdateConfig,
+        pass: Pass,
+        totals: &Totals,
+    ) -> Result<Share> {
+        let (policy, depth) = (config.policy, config.policy.depth());
+        let (model, batch) = (self.model, &micro.batch);
+        let mut share = Share::default();
+        match pass {
+            Pass::Train => self.engine.forward_to_train(model, &self.lora, batch, depth)?,
+            Pass::Score => self.engine.forward(model, Some(&self.lora), batch, depth)?,
+        }
+        if let Some(differ) = self.engine.rerouted() {
+            share.tally.note("experts_differ", differ);
+        }
+        let (scores, entropies) = match (config.objective, &mut self.teacher) {
+            (Objective::Distill(spec), Some(teacher)) => {
+                let hidden = teacher.hidden(batch)?;
+                let d = self.engine.diverge(model, batch, policy, &hidden, spec)?;
+                (d.nats, d.entropies)
+            }
+            _ => {
+                let (t, keep) = (config.temperature, pass == Pass::Train);
+                let scores = self.engine.score(model, Some(&self.lora), batch, policy, t, keep)?;
+                (scores.logprobs, scores.entropies)
+            }
+        };
+        let mut scored = Vec::with_capacity(micro.responses.len());
+        let mut rest = scores.as_slice();
+        for &(index, n) in &micro.responses {
+            let (scores, later) = rest.split_at(n);
+            rest = later;
+            scored.push(Scored { response: responses[index], scores });
+        }
+        let (loss, cotangents) = config.objective.loss(totals, &scored, &mut share.tally);
+        share.loss = loss;
+        share.tally.tokens += scores.len();
+        share.tally.entropy += entropies.iter().map(|&h| h as f64).sum::<f64>();
+        if pass == Pass::Score {
+            return Ok(share);
+        }
+        if let (Some(critic), Objective::PolicyGradient(settings)) =
+            (&mut self.critic, config.objective)
+        {
+            let targets: Vec<(f32, f32)> = scored
+                .iter()
+                .flat_map(|s| {
+                    let weight = settings.weight(s.scores.len(), totals);
+                    s.response.returns.iter().map(move |&r| (weight, r))
+                })
+                .collect();
+            let residual = self.engine.residual(depth, batch.len());
+            (share.tally.value_loss, share.critic) =
+                critic.gradient(depth, &residual, &batch.scored, &targets);
+        }
+        self.part.clear();
+        let part = &mut self.part;
+        self.engine.backward(model, &self.lora, part, batch, policy, &cotangents)?;
+        Ok(share)
     }
 
     /// The loss of groups under the current adapter, which stays as it is: the mean over mini batches of what an

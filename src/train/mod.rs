@@ -57,13 +57,15 @@ mod settings;
 mod source;
 mod start;
 mod state;
+mod tally;
 mod teacher;
+mod together;
 mod vram;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 pub use advantage::{Baseline, Gae, advantages, assign, estimate};
@@ -84,7 +86,7 @@ pub use optimizer::{AdamW, AdamWConfig};
 pub use plan::{Part, Plan};
 pub use preference::{KtoConfig, Likelihood, PairConfig, PairLoss, PairOutcome};
 pub use preset::{Applied, Preset};
-pub use record::{Phase, RolloutRecord, StepRecord, Summary};
+pub use record::{Communication, Phase, RolloutRecord, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
 pub use resume::{Change, Effect, Resume};
 pub use row_options::{DpoLoss, Reference, RowOptions};
@@ -96,9 +98,11 @@ pub use vram::GpuPlan;
 
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, Progress};
+use crate::team::Team;
 use crate::{Error, Result};
-use learner::{Learner, Tally, UpdateConfig};
+use learner::{Learner, UpdateConfig};
 use source::{Source, With};
+use tally::Tally;
 
 /// Whoever watches a run. All methods may do nothing.
 pub trait Observer {
@@ -139,6 +143,10 @@ pub struct Trainer<'m> {
     /// Where the gradients of the only step go.
     dump: Option<PathBuf>,
     stop: Arc<AtomicBool>,
+    /// Who shares the work.
+    team: Team,
+    /// Go on although processors differ.
+    allow_mixed: bool,
     /// Completions of the base model that `--entropy-every` looks at; empty until they are wanted.
     probe_set: Vec<crate::analysis::Sample>,
     /// SHA-256 of the model and of the data; empty until a run begins.
@@ -203,6 +211,8 @@ impl<'m> Trainer<'m> {
             advice: _,
             dump: _,
             stop: _,
+            team: _,
+            allow_mixed: _,
             inputs: _,
             // What it gives depends on the step and the settings alone.
             source: _,
@@ -260,7 +270,12 @@ impl<'m> Trainer<'m> {
     ) -> Result<(StepRecord, Vec<Sample>)> {
         let start = Instant::now();
         let (phase, policy) = self.phase(step)?;
-        let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
+        let with = With {
+            settings: &self.settings,
+            encoder: &self.encoder,
+            stop: &self.stop,
+            team: &self.team,
+        };
         let mut batch = self.source.collect(with, step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
         self.end_rollouts()?;
@@ -270,9 +285,9 @@ impl<'m> Trainer<'m> {
         let update_start = Instant::now();
         self.learner.engine.take_work();
         let tally = self.update(&mut batch.groups, phase, policy, learning_rate, observer)?;
-        let work = self.learner.engine.take_work();
         let update_seconds = update_start.elapsed().as_secs_f32();
         self.end_updates()?;
+        let ended = self.end_together(step)?;
 
         let done = record::Done {
             step,
@@ -282,10 +297,16 @@ impl<'m> Trainer<'m> {
             tally: &tally,
             learning_rate,
             rollout_seconds,
-            update_tokens_per_s: work.backward_tokens as f32 / update_seconds,
+            update_tokens_per_s: ended.backward_tokens as f32 / update_seconds,
+            communication: ended.communication,
             seconds: start.elapsed().as_secs_f32(),
         };
         Ok((self.record(done), batch.samples))
+    }
+
+    /// Goes on with the work although the processors of the ranks differ in what decides about last bits.
+    pub fn allow_mixed(&mut self) {
+        self.allow_mixed = true;
     }
 
     /// On a GPU rollouts and updates have its memory in turn: theirs goes to updates.
@@ -350,7 +371,7 @@ impl<'m> Trainer<'m> {
         }
         let (mut done, total) = (0, self.learner.trained_tokens(groups, &config));
         // From here on the step is completed: a run only stops between steps, where it can go on.
-        if self.stop.load(Ordering::Relaxed) {
+        if self.team.stops(&self.stop)? {
             return Err(Error::Interrupted);
         }
         self.mid_step = true;
@@ -366,7 +387,7 @@ impl<'m> Trainer<'m> {
             counters.skipped += !applied as u64;
             counters.skipped_in_row = if applied { 0 } else { counters.skipped_in_row + 1 };
         }
-        if let Some(path) = &self.dump {
+        if let Some(path) = self.dump.as_ref().filter(|_| self.team.is_first()) {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;
         }
         Ok(tally)
@@ -374,7 +395,12 @@ impl<'m> Trainer<'m> {
 
     /// Every tensor that the phases reach gets a gradient, and none beyond (see `probe`).
     fn check_gradients(&mut self) -> Result<()> {
-        let with = With { settings: &self.settings, encoder: &self.encoder, stop: &self.stop };
+        let with = With {
+            settings: &self.settings,
+            encoder: &self.encoder,
+            stop: &self.stop,
+            team: &self.team,
+        };
         let mut tokens = self.source.prompt(with, 0)?;
         tokens.drain(..tokens.len().saturating_sub(32));
         if tokens.len() < 4 {

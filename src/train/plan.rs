@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::memory::{available_bytes, resident_besides};
 use super::start::new_critic;
 use super::teacher::TeacherModel;
+use super::together::KEPT_BYTES;
 use super::{Baseline, Facts, Reference, Settings, TrainConfig};
 use crate::ggml::Device;
 use crate::gguf::AdapterFile;
@@ -25,6 +26,8 @@ const HEAP_KEEPS: usize = 32 << 20;
 const MARGIN: u64 = 8;
 /// Code and small buffers that a run touches after it was planned: 5 to 10 MiB were measured on models of a few MiB.
 const TOUCHED_LATER: u64 = 5 << 20;
+/// What crosses between ranks in one go, sent and received.
+const EXCHANGED: usize = 3 * (64 << 20);
 /// Name of the part of residuals and graphs.
 const ACTIVATIONS: &str = "activations";
 /// Name of the part that grows into what the others leave.
@@ -65,6 +68,8 @@ pub(super) struct Workload<'w> {
     pub group_scored: usize,
     /// Prompts that are scored at once before the first update.
     pub measured: usize,
+    /// Ranks that share it.
+    pub ranks: usize,
     /// The teacher of a distillation.
     pub teacher: Option<&'w TeacherModel<'w>>,
 }
@@ -80,7 +85,8 @@ impl<'w> Workload<'w> {
             true => c.prompts_per_step,
             false => c.mini_batch.max(c.prompts_per_step - c.mini_batch),
         };
-        Workload { samples: facts.samples, group_tokens, group_scored, measured, teacher }
+        let (samples, ranks) = (facts.samples, facts.ranks);
+        Workload { samples, group_tokens, group_scored, measured, ranks, teacher }
     }
 }
 
@@ -195,11 +201,21 @@ impl Plan {
             ),
             part(
                 "adapter",
-                4 * adapter,
-                format!("rank {rank}: masters, gradients, two moments, F32"),
+                5 * adapter,
+                format!("rank {rank}: masters, gradients of two, two moments, F32"),
                 "lower --rank",
             ),
         ]);
+        if workload.ranks > 1 {
+            let micro_batches = (c.mini_batch * group_tokens).div_ceil(c.micro_batch_tokens);
+            let own = (adapter * micro_batches.div_ceil(workload.ranks)).min(2 * KEPT_BYTES);
+            parts.push(part(
+                "ranks",
+                own.max(adapter) + adapter + EXCHANGED,
+                format!("gradients of micro batches until {} ranks add them up", workload.ranks),
+                "lower --rank",
+            ));
+        }
         if c.rows.reference == Reference::Start {
             parts.push(part(
                 "reference",

@@ -7,8 +7,9 @@ use serde::Serialize;
 use super::critic::explained_variance;
 use super::dialogues::TalkRecord;
 use super::evaluate::HeldOut;
-use super::learner::{Response, Tally};
+use super::learner::Response;
 use super::source::{Batch, Source};
+use super::tally::Tally;
 use super::{Sample, Trainer};
 use crate::analysis::Probe;
 use crate::eval::Report;
@@ -60,6 +61,9 @@ pub struct StepRecord {
     pub update_tokens_per_s: f32,
     /// Seconds of the step.
     pub seconds: f32,
+    /// What sharing it with other ranks took; none of a process alone.
+    #[serde(flatten)]
+    pub communication: Option<Communication>,
     /// Accuracy on held-out problems, when it was measured at this step.
     pub accuracy: Option<f32>,
     /// Loss on held-out rows, when it was measured at this step.
@@ -71,6 +75,19 @@ pub struct StepRecord {
     /// All figures of that evaluation.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<Report>,
+}
+
+/// What a step took to be shared among ranks, as the first of them saw it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Communication {
+    /// Ranks.
+    pub ranks: usize,
+    /// Seconds in which completions, scores and gradients went from rank to rank.
+    pub comm_s: f32,
+    /// Seconds in which it waited for other ranks to be as far, and for work to be handed out.
+    pub comm_wait_s: f32,
+    /// Bytes that it sent and received.
+    pub comm_bytes: u64,
 }
 
 /// What a step says of the completions that it sampled and judged.
@@ -120,6 +137,7 @@ pub(super) struct Done<'d> {
     pub rollout_seconds: f32,
     pub update_tokens_per_s: f32,
     pub seconds: f32,
+    pub communication: Option<Communication>,
 }
 
 impl Trainer<'_> {
@@ -150,6 +168,7 @@ impl Trainer<'_> {
             updates_skipped: self.counters.skipped,
             update_tokens_per_s: done.update_tokens_per_s,
             seconds: done.seconds,
+            communication: done.communication,
             accuracy: None,
             held_out: None,
             evaluation: None,

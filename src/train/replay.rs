@@ -5,8 +5,9 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::Trainer;
-use super::learner::{Response, ResponseGroup, Tally, UpdateConfig};
+use super::learner::{Response, ResponseGroup, UpdateConfig};
 use super::objective::{Objective, PolicyGradient};
+use super::tally::Tally;
 use crate::data::{CompletionContent, RolloutRow};
 use crate::ggml::TensorSet;
 use crate::model::Lora;

@@ -6,6 +6,7 @@ use super::checkpoint::{self, Checkpoint, Damaged};
 use super::run_dir::{RunConfig, RunDir};
 use super::{TrainConfig, Trainer};
 use crate::model::{DEMO, Model};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// What a changed setting does to a run that goes on.
@@ -100,12 +101,16 @@ fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
 
 /// A run that is to go on, its folder taken.
 pub struct Resume {
-    pub(super) dir: RunDir,
+    /// None of a rank that is not the first.
+    pub(super) dir: Option<RunDir>,
+    pub(super) path: PathBuf,
     pub(super) config: RunConfig,
     pub(super) checkpoint: Option<Checkpoint>,
     pub(super) damaged: Vec<Damaged>,
     pub(super) changes: Vec<Change>,
     allow_change: bool,
+    /// What the first rank gave this one, until the run has begun.
+    _copy: Option<tempfile::TempDir>,
 }
 
 impl Resume {
@@ -128,7 +133,59 @@ impl Resume {
                 "restore one from a backup, or start another run (--adapter takes adapter.gguf)",
             ));
         }
-        Ok(Resume { dir, config, checkpoint, damaged, changes: vec![], allow_change: false })
+        Ok(Resume {
+            dir: Some(dir),
+            path: folder.clone(),
+            config,
+            checkpoint,
+            damaged,
+            changes: vec![],
+            allow_change: false,
+            _copy: None,
+        })
+    }
+
+    /// [`Resume::open`] of a team: the first rank takes the folder, which the others need not see, and gives them
+    /// the settings and the checkpoint.
+    ///
+    /// # Errors
+    /// As [`Resume::open`], on every rank.
+    pub fn open_in(folder: &Path, team: &Team) -> Result<Resume> {
+        if team.is_alone() {
+            return Resume::open(folder);
+        }
+        let mut own = None;
+        let (path, config, files) = team.from_first(|| {
+            let resume = own.insert(Resume::open(folder)?);
+            let files = resume.checkpoint.as_ref().map(Checkpoint::files).transpose()?;
+            Ok((resume.path.clone(), resume.config.text()?, files))
+        })?;
+        if let Some(resume) = own {
+            return Ok(resume);
+        }
+        let copy = tempfile::tempdir().map_err(Error::io("create", "a temporary folder"))?;
+        let write =
+            |to: PathBuf, bytes: &[u8]| std::fs::write(&to, bytes).map_err(Error::io("write", &to));
+        write(copy.path().join("config.toml"), config.as_bytes())?;
+        let mut config = RunConfig::read(copy.path())?;
+        config.train.out = Some(path.clone());
+        let mut checkpoint = None;
+        if let Some((name, files)) = files {
+            let place = copy.path().join("checkpoints").join(name);
+            std::fs::create_dir_all(&place).map_err(Error::io("create", &place))?;
+            files.iter().try_for_each(|(name, bytes)| write(place.join(name), bytes))?;
+            checkpoint = checkpoint::newest(&copy.path().join("checkpoints"))?.0;
+        }
+        Ok(Resume {
+            dir: None,
+            path,
+            config,
+            checkpoint,
+            damaged: vec![],
+            changes: vec![],
+            allow_change: false,
+            _copy: Some(copy),
+        })
     }
 
     /// Model and settings of the run.
@@ -202,11 +259,27 @@ impl Resume {
     /// The model, the data or the checkpoint does not fit, or, without `allow_change`, the model's or the
     /// data's bytes are not those that the run began with.
     pub fn trainer<'m>(&self, model: &'m Model) -> Result<Trainer<'m>> {
+        self.trainer_in(model, &Team::alone())
+    }
+
+    /// [`Resume::trainer`] as a rank of a team.
+    pub fn trainer_in<'m>(&self, model: &'m Model, team: &Team) -> Result<Trainer<'m>> {
         let config = self.config.train.clone();
-        let Some(checkpoint) = &self.checkpoint else { return Trainer::new(model, config) };
+        let Some(checkpoint) = &self.checkpoint else {
+            return Trainer::in_team(model, config, team);
+        };
         let adapter = checkpoint.adapter();
         let began = checkpoint.number("began_unix_s")?;
-        let mut trainer = Trainer::begun(model, config, Some(&adapter), began)?;
+        let was_invariant = config.batch_invariant;
+        let mut trainer = Trainer::begun(model, config, Some(&adapter), began, team)?;
+        if trainer.settings().batch_invariant && !was_invariant && !self.allow_change {
+            return Err(Error::invalid(
+                "--resume with several ranks",
+                "a run with --batch-invariant, whose completions any number of ranks samples alike",
+                "one without",
+                "go on with one rank, or add --allow-change",
+            ));
+        }
         trainer.read_inputs()?;
         if let Some(change) = self.changed_input(&trainer)
             && !self.allow_change

@@ -198,9 +198,19 @@ const MEANINGS: [Meaning; 8] = [
         ],
         Algorithm::is_rewarded,
     ),
-    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib", "exact-rollouts"], |algo| {
-        algo.is_rewarded() || algo == Algorithm::Distill
-    }),
+    (
+        &[
+            "group",
+            "temperature",
+            "top-p",
+            "top-k",
+            "min-p",
+            "kv-mib",
+            "exact-rollouts",
+            "batch-invariant",
+        ],
+        |algo| algo.is_rewarded() || algo == Algorithm::Distill,
+    ),
     (&["epochs", "max-length", "strict"], |algo| !algo.is_rewarded()),
     (&["turns"], |algo| algo == Algorithm::Sft),
     (&["dpo-loss", "label-smoothing"], |algo| algo == Algorithm::Dpo),

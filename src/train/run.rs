@@ -1,7 +1,7 @@
 //! A run from its first step to its last, or from a checkpoint on, and what stays of it whatever ends it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::checkpoint::{self, Parts};
@@ -19,7 +19,9 @@ const SILENT_STEPS_MAX: u64 = 20;
 
 /// Where a run is kept.
 struct Keeper {
-    dir: RunDir,
+    /// None of a rank that is not the first.
+    dir: Option<RunDir>,
+    path: PathBuf,
     /// The text of `config.toml`.
     config: String,
     /// Step of the newest checkpoint.
@@ -32,13 +34,18 @@ impl Trainer<'_> {
     /// # Errors
     /// The folder is not empty, a file cannot be written, or training cannot learn.
     pub fn run(&mut self, dir: &Path, observer: &mut dyn Observer) -> Result<Summary> {
-        RunDir::check(dir)?;
+        if self.team.is_first() {
+            RunDir::check(dir)?;
+        }
         self.check_gradients()?;
         self.read_inputs()?;
+        self.begin_together(observer)?;
         let model = model_path(Path::new(self.model.name()))?;
         let train = TrainConfig { out: Some(dir.into()), ..self.settings.written() }.absolute()?;
         let config = RunConfig { model, train }.text()?;
-        let keeper = Keeper { dir: RunDir::create(dir, &config)?, config, kept: None };
+        let path = dir.to_path_buf();
+        let dir = self.team.is_first().then(|| RunDir::create(dir, &config)).transpose()?;
+        let keeper = Keeper { dir, path, config, kept: None };
         self.run_kept(keeper, observer)
     }
 
@@ -49,17 +56,20 @@ impl Trainer<'_> {
     pub fn run_on(&mut self, resume: Resume, observer: &mut dyn Observer) -> Result<Summary> {
         self.check_gradients()?;
         self.read_inputs()?;
+        self.begin_together(observer)?;
         resume.notes(self).iter().for_each(|note| observer.note(note));
-        let Resume { mut dir, config, checkpoint, damaged, changes, .. } = resume;
-        checkpoint::tidy(&dir.checkpoints(), &damaged)?;
-        let logs = checkpoint.as_ref().map(|c| c.meta.logs.clone()).unwrap_or_default();
-        dir.cut(&logs)?.iter().for_each(|odd| observer.note(odd));
+        let Resume { mut dir, path, config, checkpoint, damaged, changes, .. } = resume;
         let config = RunConfig { train: self.settings.written(), ..config }.text()?;
-        if !changes.is_empty() {
-            dir.write_config(&config)?;
+        if let Some(dir) = &mut dir {
+            checkpoint::tidy(&dir.checkpoints(), &damaged)?;
+            let logs = checkpoint.as_ref().map(|c| c.meta.logs.clone()).unwrap_or_default();
+            dir.cut(&logs)?.iter().for_each(|odd| observer.note(odd));
+            if !changes.is_empty() {
+                dir.write_config(&config)?;
+            }
         }
         let kept = checkpoint.map(|c| c.meta.step);
-        self.run_kept(Keeper { dir, config, kept }, observer)
+        self.run_kept(Keeper { dir, path, config, kept }, observer)
     }
 
     fn run_kept(&mut self, mut keeper: Keeper, observer: &mut dyn Observer) -> Result<Summary> {
@@ -104,9 +114,9 @@ impl Trainer<'_> {
             gpu_peak_bytes: gpu.map(|(_, used)| used),
             gpu_planned_bytes: gpu.map(|(plan, _)| plan.peak_bytes()),
             interrupted,
-            adapter: keeper.dir.adapter(),
+            adapter: RunDir::adapter_in(&keeper.path),
         };
-        if let Err(error) = keeper.dir.write_summary(&summary) {
+        if let Some(Err(error)) = keeper.dir.as_ref().map(|dir| dir.write_summary(&summary)) {
             observer.note(&format!("no summary was written: {error}"));
         }
         Ok(summary)
@@ -118,7 +128,7 @@ impl Trainer<'_> {
         let place = format!("training after step {}", self.counters.steps_done);
         let way = format!(
             "the checkpoint of step {step} is sound: bupo-gguf train --resume {}",
-            keeper.dir.path().display()
+            keeper.path.display()
         );
         Error::engine(place, error.to_string(), way)
     }
@@ -140,9 +150,9 @@ impl Trainer<'_> {
             observer.note(&format!("internal layer {layer}, {why}"));
         }
         let mut newest = None;
-        let mut events = match self.settings.tensorboard {
-            true => Some(keeper.dir.events(self.began)?),
-            false => None,
+        let mut events = match &mut keeper.dir {
+            Some(dir) if self.settings.tensorboard => Some(dir.events(self.began)?),
+            _ => None,
         };
         for step in self.counters.steps_done + 1..=self.settings.steps {
             let patience = self.settings.early_stop;
@@ -183,11 +193,11 @@ impl Trainer<'_> {
             }
             (self.counters.steps_done, self.mid_step) = (step, false);
             self.seconds = before + start.elapsed().as_secs_f64();
-            keeper.dir.metrics(&record)?;
-            for sample in &samples {
-                keeper.dir.completion(sample)?;
+            if let Some(dir) = &mut keeper.dir {
+                dir.metrics(&record)?;
+                samples.iter().try_for_each(|sample| dir.completion(sample))?;
+                dir.flush()?;
             }
-            keeper.dir.flush()?;
             if let Some(events) = &mut events {
                 events.step(
                     &json(&record)?,
@@ -268,23 +278,23 @@ impl Trainer<'_> {
             return Ok(());
         }
         (self.best_score, self.without_gain) = (score, 0.0);
-        self.save(&keeper.dir.best_adapter())
+        keeper.dir.as_ref().map_or(Ok(()), |dir| self.save(&dir.best_adapter()))
     }
 
     /// Writes `adapter.gguf` and, where checkpoints are wanted, the one of this step.
     fn keep(&mut self, keeper: &mut Keeper) -> Result<()> {
-        if keeper.dir.is_lost() {
-            keeper.dir.restore(&keeper.config)?;
+        let Some(dir) = &mut keeper.dir else { return Ok(()) };
+        if dir.is_lost() {
+            dir.restore(&keeper.config)?;
             keeper.kept = None;
         }
-        let adapter = keeper.dir.adapter();
+        let adapter = dir.adapter();
         self.save(&adapter)?;
         let step = self.counters.steps_done;
         if self.settings.checkpoint_every == 0 || keeper.kept == Some(step) {
-            return keeper.dir.flush();
+            return dir.flush();
         }
-        let (folder, logs, inputs) =
-            (keeper.dir.checkpoints(), keeper.dir.sync()?, self.inputs.clone());
+        let (folder, logs, inputs) = (dir.checkpoints(), dir.sync()?, self.inputs.clone());
         let parts = Parts { step, inputs: &inputs, logs, config: &keeper.config };
         checkpoint::write(&folder, parts, &self.state(), &adapter)?;
         keeper.kept = Some(step);

@@ -229,7 +229,12 @@ impl RunDir {
 
     /// Where the adapter lies.
     pub fn adapter(&self) -> PathBuf {
-        self.path.join("adapter.gguf")
+        RunDir::adapter_in(&self.path)
+    }
+
+    /// Where the adapter of a run in this folder lies.
+    pub fn adapter_in(folder: &Path) -> PathBuf {
+        folder.join("adapter.gguf")
     }
 
     /// Where the best adapter of the evaluations between steps lies.

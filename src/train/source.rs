@@ -11,6 +11,7 @@ use super::{Observer, Settings};
 use crate::Result;
 use crate::data::ProblemSource;
 use crate::rollout::{Encoder, Request, Rollouts};
+use crate::team::Team;
 
 /// Where groups come from.
 pub(super) enum Source {
@@ -52,6 +53,7 @@ pub(super) struct With<'w, 'm> {
     pub settings: &'w Settings,
     pub encoder: &'w Encoder<'m>,
     pub stop: &'w AtomicBool,
+    pub team: &'w Team,
 }
 
 impl Source {

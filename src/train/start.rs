@@ -27,6 +27,7 @@ use crate::ggml::ThreadPool;
 use crate::llama::Products;
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, RolloutOptions, Rollouts};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// What is read of the data, before memory is planned for it.
@@ -57,9 +58,14 @@ impl<'m> Trainer<'m> {
     /// # Errors
     /// A setting, the data or the adapter does not fit, or memory is short.
     pub fn new(model: &'m Model, config: TrainConfig) -> Result<Trainer<'m>> {
+        Trainer::in_team(model, config, &Team::alone())
+    }
+
+    /// [`Trainer::new`] as a rank of a team, every one of which makes the same trainer.
+    pub fn in_team(model: &'m Model, config: TrainConfig, team: &Team) -> Result<Trainer<'m>> {
         let adapter = config.adapter.clone();
-        let now = crate::data::chat::unix_now_s() as f64;
-        Trainer::begun(model, config, adapter.as_deref(), now)
+        let now = team.from_first(|| Ok(crate::data::chat::unix_now_s() as f64))?;
+        Trainer::begun(model, config, adapter.as_deref(), now, team)
     }
 
     /// [`Trainer::new`] of a run that `began` at this second of Unix time, with another adapter to begin from than the
@@ -69,9 +75,14 @@ impl<'m> Trainer<'m> {
         mut config: TrainConfig,
         adapter: Option<&Path>,
         began: f64,
+        team: &Team,
     ) -> Result<Trainer<'m>> {
         config.check()?;
         config.data = config.dialogues.data(&config.data, DEFAULT_DATA);
+        let samples = config.algo.is_rewarded() || config.algo == Algorithm::Distill;
+        let invariant = crate::rollout::invariant(config.batch_invariant, model.device(), team)?;
+        config.dialogues.check_alone(team, config.batch_invariant)?;
+        config.batch_invariant |= samples && invariant;
         vram::wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
@@ -85,6 +96,7 @@ impl<'m> Trainer<'m> {
         let mut notes = Vec::new();
         let (config, Data { mut read, held_out, mut facts }) =
             read_data(model, config, &encoder, &mut notes)?;
+        facts.ranks = team.size();
         let (mut settings, gpu) = settle(model, config, &mut facts, teacher.as_ref())?;
         notes.extend(settings.reasons.iter().cloned());
         notes.extend(facts.cut(settings.max_prompt, settings.drop_long_prompts));
@@ -108,12 +120,12 @@ impl<'m> Trainer<'m> {
         let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
         let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
         let pool = Arc::new(ThreadPool::with(Some(settings.threads))?);
-        let mut source = source(model, &settings, read, &pool, &mut lora)?;
+        let mut source = source(model, &settings, read, &pool, &mut lora, team)?;
         let mut engine = Engine::on(model.device(), pool.clone())?;
         engine.keep_up_to(kept_bytes);
         let stop: Arc<AtomicBool> = Arc::default();
         if settings.options.internal_layer == Some(LayerChoice::Auto) {
-            let with = With { settings: &settings, encoder: &encoder, stop: &stop };
+            let with = With { settings: &settings, encoder: &encoder, stop: &stop, team };
             let found = layers::find(model, &mut engine, &lora, &mut source, with)?;
             settings.choose_layer(found);
         }
@@ -121,6 +133,8 @@ impl<'m> Trainer<'m> {
             model,
             optimizer: AdamW::new(&lora, model.config().n_layer, settings.adamw())?,
             gradients: lora.zeros_like()?,
+            part: lora.zeros_like()?,
+            team: team.clone(),
             critic: new_critic(&settings, model)?,
             reference: reference(model, &settings)?,
             teacher: teacher.map(|teacher| Teacher::new(teacher, &settings, pool)).transpose()?,
@@ -140,6 +154,8 @@ impl<'m> Trainer<'m> {
             advice: Advice::default(),
             dump: None,
             stop,
+            team: team.clone(),
+            allow_mixed: false,
             inputs: BTreeMap::new(),
             mid_step: false,
             counters: Counters::default(),
@@ -186,7 +202,10 @@ impl Learner<'_> {
             teacher: _,
             // Cleared or filled anew by every update or forward.
             gradients: _,
+            part: _,
             engine: _,
+            // Who computes.
+            team: _,
         } = self;
         state.tensors("adapter", lora.tensors_mut());
         optimizer.state(state);
@@ -339,6 +358,7 @@ fn source(
     read: Read,
     pool: &Arc<ThreadPool>,
     lora: &mut Lora,
+    team: &Team,
 ) -> Result<Source> {
     let n_ctx_seq = settings.max_prompt + settings.max_response;
     let mut rollouts = || -> Result<Rollouts> {
@@ -355,6 +375,10 @@ fn source(
             }
             rollouts.set_products(Products::Exact);
         }
+        if settings.batch_invariant {
+            rollouts.make_invariant();
+        }
+        rollouts.share(team);
         rollouts.set_adapter(Some(lora.live(model)?))?;
         Ok(rollouts)
     };

@@ -35,7 +35,7 @@ pub struct GpuPlan {
     pub budget_bytes: u64,
     /// Weights that lie there.
     pub weights_bytes: u64,
-    /// Masters, gradients, two moments.
+    /// Masters, gradients of two, two moments.
     pub adapter_bytes: u64,
     /// An allowance for CUDA's libraries.
     pub library_bytes: u64,
@@ -223,7 +223,7 @@ impl<'m> Demand<'m> {
             weights += self.model.weights().embedding().n_bytes();
         }
         let params = Lora::count_params(self.model, &self.settings.targets, self.rank)?;
-        Ok([weights as u64, 16 * params as u64, LIBRARIES])
+        Ok([weights as u64, 20 * params as u64, LIBRARIES])
     }
 
     fn sizes(&self, kv_bytes: usize) -> Result<RolloutSizes> {

@@ -1,21 +1,22 @@
 //! One call that samples: slots filled, decoded, refilled; turns that end and go on.
 
+mod taking;
 mod turns;
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
-use rand::{Rng, SeedableRng};
+use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use super::dialogue::{Partner, Segment, Which};
+use super::request::{Completion, Finish, Request, rng};
 use super::sampler::{Sampler, Sampling};
-use super::scheduler::{Completion, Finish, Request};
 use super::sizes::PREFILL_TOKENS;
 use super::watch::{Progress, Watcher};
 use crate::Result;
 use crate::llama::{Context, Token, TokenBatch};
+use crate::team::Queue;
 
 /// Logits at which sampling is worth several threads.
 const PARALLEL_LOGITS: usize = 1 << 16;
@@ -87,7 +88,16 @@ pub(super) struct Run<'r, 'p> {
     sampling: &'r Sampling,
     seed: u64,
     partner: Option<&'r mut (dyn Partner + 'p)>,
-    pending: VecDeque<usize>,
+    /// What is not begun.
+    queue: &'r mut Queue,
+    /// A request that was taken and waits for a slot.
+    ahead: Option<usize>,
+    /// All requests that were taken.
+    taken: Vec<usize>,
+    /// Sequences beyond which no request is taken from others.
+    pub enough: usize,
+    /// Nothing may depend on who is decoded together.
+    pub invariant: bool,
     groups: Vec<Group>,
     slots: Vec<Option<Slot>>,
     /// Of every completion its segments; none before it has ended.
@@ -111,11 +121,16 @@ impl<'r, 'p> Run<'r, 'p> {
     pub fn new(
         context: &'r mut Context,
         workers: &'r rayon::ThreadPool,
+        queue: &'r mut Queue,
         requests: &'r [Request],
         sampling: &'r Sampling,
         seed: u64,
         partner: Option<&'r mut (dyn Partner + 'p)>,
     ) -> Run<'r, 'p> {
+        let total = match queue.is_shared() {
+            false => requests.iter().map(|r| r.n).sum(),
+            true => 0,
+        };
         Run {
             context,
             workers,
@@ -123,7 +138,11 @@ impl<'r, 'p> Run<'r, 'p> {
             sampling,
             seed,
             partner,
-            pending: (0..requests.len()).filter(|&r| requests[r].n > 0).collect(),
+            queue,
+            ahead: None,
+            taken: Vec::new(),
+            enough: usize::MAX,
+            invariant: false,
             groups: Vec::new(),
             slots: Vec::new(),
             done: requests.iter().map(|r| vec![Vec::new(); r.n]).collect(),
@@ -133,7 +152,7 @@ impl<'r, 'p> Run<'r, 'p> {
             draws: false,
             round: 0,
             finished: Vec::new(),
-            progress: Progress { total: requests.iter().map(|r| r.n).sum(), ..Progress::default() },
+            progress: Progress { total, ..Progress::default() },
         }
     }
 
@@ -149,19 +168,15 @@ impl<'r, 'p> Run<'r, 'p> {
         (self.prompt_slot, self.has_states, self.draws) = (prompt_slot, has_states, draws);
     }
 
-    /// Whether all completions have ended.
-    pub fn is_done(&self) -> bool {
-        self.progress.done == self.progress.total
-    }
-
     /// How far it is.
     pub fn progress(&self) -> Progress {
         self.progress
     }
 
-    /// The segments of every completion of every request.
-    pub fn into_segments(self) -> Vec<Vec<Vec<Segment>>> {
-        self.done
+    /// The requests that were taken, and the segments of every completion of them.
+    pub fn into_segments(self) -> Vec<(usize, Vec<Vec<Segment>>)> {
+        let Run { mut done, taken, .. } = self;
+        taken.into_iter().map(|r| (r, std::mem::take(&mut done[r]))).collect()
     }
 
     /// One token of every sequence that does not wait.
@@ -186,17 +201,18 @@ impl<'r, 'p> Run<'r, 'p> {
                 (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
             let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
             let (mut left, mut tokens) = (free.len(), 0);
-            while let Some(&request) = self.pending.front() {
+            while left > 0 {
+                let Some(request) = self.peek(free.len() - left)? else { break };
                 let r = &self.requests[request];
                 let n = r.n.min(left);
                 tokens += r.prompt_tokens.len();
-                let alone = self.prompt_slot.is_some() || tokens > PREFILL_TOKENS;
-                if n == 0 || (!claimed.is_empty() && alone) {
+                let alone = self.prompt_slot.is_some() || self.invariant || tokens > PREFILL_TOKENS;
+                if !claimed.is_empty() && alone {
                     break;
                 }
                 left -= n;
                 claimed.push((request, n));
-                self.pending.pop_front();
+                self.ahead = None;
             }
             if claimed.is_empty() {
                 return Ok(());
@@ -379,6 +395,14 @@ impl<'r, 'p> Run<'r, 'p> {
             }
             batch.0.push(Token { id, position: position as i32, sequence: s as i32, logits });
         }
+        let company = self.invariant && self.slots.len() > 1;
+        if let (true, &[only]) = (company, both.as_slice()) {
+            // ggml has another kernel for one column.
+            let sequence = if only == 0 { 1 } else { 0 };
+            self.context.forget(sequence, 0)?;
+            let id = batch.0[0].id;
+            batch.0.push(Token { id, position: 0, sequence: sequence as i32, logits: true });
+        }
         let mut slots: Vec<Slot> =
             running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
         let sampled = if self.draws {
@@ -442,13 +466,4 @@ impl<'r, 'p> Run<'r, 'p> {
                 .collect()
         })
     }
-}
-
-/// The random numbers of one completion.
-fn rng(seed: u64, stream: u64, index: usize) -> ChaCha8Rng {
-    let mut key = [0u8; 32];
-    key[..8].copy_from_slice(&seed.to_le_bytes());
-    key[8..16].copy_from_slice(&stream.to_le_bytes());
-    key[16..24].copy_from_slice(&(index as u64).to_le_bytes());
-    ChaCha8Rng::from_seed(key)
 }

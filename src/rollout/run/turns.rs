@@ -1,7 +1,7 @@
 //! Turns that end, and what their partner answers.
 
 use super::super::dialogue::Answer;
-use super::super::scheduler::Finish;
+use super::super::request::Finish;
 use super::super::sizes::PREFILL_TOKENS;
 use super::{Run, Slot, nothing};
 use crate::Result;
