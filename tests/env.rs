@@ -229,7 +229,7 @@ fn a_template_that_rewrites_history_begins_a_new_segment() {
         (chatml("{% set c = c | trim %}", "m.role"), " b\n", false),
     ] {
         let encoder = with(&source);
-        let (mut conversation, mut all) = encoder.open(&[user.clone()], &[]).unwrap();
+        let (mut conversation, mut all) = encoder.open(std::slice::from_ref(&user), &[]).unwrap();
         for turn in 0..2 {
             let mut tokens = vocab.tokenize(said, false, true).unwrap();
             tokens.push(vocab.eos().unwrap());
