@@ -369,7 +369,7 @@ impl Partner for Session<'_, '_> {
         self.pool.options.lag()
     }
 
-    fn max_turn(&self) -> usize {
+    fn max_turn(&self, _which: Which) -> usize {
         self.pool.options.max_turn_tokens.unwrap_or(usize::MAX)
     }
 

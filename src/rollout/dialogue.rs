@@ -32,8 +32,8 @@ pub trait Partner {
     /// Whole rounds of tokens that others decode before an answer is waited for.
     fn lag(&self) -> u64;
 
-    /// Tokens of one turn, at most.
-    fn max_turn(&self) -> usize;
+    /// Tokens of the dialogue's turn under way, at most.
+    fn max_turn(&self, which: Which) -> usize;
 
     /// A dialogue begins.
     fn began(&mut self, _which: Which) {}

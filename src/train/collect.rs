@@ -47,12 +47,15 @@ pub struct Sample {
 /// Seeds of groups sampled in place of others lie this far apart.
 const ROUND_STREAM: u64 = 1 << 40;
 
+/// Groups with what is to be logged of them.
+pub(super) type Groups = Vec<(ResponseGroup, Vec<Sample>)>;
+
 /// Who rewards.
 pub(super) enum By {
     /// Judges of single answers.
     Judges(JudgePool),
     /// The environment that the dialogues are with.
-    Environment(Dialogues),
+    Environment(Box<Dialogues>),
 }
 
 /// Completions, or dialogues, that the policy samples for problems, and their rewards.
@@ -132,7 +135,7 @@ impl Judged {
         round: u64,
         problems: &[Problem],
         observer: &mut dyn Observer,
-    ) -> Result<(Vec<(ResponseGroup, Vec<Sample>)>, Option<TalkRecord>)> {
+    ) -> Result<(Groups, Option<TalkRecord>)> {
         let c = with.settings;
         let stream = (step - 1) * c.prompts_per_step as u64 + round * ROUND_STREAM;
         let judges = match &mut self.by {

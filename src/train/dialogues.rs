@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::Observer;
 use super::advantage::Baseline;
-use super::collect::Sample;
+use super::collect::{Groups, Sample};
 use super::config::TurnCredit;
 use super::learner::{Response, ResponseGroup, TurnReturn};
 use super::source::With;
@@ -50,7 +50,7 @@ pub struct Talked {
 
 /// Groups of a step's problems.
 pub(super) struct Talks {
-    pub groups: Vec<(ResponseGroup, Vec<Sample>)>,
+    pub groups: Groups,
     pub record: TalkRecord,
 }
 

@@ -87,7 +87,8 @@ impl Trainer<'_> {
                 None,
                 &mut progress,
             )?,
-            By::Environment(Dialogues { pool, judges, .. }) => {
+            By::Environment(dialogues) => {
+                let Dialogues { pool, judges, .. } = &mut **dialogues;
                 let judges = judges.as_mut();
                 DialogueEvaluator { rollouts, encoder, pool, judges, stop }.run(
                     &judged.held_out,

@@ -33,7 +33,7 @@ use crate::{Error, Result};
 /// What is read of the data, before memory is planned for it.
 enum Read {
     /// Problems to be answered, held-out ones, and the environments to talk about them with.
-    Problems(ProblemSource, Vec<Problem>, Option<EnvPool>),
+    Problems(ProblemSource, Vec<Problem>, Option<Box<EnvPool>>),
     /// Prompts of a task, to be answered for a teacher.
     Task(ProblemSource),
     /// Rows, with completions or without.
@@ -242,7 +242,7 @@ fn read_data(
         let problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
         let mut pool = match config.dialogues.is_some() {
-            true => Some(EnvPool::new(&config.dialogues)?),
+            true => Some(Box::new(EnvPool::new(&config.dialogues)?)),
             false => None,
         };
         let facts = match &mut pool {
@@ -390,7 +390,7 @@ fn source(
                 Some(pool) => {
                     // An environment rewards by itself; a reward that was asked for comes on top.
                     let judges = settings.rewards.reward.is_some().then(judges).transpose()?;
-                    By::Environment(Dialogues { pool, judges, told: false })
+                    By::Environment(Box::new(Dialogues { pool: *pool, judges, told: false }))
                 }
             };
             Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, by })

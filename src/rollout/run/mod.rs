@@ -328,7 +328,8 @@ impl<'r, 'p> Run<'r, 'p> {
             slot.completion.finish = Finish::Eog;
             return true;
         }
-        let most = self.partner.as_ref().map_or(usize::MAX, |partner| partner.max_turn());
+        let which = self.which(slot);
+        let most = self.partner.as_ref().map_or(usize::MAX, |partner| partner.max_turn(which));
         slot.turn == most || slot.len() == self.most_tokens(slot)
     }
 
