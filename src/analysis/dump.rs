@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::files::DumpFiles;
+use super::hidden::{self, Hidden, HiddenFiles};
 use super::lenses::Lenses;
 use super::measure::{Look, Measured, measure};
-use super::pack::{Packed, Pick, pack};
+use super::pack::{Packed, Pick, close, split};
 use super::record::{Figure, Record};
 use super::rows::{Answerer, Answering, Rows, Sample, Usable};
 use super::samples::Gallery;
@@ -53,6 +54,9 @@ pub struct Settings {
     pub temperature: f32,
     /// Their seed.
     pub seed: u64,
+    /// Hidden states that are written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<Hidden>,
 }
 
 /// How the work is done; none of it changes the figures.
@@ -70,6 +74,15 @@ pub struct Conduct {
     pub batch_tokens: usize,
     /// Keep the records as JSON lines, too, beside Parquet.
     pub json_lines: bool,
+    /// Measure figures. Without, there are only hidden states, and rows without a completion are not answered.
+    pub figures: bool,
+}
+
+impl Conduct {
+    /// Whether rows without a completion are answered.
+    pub fn answers(&self) -> bool {
+        self.figures
+    }
 }
 
 /// What a dump runs on, and who may look on or stop it.
@@ -129,6 +142,8 @@ pub struct Findings {
     pub reasons: Vec<String>,
     /// The first tokens through both lenses.
     pub lenses: Lenses,
+    /// Positions whose hidden states were written, and the bytes of their files once they are whole.
+    pub hidden: Option<(u64, u64)>,
     /// Whether it was stopped before the end of the data.
     pub interrupted: bool,
 }
@@ -140,6 +155,7 @@ struct Dump<'d, 'm> {
     conduct: &'d Conduct,
     engine: Engine,
     files: DumpFiles,
+    hidden: Option<HiddenFiles>,
     findings: Findings,
     // Rows of the window that cannot be used, and why.
     unusable: Vec<(usize, String)>,
@@ -182,17 +198,40 @@ pub fn dump<'m>(
         refused: 0,
         reasons: Vec::new(),
         lenses: Lenses::default(),
+        hidden: None,
         interrupted: false,
     };
-    let mixtures: Vec<bool> = sides.iter().map(|side| side.model.config().is_mixture()).collect();
+    let mut size = hidden::Size::default();
+    if let Some(hidden) = &settings.hidden {
+        size = hidden::size(model, settings, conduct, hidden)?;
+        HiddenFiles::check_free(hidden, conduct.resume)?;
+        watcher.note(&size.to_string());
+    }
+    let measured = sides.iter().filter(|_| conduct.figures);
+    let mixtures: Vec<bool> = measured.map(|side| side.model.config().is_mixture()).collect();
     let files = DumpFiles::open(&conduct.out, settings, &mixtures, conduct.resume, |records| {
         take(&mut findings, records)
     })?;
     let done = files.progress();
     (findings.samples, findings.rows) = (done.samples, done.rows);
     (findings.refused, findings.reasons) = (done.refused, done.reasons.clone());
+    let hidden = match &settings.hidden {
+        None => None,
+        Some(hidden) => {
+            let of = (n_layer, model.config().n_embd);
+            match HiddenFiles::open(hidden, of, size.bytes, done.rows > 0, done.hidden) {
+                Ok(hidden) => Some(hidden),
+                Err(error) if done.rows == 0 => {
+                    files.discard()?;
+                    return Err(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    };
     if conduct.resume {
-        watcher.resumed(findings.sums[0].tokens());
+        let tokens = findings.sums[0].tokens();
+        watcher.resumed(if conduct.figures { tokens } else { done.hidden });
     }
     let mut dump = Dump {
         engine: Engine::on(sides[0].model.device(), pool.clone())?,
@@ -200,13 +239,14 @@ pub fn dump<'m>(
         settings,
         conduct,
         files,
+        hidden,
         findings,
         unusable: Vec::new(),
         stop,
         watcher,
     };
     for _ in 0..dump.findings.rows {
-        rows.next(settings.max_response)?;
+        rows.next(dump.longest())?;
     }
     let outcome = dump.run(&mut rows, &mut answerer);
     dump.findings.interrupted = matches!(outcome, Err(Error::Interrupted));
@@ -215,9 +255,18 @@ pub fn dump<'m>(
             outcome?;
         }
         dump.files.finish()?;
+        if let Some(hidden) = dump.hidden.take() {
+            dump.findings.hidden = Some(match dump.findings.interrupted {
+                true => (hidden.written(), 0),
+                false => (hidden.written(), hidden.finish(&about(settings))?),
+            });
+        }
         dump.findings.lenses = dump.files.progress().lenses.clone();
         dump.findings.prompts = dump.files.progress().prompts.clone();
         return Ok(dump.findings);
+    }
+    if let Some(hidden) = dump.hidden.take() {
+        hidden.discard()?;
     }
     dump.files.discard()?;
     outcome?;
@@ -227,6 +276,18 @@ pub fn dump<'m>(
     };
     let advice = "give rows with a prompt, and a completion or room to answer";
     Err(Error::invalid(&settings.data, "a row that can be used", got, advice))
+}
+
+/// What a file of hidden states says of itself.
+fn about(settings: &Settings) -> Vec<(&'static str, String)> {
+    let mut about = vec![
+        ("made_by", concat!("bupo-gguf ", env!("CARGO_PKG_VERSION")).to_string()),
+        ("model", settings.model.clone()),
+        ("data", settings.data.clone()),
+    ];
+    about.extend(settings.adapter.as_ref().map(|adapter| ("adapter", adapter.clone())));
+    about.extend(settings.hidden.as_ref().map(|h| ("positions", h.positions.to_string())));
+    about
 }
 
 /// Two models must mean the same by a token id and by a layer.
@@ -276,7 +337,7 @@ impl<'m> Dump<'_, 'm> {
             let mut usable = Vec::with_capacity(WINDOW);
             let first = rows.read();
             while rows.read() - first < WINDOW {
-                match rows.next(self.settings.max_response)? {
+                match rows.next(self.longest())? {
                     None => break,
                     Some(Ok(row)) => usable.push(row),
                     Some(Err(unusable)) if self.conduct.strict => return Err(unusable),
@@ -305,8 +366,8 @@ impl<'m> Dump<'_, 'm> {
             .filter(|row| row.completions.is_empty())
             .map(|row| (row.row, row.prompt.clone()))
             .collect();
-        let mut answers = Vec::new();
-        if !open.is_empty() {
+        let mut answers = vec![Vec::new(); if self.conduct.answers() { 0 } else { open.len() }];
+        if !open.is_empty() && self.conduct.answers() {
             let lora = self.sides[0].lora.as_mut();
             let watcher = &mut *self.watcher;
             let mut progress = |p| watcher.answering(p);
@@ -329,20 +390,22 @@ impl<'m> Dump<'_, 'm> {
     /// Measures samples; after each batch whatever rows are complete are noted as done, at the end all up
     /// to `end`.
     fn measure(&mut self, samples: Vec<Sample>, end: usize) -> Result<()> {
-        let n_vocab = self.sides[0].model.config().n_vocab;
-        let budget = self.conduct.batch_tokens;
-        let packed = pack(samples, self.settings.pick, budget, n_vocab)?;
-        let firsts: Vec<usize> = packed.iter().map(|p| p.samples[0].0.row).collect();
-        let mut whole = true;
-        for (i, packed) in packed.iter().enumerate() {
+        let batches = split(samples, self.settings.pick, self.conduct.batch_tokens);
+        let firsts: Vec<usize> = batches.iter().map(|runs| runs[0][0].row).collect();
+        let (mut whole, nothing) = (true, batches.is_empty());
+        for (i, runs) in batches.into_iter().enumerate() {
             // A row that was begun is ended, so that sums and files say the same.
             if whole && self.stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            self.batch(packed)?;
-            self.watcher.measured(self.findings.samples, self.findings.sums[0].tokens());
+            let last = runs.last().expect("a batch has rows")[0].row;
+            self.batch(runs)?;
+            let written = self.hidden.as_ref().map_or(0, HiddenFiles::written);
+            let tokens = self.findings.sums[0].tokens();
+            let tokens = if self.conduct.figures { tokens } else { written };
+            self.watcher.measured(self.findings.samples, tokens);
+            self.files.hidden(written);
             // A row that goes on in the next batch is not done; refused rows after the last batch are.
-            let last = packed.samples.last().expect("a batch has samples").0.row;
             let next = firsts.get(i + 1).copied();
             whole = next != Some(last);
             if whole {
@@ -350,10 +413,15 @@ impl<'m> Dump<'_, 'm> {
                 self.commit(if all { end } else { last + 1 })?;
             }
         }
-        if packed.is_empty() {
+        if nothing {
             self.commit(end)?;
         }
         Ok(())
+    }
+
+    /// Tokens that a row without a completion gets.
+    fn longest(&self) -> usize {
+        if self.conduct.answers() { self.settings.max_response } else { 0 }
     }
 
     fn limit_reached(&self) -> bool {
@@ -374,8 +442,23 @@ impl<'m> Dump<'_, 'm> {
         self.files.commit(f.rows, f.samples, f.refused, &f.reasons)
     }
 
+    /// One batch: hidden states to their streams, figures to the records.
+    fn batch(&mut self, runs: Vec<Vec<Sample>>) -> Result<()> {
+        let (side, pick) = (&self.sides[0], self.settings.pick);
+        if let Some(hidden) = &mut self.hidden {
+            let samples: Vec<&Sample> = runs.iter().flatten().collect();
+            hidden.take(&mut self.engine, (side.model, side.lora.as_ref()), &samples, pick)?;
+        }
+        if !self.conduct.figures {
+            self.findings.samples += runs.iter().map(|run| run.len() as u64).sum::<u64>();
+            return Ok(());
+        }
+        let n_vocab = side.model.config().n_vocab;
+        self.figures(&close(runs, pick, n_vocab)?)
+    }
+
     /// One batch under every model: records to the files, figures to the sums.
-    fn batch(&mut self, packed: &Packed) -> Result<()> {
+    fn figures(&mut self, packed: &Packed) -> Result<()> {
         let mut measured: Vec<Vec<Vec<Measured>>> = Vec::with_capacity(self.sides.len());
         for side in self.sides.iter() {
             let lora = side.lora.as_ref();
