@@ -81,10 +81,11 @@ pub fn compile(ext: &Path, llama: &Path) -> bool {
     true
 }
 
-/// Puts `name` and an underscore before every symbol that the objects define.
+/// Puts `name` and an underscore before every symbol that the objects define, those of one file among them: a group of
+/// sections that the linker keeps once, such as a constructor's, has its name from one of these.
 fn rename(name: &str, objects: &[PathBuf]) {
     let listed = Command::new("nm")
-        .args(["--defined-only", "--extern-only", "--format=posix"])
+        .args(["--defined-only", "--format=posix"])
         .args(objects)
         .output()
         .unwrap_or_else(|e| panic!("nm, of binutils, which the feature `portable` needs: {e}"));
