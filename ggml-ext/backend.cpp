@@ -239,11 +239,10 @@ bupo_status bupo_backend_emulated(int n_threads, bool precise, ggml_backend_t * 
         return bupo::fail(BUPO_ERR_ARGUMENT, "null argument, or no threads");
     }
     return bupo::guarded([&] {
-        ggml_backend_t inner = ggml_backend_cpu_init();
+        ggml_backend_t inner = bupo_cpu_backend(n_threads);
         if (!inner) {
             return bupo::fail(BUPO_ERR_EXCEPTION, "no CPU backend");
         }
-        ggml_backend_cpu_set_n_threads(inner, n_threads);
         *out = wrap(std::make_unique<Context>(inner, 0, nullptr, precise));
         return BUPO_OK;
     });

@@ -380,9 +380,28 @@ struct bupo_lora_pair {
 // adapter's B in F32, or a model's weight of any type with a converter. Called by each of `nth` threads, with its number.
 typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);
 
-// Makes ggml's CPU backend ask for our product; once, however often it is called. Before anything is computed in this
-// process: ggml's list of who is asked has no lock.
-void bupo_cpu_init(void);
+// Chooses the CPU backend for this processor, makes it the one in ggml's registry, and makes it ask for our products; once,
+// however often it is called, and by the functions below, too. Before a model is opened or anything is computed in this
+// process: ggml's lists have no locks. Gives the backend's name: baseline, or what it was compiled for beyond it.
+const char * bupo_cpu_init(void);
+
+// Of the backend that was chosen what ggml-cpu.h has.
+ggml_backend_reg_t       bupo_cpu_reg(void);
+ggml_backend_t           bupo_cpu_backend(int n_threads); // NULL: out of memory
+void                     bupo_cpu_set_threadpool(ggml_backend_t backend, struct ggml_threadpool * pool);
+struct ggml_threadpool * bupo_threadpool_new(struct ggml_threadpool_params * params);
+void                     bupo_threadpool_free(struct ggml_threadpool * pool);
+
+// What this processor and system have; 0 on others than x86-64.
+#define BUPO_CPU_AVX2       1u
+#define BUPO_CPU_FMA        2u
+#define BUPO_CPU_BMI2       4u
+#define BUPO_CPU_AVX512F    8u
+#define BUPO_CPU_AVX512BW   16u
+#define BUPO_CPU_AVX512VL   32u
+#define BUPO_CPU_AVX512VNNI 64u
+
+uint32_t bupo_cpu_features(void);
 
 // Which products with weights a decode takes.
 enum bupo_products {

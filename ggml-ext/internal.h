@@ -32,6 +32,9 @@ void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns);
 // From now on attention is computed by `kernel` where OwnProducts asks for ours and bupo_decoding allows it.
 void set_attention(bupo_product kernel, int64_t most_heads);
 
+// The buffer type by which a CPU backend asks for our products.
+ggml_backend_buffer_type_t products_type(ggml_backend_reg_t cpu);
+
 // In its life, these products of marked weights, and with them our attention, are taken in what `pool` computes.
 class OwnProducts {
 public:

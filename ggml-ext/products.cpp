@@ -11,7 +11,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <mutex>
 #include <stdexcept>
 
 namespace bupo {
@@ -202,17 +201,14 @@ OwnProducts::~OwnProducts() {
     }
 }
 
-} // namespace bupo
-
-void bupo_cpu_init(void) {
-    static std::once_flag once;
-    std::call_once(once, [] {
-        static ggml_backend_buffer_type type = {};
-        type.iface.get_name      = bupo::name;
-        type.iface.alloc_buffer  = bupo::alloc;
-        type.iface.get_alignment = bupo::alignment;
-        type.device              = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
-        type.context             = &bupo::products;
-        ggml_backend_cpu_get_extra_buffer_types().push_back(&type);
-    });
+ggml_backend_buffer_type_t products_type(ggml_backend_reg_t cpu) {
+    static ggml_backend_buffer_type type = {};
+    type.iface.get_name      = name;
+    type.iface.alloc_buffer  = alloc;
+    type.iface.get_alignment = alignment;
+    type.device              = ggml_backend_reg_dev_get(cpu, 0);
+    type.context             = &products;
+    return &type;
 }
+
+} // namespace bupo

@@ -604,6 +604,42 @@ done
     assert!(rewards.iter().any(|r| r.as_f64() != Some(0.0)), "the program decides: {rewards:?}");
 }
 
+/// What failed before a step was complete cannot be gone on with: the folder's name is free again.
+#[test]
+fn a_run_that_fails_in_its_first_step_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("dies.sh"), "read -r line; exit 3\n").unwrap();
+    let train = |args: &[&str]| {
+        let mut train = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"));
+        train.args(["train", "demo", "--steps", "1", "--eval-problems", "1"]).args(args);
+        train.current_dir(dir.path()).output().unwrap()
+    };
+    let names = |folder: &str| {
+        let read = fs::read_dir(dir.path().join(folder)).unwrap();
+        let mut names: Vec<_> = read.map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let failing = ["--reward", "cmd:sh ./dies.sh"];
+    let output = train(&failing);
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("the reward program"), "{}", stderr(&output));
+    assert_eq!(names("."), ["dies.sh"], "neither the folder nor the one around it");
+    // A folder that was there, and what somebody puts into it meanwhile, stay.
+    fs::create_dir(dir.path().join("mine")).unwrap();
+    let script = "touch mine/note; read -r line; exit 3\n";
+    fs::write(dir.path().join("dies.sh"), script).unwrap();
+    let output = train(&[&failing[..], &["--out", "mine"]].concat());
+    assert!(!output.status.success());
+    assert_eq!(names("mine"), ["note"]);
+    // Runs that succeed are numbered.
+    for _ in 0..2 {
+        let output = train(&["--prompts-per-step", "2", "--group", "2"]);
+        assert!(output.status.success(), "{}", stderr(&output));
+    }
+    assert_eq!(names("runs"), ["demo-bupo-1", "demo-bupo-1-2"]);
+}
+
 #[test]
 fn a_removed_folder_is_noticed_and_what_was_learnt_is_kept() {
     let dir = tempfile::tempdir().unwrap();

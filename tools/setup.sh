@@ -19,9 +19,10 @@ if [ -n "${BUPO_REQUIRE_BROWSER:-}" ]; then
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
         missing+=(chromium)
 fi
-# The tests' trained models come by pip; only CI insists on them.
+# The tests' trained models come by pip, and a wheel is tried in an environment of its own; only CI insists on them.
 if [ -n "${BUPO_REQUIRE_MODELS:-}" ]; then
     python3 -m pip --version >/dev/null 2>&1 || missing+=(python3 python3-pip)
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 fi
 # The feature `mpi` needs an MPI with its headers; only CI insists on one.
 if [ -n "${BUPO_REQUIRE_MPI:-}" ]; then

@@ -11,17 +11,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::files::DumpFiles;
+use super::hidden::{self, Hidden, HiddenFiles};
 use super::lenses::Lenses;
 use super::measure::{Look, Measured, measure};
-use super::pack::{Packed, Pick, pack};
+use super::pack::{Packed, Pick, close, split};
 use super::record::{Figure, Record};
 use super::rows::{Answerer, Answering, Rows, Sample, Usable};
 use super::samples::Gallery;
+use super::sides::{Side, begin_together, check_comparable};
 use super::summary::Sums;
 use crate::ggml::ThreadPool;
-use crate::model::{Engine, Lora, Model};
+use crate::model::Engine;
 use crate::rollout::Sampling;
-use crate::team::{Fact, Team};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// Rows that are read before those without a completion are answered together.
@@ -54,6 +56,9 @@ pub struct Settings {
     pub temperature: f32,
     /// Their seed.
     pub seed: u64,
+    /// Hidden states that are written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hidden: Option<Hidden>,
 }
 
 /// How the work is done; none of it changes the figures.
@@ -73,6 +78,15 @@ pub struct Conduct {
     pub json_lines: bool,
     /// Answers do not depend on who is decoded beside them.
     pub batch_invariant: bool,
+    /// Measure figures. Without, there are only hidden states, and rows without a completion are not answered.
+    pub figures: bool,
+}
+
+impl Conduct {
+    /// Whether rows without a completion are answered.
+    pub fn answers(&self) -> bool {
+        self.figures
+    }
 }
 
 /// What a dump runs on, and who may look on or stop it.
@@ -85,14 +99,6 @@ pub struct Run<'r> {
     pub team: &'r Team,
     /// Looks on.
     pub watcher: &'r mut dyn Watcher,
-}
-
-/// A model with or without an adapter.
-pub struct Side<'m> {
-    /// The model.
-    pub model: &'m Model,
-    /// Its adapter.
-    pub lora: Option<Lora>,
 }
 
 /// Whoever watches.
@@ -134,6 +140,8 @@ pub struct Findings {
     pub reasons: Vec<String>,
     /// The first tokens through both lenses.
     pub lenses: Lenses,
+    /// Positions whose hidden states were written, and the bytes of their files once they are whole.
+    pub hidden: Option<(u64, u64)>,
     /// Whether it was stopped before the end of the data.
     pub interrupted: bool,
 }
@@ -149,6 +157,7 @@ struct Dump<'d, 'm> {
     engine: Engine,
     // Of the first rank.
     files: Option<DumpFiles>,
+    hidden: Option<HiddenFiles>,
     findings: Findings,
     // Rows of the window that cannot be used, and why.
     unusable: Vec<(usize, String)>,
@@ -170,6 +179,12 @@ pub fn dump<'m>(
 ) -> Result<Findings> {
     let Run { pool, stop, team, watcher } = run;
     let model = sides[0].model;
+    if settings.hidden.is_some() && !team.is_alone() {
+        let got = format!("{} ranks", team.size());
+        let advice = "ranks do not share the writing of hidden states: start it without mpirun";
+        let refused = Error::invalid("--hidden", "one process", got, advice);
+        return Err(team.shared_by_all(refused));
+    }
     check_comparable(sides)?;
     for side in sides.iter() {
         settings.look.check(side.model.config().n_vocab)?;
@@ -194,10 +209,18 @@ pub fn dump<'m>(
         refused: 0,
         reasons: Vec::new(),
         lenses: Lenses::default(),
+        hidden: None,
         interrupted: false,
     };
-    let mixtures: Vec<bool> = sides.iter().map(|side| side.model.config().is_mixture()).collect();
-    let mut files = None;
+    let mut size = hidden::Size::default();
+    if let Some(hidden) = &settings.hidden {
+        size = hidden::size(model, settings, conduct, hidden)?;
+        HiddenFiles::check_free(hidden, conduct.resume)?;
+        watcher.note(&size.to_string());
+    }
+    let measured = sides.iter().filter(|_| conduct.figures);
+    let mixtures: Vec<bool> = measured.map(|side| side.model.config().is_mixture()).collect();
+    let (mut files, mut written) = (None, 0);
     if team.is_first() {
         let (out, resume) = (&conduct.out, conduct.resume);
         let open = DumpFiles::open(out, settings, &mixtures, resume, |records| {
@@ -206,12 +229,29 @@ pub fn dump<'m>(
         let done = open.progress();
         (findings.samples, findings.rows) = (done.samples, done.rows);
         (findings.refused, findings.reasons) = (done.refused, done.reasons.clone());
+        written = done.hidden;
         files = Some(open);
     }
     (findings.samples, findings.rows) =
         team.from_first(|| Ok((findings.samples, findings.rows)))?;
+    let hidden = match &settings.hidden {
+        None => None,
+        Some(hidden) => {
+            let of = (n_layer, model.config().n_embd);
+            match HiddenFiles::open(hidden, of, size.bytes, findings.rows > 0, written) {
+                Ok(hidden) => Some(hidden),
+                Err(error) => {
+                    if let Some(files) = files.filter(|_| findings.rows == 0) {
+                        files.discard()?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    };
     if conduct.resume {
-        watcher.resumed(findings.sums[0].tokens());
+        let tokens = findings.sums[0].tokens();
+        watcher.resumed(if conduct.figures { tokens } else { written });
     }
     let mut dump = Dump {
         engine: Engine::on(sides[0].model.device(), pool.clone())?,
@@ -219,6 +259,7 @@ pub fn dump<'m>(
         settings,
         conduct,
         files,
+        hidden,
         findings,
         unusable: Vec::new(),
         stop,
@@ -226,7 +267,7 @@ pub fn dump<'m>(
         watcher,
     };
     for _ in 0..dump.findings.rows {
-        rows.next(settings.max_response)?;
+        rows.next(dump.longest())?;
     }
     let outcome = dump.run(&mut rows, &mut answerer);
     dump.findings.interrupted = matches!(outcome, Err(Error::Interrupted));
@@ -242,9 +283,18 @@ pub fn dump<'m>(
             outcome?;
         }
         files.finish()?;
+        if let Some(hidden) = dump.hidden.take() {
+            dump.findings.hidden = Some(match dump.findings.interrupted {
+                true => (hidden.written(), 0),
+                false => (hidden.written(), hidden.finish(&about(settings))?),
+            });
+        }
         dump.findings.lenses = files.progress().lenses.clone();
         dump.findings.prompts = files.progress().prompts.clone();
         return Ok(dump.findings);
+    }
+    if let Some(hidden) = dump.hidden.take() {
+        hidden.discard()?;
     }
     files.discard()?;
     outcome?;
@@ -256,56 +306,16 @@ pub fn dump<'m>(
     Err(Error::invalid(&settings.data, "a row that can be used", got, advice))
 }
 
-/// Looks whether all ranks have the same models, adapters, settings and processors.
-fn begin_together(
-    team: &Team,
-    sides: &[Side<'_>],
-    settings: &Settings,
-    conduct: &Conduct,
-    pool: &ThreadPool,
-) -> Result<()> {
-    if team.is_alone() {
-        return Ok(());
-    }
-    let adapters = [&settings.adapter, &settings.compare_adapter];
-    let files = sides.iter().flat_map(|side| side.model.files().iter().cloned());
-    let files = files.chain(adapters.into_iter().flatten().map(PathBuf::from));
-    let sums = files.map(|file| crate::gguf::sha256(&file)).collect::<Result<Vec<_>>>()?;
-    let how = (settings, conduct.samples, conduct.strict, conduct.batch_tokens);
-    let how = serde_json::to_string(&how).unwrap_or_default();
-    let options = "start all ranks with the same options";
-    team.alike(&[
-        Fact::program()?,
-        Fact::new("SHA-256 of models and adapters", sums.join(" "), "copy the first rank's files"),
-        Fact::new("settings", how, options),
-        Fact::new("threads", pool.n_threads().to_string(), "say how many with --threads"),
-        Fact::processor(),
-    ])
-}
-
-/// Two models must mean the same by a token id and by a layer.
-fn check_comparable(sides: &[Side<'_>]) -> Result<()> {
-    let [a, b] = sides else { return Ok(()) };
-    let place = format!("--compare {}", b.model.name());
-    let layers = [a, b].map(|side| side.model.config().n_layer);
-    if layers[0] != layers[1] {
-        let (expected, got) = (format!("a model of {} layers", layers[0]), layers[1].to_string());
-        let advice = "compare quantisations or trainings of one model";
-        return Err(Error::invalid(place, expected, got, advice));
-    }
-    let (va, vb) = (a.model.engine().vocab(), b.model.engine().vocab());
-    let n = va.n_tokens();
-    let differs = (0..n as i32).find(|&t| va.spelling(t) != vb.spelling(t));
-    if n == vb.n_tokens() && differs.is_none() {
-        return Ok(());
-    }
-    let (expected, got) = match differs {
-        Some(t) if n == vb.n_tokens() => {
-            (format!("token {t} '{}'", va.spelling(t)), format!("'{}'", vb.spelling(t)))
-        }
-        _ => (format!("a vocabulary of {n} tokens"), vb.n_tokens().to_string()),
-    };
-    Err(Error::invalid(place, expected, got, "compare models of one vocabulary"))
+/// What a file of hidden states says of itself.
+fn about(settings: &Settings) -> Vec<(&'static str, String)> {
+    let mut about = vec![
+        ("made_by", concat!("bupo-gguf ", env!("CARGO_PKG_VERSION")).to_string()),
+        ("model", settings.model.clone()),
+        ("data", settings.data.clone()),
+    ];
+    about.extend(settings.adapter.as_ref().map(|adapter| ("adapter", adapter.clone())));
+    about.extend(settings.hidden.as_ref().map(|h| ("positions", h.positions.to_string())));
+    about
 }
 
 /// Adds the records of one place under both models to the findings.
@@ -330,7 +340,7 @@ impl<'m> Dump<'_, 'm> {
             let mut usable = Vec::with_capacity(WINDOW);
             let first = rows.read();
             while rows.read() - first < WINDOW {
-                match rows.next(self.settings.max_response)? {
+                match rows.next(self.longest())? {
                     None => break,
                     Some(Ok(row)) => usable.push(row),
                     Some(Err(unusable)) if self.conduct.strict => return Err(unusable),
@@ -359,8 +369,8 @@ impl<'m> Dump<'_, 'm> {
             .filter(|row| row.completions.is_empty())
             .map(|row| (row.row, row.prompt.clone()))
             .collect();
-        let mut answers = Vec::new();
-        if !open.is_empty() {
+        let mut answers = vec![Vec::new(); if self.conduct.answers() { 0 } else { open.len() }];
+        if !open.is_empty() && self.conduct.answers() {
             let lora = self.sides[0].lora.as_mut();
             let watcher = &mut *self.watcher;
             let mut progress = |p| watcher.answering(p);
@@ -383,29 +393,30 @@ impl<'m> Dump<'_, 'm> {
     /// Measures samples; after each batch whatever rows are complete are noted as done, at the end all up
     /// to `end`.
     fn measure(&mut self, samples: Vec<Sample>, end: usize) -> Result<()> {
-        let n_vocab = self.sides[0].model.config().n_vocab;
-        let budget = self.conduct.batch_tokens;
-        let packed = pack(samples, self.settings.pick, budget, n_vocab)?;
-        let firsts: Vec<usize> = packed.iter().map(|p| p.samples[0].0.row).collect();
-        let mut whole = true;
+        let batches = split(samples, self.settings.pick, self.conduct.batch_tokens);
+        let firsts: Vec<usize> = batches.iter().map(|runs| runs[0][0].row).collect();
+        let (mut whole, nothing) = (true, batches.is_empty());
         let shared = match self.team.is_alone() {
             true => None,
-            false => Some(self.shared_figures(&packed)?),
+            false => Some(self.shared_figures(&batches)?),
         };
         let mut shared = shared.into_iter().flatten();
-        for (i, packed) in packed.iter().enumerate() {
-            let measured = match shared.next() {
-                Some(measured) => measured,
-                // A row that was begun is ended, so that sums and files say the same.
-                None if whole && self.stop.load(Ordering::Relaxed) => {
-                    return Err(Error::Interrupted);
-                }
-                None => self.figures(packed)?,
-            };
-            self.record(packed, measured)?;
-            self.watcher.measured(self.findings.samples, self.findings.sums[0].tokens());
+        for (i, runs) in batches.into_iter().enumerate() {
+            let measured = shared.next();
+            // A row that was begun is ended, so that sums and files say the same.
+            if measured.is_none() && whole && self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            let last = runs.last().expect("a batch has rows")[0].row;
+            self.batch(runs, measured)?;
+            let written = self.hidden.as_ref().map_or(0, HiddenFiles::written);
+            let tokens = self.findings.sums[0].tokens();
+            let tokens = if self.conduct.figures { tokens } else { written };
+            self.watcher.measured(self.findings.samples, tokens);
+            if let Some(files) = &mut self.files {
+                files.hidden(written);
+            }
             // A row that goes on in the next batch is not done; refused rows after the last batch are.
-            let last = packed.samples.last().expect("a batch has samples").0.row;
             let next = firsts.get(i + 1).copied();
             whole = next != Some(last);
             if whole {
@@ -413,27 +424,37 @@ impl<'m> Dump<'_, 'm> {
                 self.commit(if all { end } else { last + 1 })?;
             }
         }
-        if packed.is_empty() {
+        if nothing {
             self.commit(end)?;
         }
         Ok(())
     }
 
     /// The figures of all batches, of which the ranks measure one after another.
-    fn shared_figures(&mut self, packed: &[Packed]) -> Result<Vec<Figures>> {
+    fn shared_figures(&mut self, batches: &[Vec<Vec<Sample>>]) -> Result<Vec<Figures>> {
         if self.team.stops(self.stop)? {
             return Err(Error::Interrupted);
         }
         let team = self.team;
-        let mut queue = team.queue(packed.len());
+        let mut queue = team.queue(batches.len());
         let mut own = Vec::new();
         let measured: Result<()> = (|| {
             while let Some(i) = queue.take()? {
-                own.push((i, self.figures(&packed[i])?));
+                let packed = self.packed(batches[i].clone())?;
+                own.push((i, self.figures(&packed)?));
             }
             Ok(())
         })();
-        team.join(packed.len(), measured.map(|()| own))
+        team.join(batches.len(), measured.map(|()| own))
+    }
+
+    fn packed(&self, runs: Vec<Vec<Sample>>) -> Result<Packed> {
+        close(runs, self.settings.pick, self.sides[0].model.config().n_vocab)
+    }
+
+    /// Tokens that a row without a completion gets.
+    fn longest(&self) -> usize {
+        if self.conduct.answers() { self.settings.max_response } else { 0 }
     }
 
     fn limit_reached(&self) -> bool {
@@ -455,6 +476,25 @@ impl<'m> Dump<'_, 'm> {
             Some(files) => files.commit(f.rows, f.samples, f.refused, &f.reasons),
             None => Ok(()),
         }
+    }
+
+    /// One batch: hidden states to their streams, figures, measured by whoever took it, to the records.
+    fn batch(&mut self, runs: Vec<Vec<Sample>>, measured: Option<Figures>) -> Result<()> {
+        if let Some(hidden) = &mut self.hidden {
+            let (side, pick) = (&self.sides[0], self.settings.pick);
+            let samples: Vec<&Sample> = runs.iter().flatten().collect();
+            hidden.take(&mut self.engine, (side.model, side.lora.as_ref()), &samples, pick)?;
+        }
+        if !self.conduct.figures {
+            self.findings.samples += runs.iter().map(|run| run.len() as u64).sum::<u64>();
+            return Ok(());
+        }
+        let packed = self.packed(runs)?;
+        let measured = match measured {
+            Some(measured) => measured,
+            None => self.figures(&packed)?,
+        };
+        self.record(&packed, measured)
     }
 
     /// One batch under every model.

@@ -39,6 +39,9 @@ pub struct Progress {
     /// Prompts of the first completions.
     #[serde(default)]
     pub prompts: Vec<String>,
+    /// Positions whose hidden states are written.
+    #[serde(default)]
+    pub hidden: u64,
 }
 
 /// The record files in the making.
@@ -52,7 +55,8 @@ pub struct DumpFiles {
 
 impl DumpFiles {
     /// Makes the folder, or goes on with it: then `replay` gets the records that are there, those of both
-    /// sides for one place together. `mixtures`: whether a side is a mixture of experts.
+    /// sides for one place together. `mixtures`: whether a side is a mixture of experts; with no side there are no records,
+    /// and what is whole is noted alone.
     ///
     /// # Errors
     /// Without `resume`, a folder that is not empty; with it, one without a dump of these settings.
@@ -84,6 +88,7 @@ impl DumpFiles {
                     bytes: vec![0; sides],
                     lenses: Lenses::default(),
                     prompts: Vec::new(),
+                    hidden: 0,
                 }
             }
         };
@@ -93,7 +98,11 @@ impl DumpFiles {
         };
         let writers = paths.iter().map(open).collect::<Result<_>>()?;
         let columns = mixtures.iter().map(|&m| columns(settings.look.top_k > 0, m)).collect();
-        Ok(DumpFiles { out: out.into(), writers, columns, progress })
+        let mut files = DumpFiles { out: out.into(), writers, columns, progress };
+        if sides == 0 {
+            files.note()?;
+        }
+        Ok(files)
     }
 
     /// What is whole.
@@ -104,6 +113,11 @@ impl DumpFiles {
     /// The first tokens through both lenses, to be added to; kept with the next commit.
     pub fn lenses(&mut self) -> &mut Lenses {
         &mut self.progress.lenses
+    }
+
+    /// Positions whose hidden states are written, noted with the next commit.
+    pub fn hidden(&mut self, positions: u64) {
+        self.progress.hidden = positions;
     }
 
     /// Keeps the prompt of a completion, the `sample`th, where it is one of those that are looked at.
@@ -150,6 +164,10 @@ impl DumpFiles {
         }
         let p = &mut self.progress;
         (p.rows, p.samples, p.refused, p.reasons) = (rows, samples, refused, reasons.to_vec());
+        self.note()
+    }
+
+    fn note(&mut self) -> Result<()> {
         let path = self.out.join(PROGRESS);
         write_atomically(&path, |w| {
             serde_json::to_writer(w, &self.progress)
@@ -179,7 +197,12 @@ impl DumpFiles {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
         }
-        fs::remove_dir(&self.out).map_err(Error::io("remove", &self.out))
+        match fs::remove_dir(&self.out) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove", &self.out)(e))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -199,12 +222,14 @@ fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
         _ => serde_json::Map::new(),
     };
     let (was, is) = (fields(&progress.settings), fields(settings));
-    if let Some((name, value)) = was.iter().find(|&(name, value)| is.get(name) != Some(value)) {
-        let got = is.get(name).map_or("nothing".into(), |v| v.to_string());
+    if let Some(name) = was.keys().chain(is.keys()).find(|&name| is.get(name) != was.get(name)) {
+        let shown = |of: &serde_json::Map<_, serde_json::Value>| {
+            of.get(name).map_or("nothing".into(), |v| v.to_string())
+        };
         return Err(Error::invalid(
             format!("--resume {}: {}", out.display(), name.replace('_', "-")),
-            format!("{value} as before"),
-            got,
+            format!("{} as before", shown(&was)),
+            shown(&is),
             "give the same options, or another --out",
         ));
     }
@@ -217,6 +242,9 @@ fn replay_files(
     progress: &Progress,
     replay: &mut impl FnMut(&[Record]),
 ) -> Result<()> {
+    if paths.is_empty() {
+        return Ok(());
+    }
     let mut readers = Vec::with_capacity(paths.len());
     for (path, &bytes) in paths.iter().zip(&progress.bytes) {
         let file = OpenOptions::new().read(true).write(true).open(path);

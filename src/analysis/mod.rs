@@ -8,10 +8,12 @@
 //! dump       figures -> entropy.jsonl, entropy.parquet, running sums
 //! summary    sums -> means, standard errors, the boundary layer
 //! report     means and a few completions -> report.html, SVG
+//! hidden     the hidden states themselves -> safetensors, npy
 //! ```
 
 mod dump;
 mod files;
+pub mod hidden;
 mod lenses;
 mod measure;
 mod outcome;
@@ -23,9 +25,10 @@ mod routers;
 pub mod report;
 mod rows;
 mod samples;
+mod sides;
 mod summary;
 
-pub use dump::{Conduct, Findings, Run, Settings, Side, Unwatched, Watcher, dump};
+pub use dump::{Conduct, Findings, Run, Settings, Unwatched, Watcher, dump};
 pub use lenses::{Lenses, Seen};
 pub use measure::{Look, Measured, cosine, measure};
 pub use outcome::{Difference, Means, Outcome};
@@ -34,10 +37,56 @@ pub use probe::{Probe, probe, sums};
 pub use record::{Figure, Record, Tap, Top};
 pub use rows::{Answerer, Answering, Sample};
 pub use samples::{Gallery, Glance, View};
+pub use sides::Side;
 pub use summary::{Boundary, Change, LayerMeans, Mean, Sums, boundary};
 
 use crate::Result;
 use crate::gguf::write_json_atomically;
+
+/// What was written of hidden states.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Written {
+    /// The file or folder.
+    pub file: String,
+    /// Rows read.
+    pub rows: u64,
+    /// Rows left out.
+    pub rows_left_out: u64,
+    /// Why, of the first of them.
+    pub left_out: Vec<String>,
+    /// Completions, or prompts without one.
+    pub samples: u64,
+    /// Positions.
+    pub positions: u64,
+    /// Bytes on the disk; 0 where it was stopped.
+    pub bytes: u64,
+    /// Whether it was stopped before the end of the data.
+    pub interrupted: bool,
+}
+
+/// `bupo-gguf entropy --hidden FILE` without `--out`: hidden states alone, no figures.
+///
+/// # Errors
+/// Those of [`dump`].
+pub fn hidden_states<'m>(
+    sides: &mut [Side<'m>],
+    settings: &Settings,
+    conduct: &Conduct,
+    run: Run<'_>,
+) -> Result<Written> {
+    let findings = dump(sides, settings, conduct, run)?;
+    let (positions, bytes) = findings.hidden.unwrap_or_default();
+    Ok(Written {
+        file: settings.hidden.as_ref().map(|h| h.file.clone()).unwrap_or_default(),
+        rows: findings.rows,
+        rows_left_out: findings.refused,
+        left_out: findings.reasons,
+        samples: findings.samples,
+        positions,
+        bytes,
+        interrupted: findings.interrupted,
+    })
+}
 
 /// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`. None of a rank that is
 /// not the first.

@@ -16,8 +16,12 @@ pub struct Pick {
 impl Pick {
     /// The part of a completion that is computed.
     pub fn cut<'t>(&self, tokens: &'t [i32]) -> &'t [i32] {
-        let n = if self.max_tokens > 0 { self.max_tokens.min(tokens.len()) } else { tokens.len() };
-        &tokens[..n]
+        &tokens[..self.most(tokens.len())]
+    }
+
+    /// What of `n` tokens is computed.
+    pub fn most(&self, n: usize) -> usize {
+        if self.max_tokens > 0 { self.max_tokens.min(n) } else { n }
     }
 }
 
@@ -43,15 +47,20 @@ pub fn pack(
     budget: usize,
     n_vocab: usize,
 ) -> Result<Vec<Packed>> {
-    let mut packed = Vec::new();
+    split(samples, pick, budget).into_iter().map(|runs| close(runs, pick, n_vocab)).collect()
+}
+
+/// The same samples, not packed yet: of each batch its rows, of each row its samples.
+pub(super) fn split(samples: Vec<Sample>, pick: Pick, budget: usize) -> Vec<Vec<Vec<Sample>>> {
+    let mut batches = Vec::new();
     let mut runs: Vec<Vec<Sample>> = Vec::new(); // of one row each, for the batch in the making
     let mut tokens = 0;
     for sample in samples {
-        let own = pick.cut(&sample.tokens).len() - 1;
+        let own = pick.cut(&sample.tokens).len().saturating_sub(1);
         let same_row = runs.last().is_some_and(|run| run[0].row == sample.row);
         let needs = own + if same_row { 0 } else { sample.prompt.len() };
         if !runs.is_empty() && tokens + needs > budget {
-            packed.push(close(std::mem::take(&mut runs), pick, n_vocab)?);
+            batches.push(std::mem::take(&mut runs));
             tokens = sample.prompt.len() + own;
             runs.push(vec![sample]);
             continue;
@@ -63,12 +72,13 @@ pub fn pack(
         }
     }
     if !runs.is_empty() {
-        packed.push(close(runs, pick, n_vocab)?);
+        batches.push(runs);
     }
-    Ok(packed)
+    batches
 }
 
-fn close(runs: Vec<Vec<Sample>>, pick: Pick, n_vocab: usize) -> Result<Packed> {
+/// The batch of these rows.
+pub(super) fn close(runs: Vec<Vec<Sample>>, pick: Pick, n_vocab: usize) -> Result<Packed> {
     let mut packed = Packed::default();
     for run in runs {
         let first = packed.batch.scored.len();

@@ -3,6 +3,7 @@
 
 use std::io::Write;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::routers::Routed;
@@ -10,7 +11,8 @@ use crate::error::json_fault;
 use crate::{Error, Result};
 
 /// The places in a layer whose hidden states are looked at, and the final policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Tap {
     /// H^(l-1)
     LayerIn,
@@ -51,6 +53,17 @@ impl Tap {
             Tap::LayerOut => "layer_out",
             Tap::Final => "final",
         }
+    }
+}
+
+impl std::str::FromStr for Tap {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Tap, String> {
+        Tap::ALL
+            .into_iter()
+            .find(|tap| tap.name() == name)
+            .ok_or_else(|| format!("expected {}", Tap::ALL.map(Tap::name).join(", ")))
     }
 }
 

@@ -9,13 +9,17 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
-use crate::analysis::{Conduct, Look, Pick, Run, Settings, Side, Unwatched, Watcher, entropy};
+use crate::analysis::hidden::{self, Element, Hidden, Positions, Ranges};
+use crate::analysis::{
+    Conduct, Look, Pick, Run, Settings, Side, Tap, Unwatched, Watcher, entropy, hidden_states,
+};
 use crate::ggml::ThreadPool;
 use crate::options::at_least_one;
 use crate::team::Team;
 use crate::{Error, Result};
 
 const ANSWERS: &str = "Answers to rows without a completion";
+const HIDDEN: &str = "Hidden states";
 
 /// See inside a model: entropies of every layer's internal policies, the boundary layer, a report
 ///
@@ -29,15 +33,18 @@ const ANSWERS: &str = "Answers to rows without a completion";
 /// the model first.
 ///
 /// --out gets entropy.jsonl and entropy.parquet (one record for each row, layer and position), summary.json
-/// (means, standard errors, boundary layer), report.html and its figures as SVG. Ctrl-C keeps what is done;
-/// --resume goes on.
+/// (means, standard errors, boundary layer), report.html and its figures as SVG. --hidden writes the hidden states
+/// themselves, beside the figures or, without --out, alone. Ctrl-C keeps what is done; --resume goes on.
 #[derive(Args)]
 #[command(after_help = "Examples:
   bupo-gguf entropy demo --data task:add --samples 50 --out look
   bupo-gguf entropy Qwen3-4B-Q8_0.gguf --data rows.jsonl \\
       --compare Qwen3-4B-Q4_K_M.gguf --every 4 --out q8-q4
   bupo-gguf entropy Qwen3-4B-Q4_K_M.gguf --data rows.jsonl \\
-      --compare-adapter runs/first/adapter.gguf --out before-after")]
+      --compare-adapter runs/first/adapter.gguf --out before-after
+  bupo-gguf entropy Qwen3-4B-Q4_K_M.gguf --data rows.jsonl \\
+      --hidden states.safetensors --hidden-taps layer_out \\
+      --hidden-layers 12,20-24 --hidden-positions last")]
 pub struct EntropyArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -45,12 +52,12 @@ pub struct EntropyArgs {
     #[arg(long, value_name = "FILE|task:NAME", help_heading = "Data")]
     data: PathBuf,
     /// Folder of the results; must be empty or not exist
-    #[arg(long, value_name = "DIR", help_heading = "Run")]
-    out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "hidden", help_heading = "Run")]
+    out: Option<PathBuf>,
     /// Keep entropy.parquet alone, without entropy.jsonl, once the dump is whole
     #[arg(long, help_heading = "Run")]
     no_json_lines: bool,
-    /// Go on with the dump in --out
+    /// Go on with the dump in --out, or with --hidden
     #[arg(long, help_heading = "Run")]
     resume: bool,
     /// Adapter (GGUF)
@@ -85,6 +92,52 @@ pub struct EntropyArgs {
     /// Apply the final norm before the unembedding at every tap (the paper's ablation)
     #[arg(long, help_heading = "Figures")]
     final_norm: bool,
+
+    /// Write the hidden states to FILE: .safetensors, .npy (one tap), or a folder of .npy files where the name has no
+    /// ending. Without --out nothing else is measured, and a row without a completion is taken as a prompt alone
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = ["compare", "compare_adapter"],
+        help_heading = HIDDEN
+    )]
+    hidden: Option<PathBuf>,
+    /// Of layer_in, attn_in, attn_out, ffn_in, ffn_out, layer_out (the residual) and final (behind the final norm)
+    #[arg(
+        long,
+        value_name = "TAP,..",
+        value_delimiter = ',',
+        default_value = "layer_out,attn_out,ffn_out",
+        requires = "hidden",
+        help_heading = HIDDEN
+    )]
+    hidden_taps: Vec<Tap>,
+    /// Layers, from 1, such as 3,5-8 [default: all]
+    #[arg(long, value_name = "LAYERS", requires = "hidden", help_heading = HIDDEN)]
+    hidden_layers: Option<Ranges>,
+    /// completion (those that predict its tokens, of which --every leaves some out), prompt, all, last, or places in the
+    /// sequence, from 0, such as 0,4-7
+    #[arg(
+        long,
+        value_name = "PLACES",
+        default_value_t = Positions::Completion,
+        requires = "hidden",
+        help_heading = HIDDEN
+    )]
+    hidden_positions: Positions,
+    /// Type of the numbers
+    #[arg(
+        long,
+        value_name = "TYPE",
+        value_enum,
+        default_value = "f32",
+        requires = "hidden",
+        help_heading = HIDDEN
+    )]
+    hidden_type: Element,
+    /// Say what --hidden takes on the disk, and stop
+    #[arg(long, requires = "hidden", help_heading = HIDDEN)]
+    dry_run: bool,
 
     /// Answers to rows without a completion end at this length
     #[arg(
@@ -154,9 +207,18 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         max_response: args.max_response,
         temperature: args.temperature,
         seed: args.seed,
+        hidden: args.hidden.as_ref().map(|file| Hidden {
+            file: text(file),
+            taps: args.hidden_taps.clone(),
+            layers: args.hidden_layers.clone(),
+            positions: args.hidden_positions.clone(),
+            element: args.hidden_type,
+        }),
     };
+    let alone = settings.hidden.as_ref().map(|hidden| hidden::partial(&hidden.file));
     let conduct = Conduct {
-        out: args.out.clone(),
+        out: args.out.clone().or(alone).unwrap_or_default(),
+        figures: args.out.is_some(),
         resume: args.resume,
         samples: args.samples.map(|n| n as u64),
         strict: args.strict,
@@ -165,6 +227,10 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         batch_invariant: args.batch_invariant,
     };
     let model = args.device.open(&args.model)?;
+    if let (true, Some(hidden)) = (args.dry_run, &settings.hidden) {
+        let size = hidden::size(&model, &settings, &conduct, hidden)?;
+        return if args.json { print_json(&size) } else { print_line(&size.to_string()) };
+    }
     let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;
     let mut sides = vec![Side { model: &model, lora: open_adapter(&model, &args.adapter)? }];
     if args.compare.is_some() || args.compare_adapter.is_some() {
@@ -178,15 +244,41 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
     let (mut watch, mut unwatched) = (Watch::new(), Unwatched);
     let watcher: &mut dyn Watcher = if team.is_first() { &mut watch } else { &mut unwatched };
     let run = Run { pool: &pool, stop: &stop, team, watcher };
-    let Some(outcome) = entropy(&mut sides, &settings, &conduct, run)? else { return Ok(()) };
-    watch.bar.finish_and_clear();
-    if args.json {
-        print_json(&outcome)?;
-    } else {
-        print_line(&outcome.table())?;
-        print_line(&format!("results          {}", args.out.display()))?;
-    }
-    if outcome.interrupted {
+    let interrupted = match &args.out {
+        Some(out) => {
+            let Some(outcome) = entropy(&mut sides, &settings, &conduct, run)? else {
+                return Ok(());
+            };
+            watch.bar.finish_and_clear();
+            if args.json {
+                print_json(&outcome)?;
+            } else {
+                print_line(&outcome.table())?;
+                print_line(&format!("results          {}", out.display()))?;
+                if let (Some(hidden), false) = (&settings.hidden, outcome.interrupted) {
+                    print_line(&format!("hidden states    {}", hidden.file))?;
+                }
+            }
+            outcome.interrupted
+        }
+        None => {
+            let written = hidden_states(&mut sides, &settings, &conduct, run)?;
+            watch.bar.finish_and_clear();
+            if args.json {
+                print_json(&written)?;
+            } else if !written.interrupted {
+                print_line(&format!(
+                    "hidden states    {}: {} positions of {} rows, {:.1} MiB",
+                    written.file,
+                    written.positions,
+                    written.rows,
+                    written.bytes as f64 / (1u64 << 20) as f64
+                ))?;
+            }
+            written.interrupted
+        }
+    };
+    if interrupted {
         eprintln!("stopped before the end of the data; go on with the same command and --resume");
         return Err(Error::Interrupted);
     }

@@ -106,6 +106,10 @@ pub fn run() -> ExitCode {
         .with_env_filter(tracing_subscriber::EnvFilter::from_env("BUPO_LOG"))
         .with_writer(std::io::stderr)
         .init();
+    if let Err(error) = crate::ggml::check_processor() {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
     let matches = command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let given = matches.subcommand().map_or(&matches, |(_, given)| given);

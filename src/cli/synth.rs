@@ -41,6 +41,9 @@ pub struct SynthArgs {
     /// Same seed, same file
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
+    /// Weights of zero, which take neither time nor room on the disk: for `inspect --plan`
+    #[arg(long, conflicts_with = "seed")]
+    hollow: bool,
     /// One JSON object on stdout instead of a line of text
     #[arg(long)]
     json: bool,
@@ -56,7 +59,10 @@ pub fn run(args: SynthArgs) -> Result<()> {
         shape = shape.with_vocab(n)?;
     }
     let start = Instant::now();
-    let summary = synth::write(&shape, &mixture, args.seed, &args.out)?;
+    let summary = match args.hollow {
+        true => synth::hollow(&shape, &mixture, &args.out)?,
+        false => synth::write(&shape, &mixture, args.seed, &args.out)?,
+    };
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         return print_json(&serde_json::json!({

@@ -29,12 +29,11 @@ impl ThreadPool {
         // SAFETY: default parameters for a count within ggml's limit. Nothing is computed without a pool, so
         // our products are known before anything is.
         let raw = unsafe {
-            sys::bupo_cpu_init();
             let mut params = sys::ggml_threadpool_params_default(n_threads as i32);
             // By default a worker spins for up to 6.5 million rounds after a graph, on a core that
             // sampling wants: 128 rows of 152k logits on 2 cores took 12 ms so, 7 ms without.
             params.poll = 0;
-            sys::ggml_threadpool_new(&mut params)
+            sys::bupo_threadpool_new(&mut params)
         };
         let raw = NonNull::new(raw).ok_or_else(|| {
             Error::engine("starting threads", "no thread pool", "try --threads 1")
@@ -66,8 +65,8 @@ impl ThreadPool {
 
 impl Drop for ThreadPool {
     fn drop(&mut self) {
-        // SAFETY: made by ggml_threadpool_new, freed once, no computation runs on it any more.
-        unsafe { sys::ggml_threadpool_free(self.raw.as_ptr()) }
+        // SAFETY: made by bupo_threadpool_new, freed once, no computation runs on it any more.
+        unsafe { sys::bupo_threadpool_free(self.raw.as_ptr()) }
     }
 }
 
@@ -88,14 +87,13 @@ impl Executor {
     /// An executor on these threads.
     pub fn cpu(pool: Arc<ThreadPool>) -> Result<Executor> {
         // SAFETY: no preconditions; the result is checked.
-        let backend = unsafe { sys::ggml_backend_cpu_init() };
+        let backend = unsafe { sys::bupo_cpu_backend(pool.n_threads() as i32) };
         if backend.is_null() {
             return Err(Error::engine("starting the CPU backend", "out of memory", "free some"));
         }
         // SAFETY: a live CPU backend and a live pool, kept alive by the Arc in `self`.
         let allocator = unsafe {
-            sys::ggml_backend_cpu_set_n_threads(backend, pool.n_threads() as i32);
-            sys::ggml_backend_cpu_set_threadpool(backend, pool.raw());
+            sys::bupo_cpu_set_threadpool(backend, pool.raw());
             sys::ggml_gallocr_new(sys::ggml_backend_cpu_buffer_type())
         };
         Ok(Executor { backend, allocator, current: std::ptr::null(), device: Device::Cpu, pool })

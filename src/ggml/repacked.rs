@@ -67,7 +67,7 @@ fn buffer_type() -> Option<sys::ggml_backend_buffer_type_t> {
     // (`ggml_backend_dev_get_extra_bufts_t`) and gives a static list that ends with a null; buffer types
     // have static names.
     unsafe {
-        let registry = sys::ggml_backend_cpu_reg();
+        let registry = sys::bupo_cpu_reg();
         let device = sys::ggml_backend_reg_dev_get(registry, 0);
         let name = c"ggml_backend_dev_get_extra_bufts";
         let found = sys::ggml_backend_reg_get_proc_address(registry, name.as_ptr());

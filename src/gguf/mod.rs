@@ -26,6 +26,7 @@ pub use hash::sha256;
 pub use lora::{AdapterFile, AdapterPair};
 pub use read::GgufFile;
 pub use set::GgufSet;
+pub use space::check_space;
 pub use split::split_paths;
 pub use tensor::TensorInfo;
 pub use value::{Value, ValueType};

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// [`Error::Invalid`] with both figures. A file system that does not say what it has passes.
-pub(super) fn check_space(path: &Path, bytes: u64) -> Result<()> {
+pub fn check_space(path: &Path, bytes: u64) -> Result<()> {
     let folder = folder_of(path);
     match free_bytes(folder) {
         Some(free) if free < bytes => Err(Error::invalid(

@@ -11,6 +11,8 @@ static LAST_WORDS: Mutex<String> = Mutex::new(String::new());
 /// Starts llama.cpp once per process and takes over its log.
 pub(super) fn start() {
     START.call_once(|| {
+        let backend = crate::ggml::cpu_backend();
+        tracing::info!("ggml's CPU backend: {backend}");
         // SAFETY: the callback is a plain function without data; called once before any other use.
         unsafe {
             sys::llama_log_set(Some(on_log), std::ptr::null_mut());

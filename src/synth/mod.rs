@@ -59,6 +59,19 @@ pub struct Summary {
 /// [`Error::Unsupported`] for a type that has no random blocks here, [`Error::Io`] when the file cannot
 /// be written; nothing is left of it then.
 pub fn write(shape: &Shape, mixture: &Mixture, seed: u64, path: &Path) -> Result<Summary> {
+    fill(shape, mixture, Some(seed), path)
+}
+
+/// The same without random weights: they are zero and take no room on a disk that has files with holes. It opens, and its
+/// memory can be planned.
+///
+/// # Errors
+/// As of [`write`].
+pub fn hollow(shape: &Shape, mixture: &Mixture, path: &Path) -> Result<Summary> {
+    fill(shape, mixture, None, path)
+}
+
+fn fill(shape: &Shape, mixture: &Mixture, seed: Option<u64>, path: &Path) -> Result<Summary> {
     let mut summary = Summary {
         shape: shape.name.into(),
         r#type: mixture.name().into(),
@@ -88,10 +101,10 @@ pub fn write(shape: &Shape, mixture: &Mixture, seed: u64, path: &Path) -> Result
             Fill::Values(values) => writer.tensor_f32(&w.name, &w.shape, values)?,
             &Fill::Random { spread } => {
                 let blocks = &blocks[&w.ty];
-                let key = [seed, i as u64];
                 let n_blocks = n as usize / w.ty.block_size();
-                writer.tensor(&w.name, w.ty, &w.shape, move |sink| {
-                    stream(sink, blocks, n_blocks, spread, key)
+                writer.tensor(&w.name, w.ty, &w.shape, move |sink| match seed {
+                    Some(seed) => stream(sink, blocks, n_blocks, spread, [seed, i as u64]),
+                    None => zeros(sink, n_blocks * blocks.bytes()),
                 })?;
             }
         }
@@ -120,6 +133,16 @@ fn stream(
         sink.write(part)?;
         left -= part.len();
         first += CHUNKS as u64;
+    }
+    Ok(())
+}
+
+fn zeros(sink: &mut TensorSink<'_>, mut bytes: usize) -> Result<()> {
+    let piece = vec![0; bytes.min(CHUNK)];
+    while bytes > 0 {
+        let n = bytes.min(piece.len());
+        sink.write(&piece[..n])?;
+        bytes -= n;
     }
     Ok(())
 }
@@ -154,6 +177,22 @@ mod tests {
     fn a_seed_is_a_file() {
         assert!(tiny("q4_k_m", 1) == tiny("q4_k_m", 1));
         assert!(tiny("q4_k_m", 1) != tiny("q4_k_m", 2));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_hollow_file_has_the_same_tensors_and_no_weights() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (full, empty) = (dir.path().join("full.gguf"), dir.path().join("empty.gguf"));
+        let shape = Shape::find("smollm2-135m").unwrap().with_layers(2).unwrap();
+        let mixture = Mixture::parse("q4_k_m").unwrap();
+        write(&shape, &mixture, 1, &full).unwrap();
+        hollow(&shape, &mixture, &empty).unwrap();
+        let [full, empty] = [full, empty].map(|path| GgufFile::open(&path).unwrap());
+        assert_eq!(format!("{:?}", full.tensors()), format!("{:?}", empty.tensors()));
+        let metadata = std::fs::metadata(dir.path().join("empty.gguf")).unwrap();
+        assert!(metadata.blocks() * 512 < metadata.len() / 2, "holes: {metadata:?}");
     }
 
     #[test]

@@ -26,10 +26,13 @@ struct Keeper {
     config: String,
     /// Step of the newest checkpoint.
     kept: Option<u64>,
+    /// Whether the run began in this process.
+    new: bool,
 }
 
 impl Trainer<'_> {
-    /// The whole run: evaluation, steps, evaluation; everything is written to `dir`.
+    /// The whole run: evaluation, steps, evaluation; everything is written to `dir`. A run that fails before its first step is
+    /// complete leaves nothing there.
     ///
     /// # Errors
     /// The folder is not empty, a file cannot be written, or training cannot learn.
@@ -45,7 +48,7 @@ impl Trainer<'_> {
         let config = RunConfig { model, train }.text()?;
         let path = dir.to_path_buf();
         let dir = self.team.is_first().then(|| RunDir::create(dir, &config)).transpose()?;
-        let keeper = Keeper { dir, path, config, kept: None };
+        let keeper = Keeper { dir, path, config, kept: None, new: true };
         self.run_kept(keeper, observer)
     }
 
@@ -69,14 +72,25 @@ impl Trainer<'_> {
             }
         }
         let kept = checkpoint.map(|c| c.meta.step);
-        self.run_kept(Keeper { dir, path, config, kept }, observer)
+        self.run_kept(Keeper { dir, path, config, kept, new: false }, observer)
     }
 
     fn run_kept(&mut self, mut keeper: Keeper, observer: &mut dyn Observer) -> Result<Summary> {
         self.notes.drain(..).for_each(|note| observer.note(&note));
         let (start, before) = (Instant::now(), self.seconds);
-        let mut outcome = self.run_steps(&mut keeper, start, observer);
+        let outcome = self.run_steps(&mut keeper, start, observer);
         self.seconds = before + start.elapsed().as_secs_f64();
+        let came_to_nothing = keeper.new && self.counters.steps_done == 0;
+        let mut outcome = match outcome {
+            // There is nothing to be gone on with, and the name is free again.
+            Err(error) if came_to_nothing && !matches!(error, Error::Interrupted) => {
+                if let Some(Err(stays)) = keeper.dir.map(RunDir::discard) {
+                    observer.note(&stays.to_string());
+                }
+                return Err(error);
+            }
+            outcome => outcome,
+        };
         // Whatever ended the run: between two steps its state is whole, and is kept.
         if !self.mid_step
             && let Err(error) = self.keep(&mut keeper)

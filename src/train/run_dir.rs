@@ -18,6 +18,10 @@ const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const COMPLETIONS: &str = "completions.jsonl";
 const SUMMARY: &str = "summary.json";
+const ADAPTER: &str = "adapter.gguf";
+const BEST: &str = "adapter-best.gguf";
+const CHECKPOINTS: &str = "checkpoints";
+const EVENTS: &str = "tensorboard";
 
 /// A run folder that this run owns until it is dropped, or until its process ends in whatever way: the
 /// system gives the lock back, so none is ever stale.
@@ -25,6 +29,8 @@ pub struct RunDir {
     path: PathBuf,
     logs: BTreeMap<String, BufWriter<File>>,
     lock: File,
+    /// Folders that were made for it, the innermost first.
+    made: Vec<PathBuf>,
 }
 
 /// The text of `config.toml`: enough to go on with the run.
@@ -136,8 +142,10 @@ impl RunDir {
     /// holds it.
     pub fn create(path: &Path, config: &str) -> Result<RunDir> {
         RunDir::check(path)?;
+        let made = path.ancestors().filter(|folder| !folder.as_os_str().is_empty());
+        let made = made.take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect();
         fs::create_dir_all(path).map_err(Error::io("create", path))?;
-        let dir = RunDir::take(path)?;
+        let dir = RunDir { made, ..RunDir::take(path)? };
         // Again, now that nobody else can write.
         RunDir::check(path)?;
         dir.write_config(config)?;
@@ -189,7 +197,7 @@ impl RunDir {
         }
         // For people; the lock itself is the system's.
         let _ = lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()));
-        Ok(RunDir { path: path.into(), logs: BTreeMap::new(), lock })
+        Ok(RunDir { path: path.into(), logs: BTreeMap::new(), lock, made: Vec::new() })
     }
 
     /// Refuses a folder that is not empty, before long work begins.
@@ -214,6 +222,33 @@ impl RunDir {
         Ok(())
     }
 
+    /// Takes away what a run wrote that came to nothing, and the folders that were made for it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the system refuses.
+    pub fn discard(self) -> Result<()> {
+        if self.is_lost() {
+            return Ok(());
+        }
+        let RunDir { path, logs, lock, made } = self;
+        let mut names: Vec<String> = logs.into_keys().collect();
+        drop(lock);
+        names.extend([CONFIG, SUMMARY, ADAPTER, BEST, CHECKPOINTS, EVENTS, LOCK].map(String::from));
+        for place in names.iter().map(|name| path.join(name)) {
+            let gone =
+                if place.is_dir() { fs::remove_dir_all(&place) } else { fs::remove_file(&place) };
+            match gone {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &place)(e));
+                }
+                _ => {}
+            }
+        }
+        // What somebody else has put there stays.
+        made.iter().all(|folder| fs::remove_dir(folder).is_ok());
+        Ok(())
+    }
+
     /// Writes `config.toml`.
     pub fn write_config(&self, text: &str) -> Result<()> {
         let path = self.path.join(CONFIG);
@@ -234,12 +269,12 @@ impl RunDir {
 
     /// Where the adapter of a run in this folder lies.
     pub fn adapter_in(folder: &Path) -> PathBuf {
-        folder.join("adapter.gguf")
+        folder.join(ADAPTER)
     }
 
     /// Where the best adapter of the evaluations between steps lies.
     pub fn best_adapter(&self) -> PathBuf {
-        self.path.join("adapter-best.gguf")
+        self.path.join(BEST)
     }
 
     /// An event file for TensorBoard, with what the logs hold so far, so that a run that went back to a checkpoint has
@@ -249,7 +284,7 @@ impl RunDir {
     /// A log is damaged, or the disk refuses.
     pub fn events(&mut self, began: f64) -> Result<Events> {
         self.flush()?;
-        let mut events = Events::create(&self.path.join("tensorboard"), began)?;
+        let mut events = Events::create(&self.path.join(EVENTS), began)?;
         let read = |name: &str| -> Result<Vec<Value>> {
             let path = self.path.join(name);
             match path.exists() {
@@ -267,7 +302,7 @@ impl RunDir {
 
     /// Where checkpoints lie.
     pub fn checkpoints(&self) -> PathBuf {
-        self.path.join("checkpoints")
+        self.path.join(CHECKPOINTS)
     }
 
     /// Writes `summary.json`.

@@ -5,6 +5,8 @@
 
 #[path = "build/cuda.rs"]
 mod cuda;
+#[path = "build/variants.rs"]
+mod variants;
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -89,8 +91,12 @@ fn main() {
         .compile_intermediates();
     emulated.objects(objects).compile("bupo-ggml-emulated");
     // After what uses it: bridge.cpp holds the last error.
-    let host = ["bridge.cpp", "products.cpp", "sampler.cpp"].map(|file| ext.join(file));
-    cpp(&ext, &source).files(host).compile("bupo-ggml-ext");
+    let host = ["bridge.cpp", "cpu.cpp", "products.cpp", "sampler.cpp"].map(|file| ext.join(file));
+    let mut host = cpp(&ext, &source).files(host).to_owned();
+    if env::var_os("CARGO_FEATURE_PORTABLE").is_some() && variants::compile(&ext, &source) {
+        host.define("BUPO_CPU_VARIANTS", None);
+    }
+    host.compile("bupo-ggml-ext");
 }
 
 /// A C++ compilation whose warnings are errors; llama.cpp's headers come in as system headers, for their
