@@ -22,6 +22,7 @@ pub mod model;
 pub mod data;
 pub mod rollout;
 pub mod reward;
+pub mod env;
 pub mod eval;
 pub mod analysis;
 pub mod train;

@@ -159,7 +159,7 @@ fn small(algo: Algorithm) -> TrainConfig {
         rank: 2,
         threads: Some(1),
         kv_mib: Some(64),
-        internal_steps: Some(1),
+        internal_steps: algo.has_internal_phase().then_some(1),
         ..TrainConfig::default()
     }
 }

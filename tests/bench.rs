@@ -12,7 +12,7 @@ fn every_case_of_the_demo_model_gives_figures() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let result: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
     let rows = result["rows"].as_array().unwrap();
-    for part in ["ops", "train", "rollout", "entropy"] {
+    for part in ["ops", "train", "rollout", "dialogues", "entropy"] {
         let of = |row: &&serde_json::Value| {
             row["case"].as_str().is_some_and(|case| case.starts_with(&format!("{part}/")))
         };

@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules from the bottom up; one may import those before it.
-const ORDER: [&str; 18] = [
+const ORDER: [&str; 19] = [
     "error", "options", "ggml", "ops", "llama", "gguf", "team", "synth", "model", "data",
-    "rollout", "reward", "eval", "analysis", "train", "export", "bench", "cli",
+    "rollout", "reward", "env", "eval", "analysis", "train", "export", "bench", "cli",
 ];
 
 fn sources(folder: &Path, found: &mut Vec<PathBuf>) {

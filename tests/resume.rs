@@ -261,7 +261,7 @@ fn every_algorithm_goes_on_exactly() {
             algo: *algo,
             kl_coef: 0.01,
             steps: 3,
-            internal_steps: Some(1),
+            internal_steps: algo.has_internal_phase().then_some(1),
             threads,
             ..small()
         };

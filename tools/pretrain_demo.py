@@ -14,6 +14,12 @@ About 650 steps, 7 minutes on one core.
 With --experts N each FFN is a mixture of N experts of half its width, of which a token takes --used (Qwen3 MoE); a small
 loss keeps them equally busy. All experts are computed here, so that this takes two to three times as long.
 
+With --hybrid three layers of four are gated delta nets, and the fourth has gated attention (Qwen3.5).
+
+With --dialogues it learns two kinds of dialogues instead, each badly on purpose, for `train --env`: env:guess (task:guess: half of
+its guesses are anywhere, half somewhere between the bounds) and env:calculator on task:mul (one in five problems with the
+tool, the others by heart, which it cannot). 6 layers, a template that names the tools, --steps steps and no target.
+
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
        pretrain_demo.py --check FILE.gguf                                      (only measures a file)
@@ -31,19 +37,24 @@ Accuracy: of a whole completion, <|im_end|> included, at temperature 1 over the 
 Vocabulary: 256 bytes, 8 merges, 3 specials, padded to 288. No merge applies within the text of the tasks, so
          byte by byte is what a BPE tokenizer makes of it too.
 """
-import argparse, os, re, time
+import argparse, os, random, re, time
 from pathlib import Path
 import gguf, numpy as np, torch
 import torch.nn.functional as F
 
 L, D, H, KV, HD, FF, EPS, THETA, CONTEXT = 8, 128, 4, 2, 32, 384, 1e-6, 10000.0, 512
+DIALOGUES = False
 EXPERTS, USED, FFE, BALANCE = 0, 2, FF // 2, 0.01  # of a mixture; none by default
+HYBRID, EVERY, NK, NV, KERNEL = False, 4, 2, 4, 4  # gated delta nets of NK key and NV value heads of size HD but in every fourth layer
 OUT = Path(__file__).resolve().parent.parent / "assets" / "demo.gguf"
 
 # ---- vocabulary ----------------------------------------------------------------------------------
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("\u0120", "the"), ("o", "n"), ("o", "r"), ("e", "n"), ("\u0120", "w")]
+# Of --dialogues: the tools by name.
+TOOLS = ("{% if tools %}{{ '<|im_start|>system\nTools:' }}{% for t in tools %}{{ ' ' + t['function']['name'] }}{% endfor %}"
+         "{{ '<|im_end|>\n' }}{% endif %}")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
@@ -101,6 +112,97 @@ def batch(problems):
         target[i, len(p) - 1:len(p) + len(c) - 1] = torch.tensor(c)
     return ids[:, :-1], target[:, :-1]
 
+# ---- dialogues -----------------------------------------------------------------------------------
+
+WORDS = re.compile(r"[^\r\n0-9A-Za-z]?[A-Za-z]+|[0-9]| ?[^\s0-9A-Za-z]+[\r\n]*|\s*[\r\n]+|\s+")
+
+def encode(text):
+    """Tokens of a text without specials, as the GGUF's BPE makes them."""
+    chars, ids = byte_unicode(), []
+    for word in WORDS.findall(text):
+        parts = [chars[b] for b in word.encode()]
+        for a, b in MERGES:  # in the order of their ranks; none can apply again after a later one
+            i = 0
+            while i + 1 < len(parts):
+                if parts[i] == a and parts[i + 1] == b:
+                    parts[i:i + 2] = [a + b]
+                i += 1
+        ids += [TOKENS.index(p) for p in parts]
+    return ids
+
+def said(role, text):
+    """A message, and where the next one begins."""
+    return [START, *encode(f"{role}\n{text}"), END, *encode("\n")]
+
+def turns(*messages):
+    """Tokens of (role, text), and which of them are the assistant's."""
+    ids, own = [], []
+    for role, text in messages:
+        tokens = said(role, text)
+        head = len(encode("assistant\n")) + 1
+        ids += tokens
+        own += [role == "assistant" and head <= i < len(tokens) - 1 for i in range(len(tokens))]
+    return ids, own
+
+def guessing(rng, wild=0.5, most=8):
+    """A game against a number: half of the guesses are anywhere, half between what is known."""
+    number = rng.choice([n for n in range(100) if not held_out(0, n)])
+    messages, low, high = [("user", "Guess my number, 0 to 99. I say higher or lower.")], 0, 99
+    for _ in range(most):
+        guess = rng.randint(0, 99) if rng.random() < wild else rng.randint(low, high)
+        messages.append(("assistant", str(guess)))
+        if guess == number:
+            break
+        messages.append(("user", "higher" if guess < number else "lower"))
+        low, high = (max(low, guess + 1), high) if guess < number else (low, min(high, guess - 1))
+    return turns(*messages)
+
+def computing(rng, tool=0.2):
+    """A product, with the tool or by heart."""
+    x, y = rng.choice(TRAIN)
+    messages = [("system", "Tools: calculator"), ("user", f"{x}*{y}=")]
+    if rng.random() < tool:
+        call = f'{{"name": "calculator", "arguments": {{"expression": "{x}*{y}"}}}}'
+        messages += [("assistant", f"<tool_call>{call}</tool_call>"), ("tool", str(x * y))]
+    return turns(*messages, ("assistant", f"\\boxed{{{x * y}}}"))
+
+def dialogue_batch(examples):
+    """As `batch`: the next token where it is the assistant's, elsewhere -100."""
+    T = max(len(ids) for ids, _ in examples)
+    ids, target = torch.full((len(examples), T), PAD), torch.full((len(examples), T), -100)
+    for i, (tokens, own) in enumerate(examples):
+        ids[i, :len(tokens)] = torch.tensor(tokens)
+        for t in range(1, len(tokens)):
+            if own[t]:
+                target[i, t - 1] = tokens[t]
+    return ids[:, :-1], target[:, :-1]
+
+def train_dialogues(a):
+    """Games and products in turn, a constant rate that falls in the last third."""
+    generator = torch.Generator().manual_seed(a.seed)
+    rng = random.Random(a.seed)
+    w = {name: t.requires_grad_() for name, t in initial(generator).items()}
+    optimizer = torch.optim.AdamW(w.values(), lr=a.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    running, start = [None, None], time.time()
+    for step in range(1, a.steps + 1):
+        rate = a.lr * min(1, step / a.warmup) * min(1, max(a.slow, 3 * (a.steps - step) / a.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        kind = step % 2
+        examples = [guessing(rng) for _ in range(a.batch // 4)] if kind else [computing(rng) for _ in range(a.batch // 2)]
+        ids, target = dialogue_batch(examples)
+        loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
+        optimizer.zero_grad(); loss.backward()
+        torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
+        optimizer.step()
+        running[kind] = loss.item() if running[kind] is None else 0.9 * running[kind] + 0.1 * loss.item()
+        if step % a.eval_every == 0:
+            print(f"step {step} loss of products {running[0]:.4f}, of games {running[1]:.4f}, lr {rate:.2e}, "
+                  f"{time.time() - start:.0f} s", flush=True)
+        if step % 200 == 0 or step == a.steps:
+            write(a.out, w)
+    return w
+
 # ---- model ---------------------------------------------------------------------------------------
 # A dictionary of tensors under their GGUF names. The output head is the embedding, transposed.
 
@@ -111,12 +213,22 @@ def initial(generator):
     into_residual = 0.5
     for il in range(L):
         b = f"blk.{il}."
-        w[b + "attn_norm.weight"], w[b + "ffn_norm.weight"] = torch.ones(D), torch.ones(D)
-        w[b + "attn_q_norm.weight"], w[b + "attn_k_norm.weight"] = torch.ones(HD), torch.ones(HD)
-        w[b + "attn_q.weight"] = normal(H * HD, D, D**-0.5)
-        w[b + "attn_k.weight"] = normal(KV * HD, D, D**-0.5)
-        w[b + "attn_v.weight"] = normal(KV * HD, D, D**-0.5)
-        w[b + "attn_output.weight"] = normal(D, H * HD, (H * HD)**-0.5 * into_residual)
+        w[b + "attn_norm.weight"], w[b + ffn_norm() + ".weight"] = torch.ones(D), torch.ones(D)
+        if recurrent(il):
+            w[b + "attn_qkv.weight"] = normal((2 * NK + NV) * HD, D, D**-0.5)
+            w[b + "attn_gate.weight"] = normal(NV * HD, D, D**-0.5)
+            w[b + "ssm_alpha.weight"], w[b + "ssm_beta.weight"] = normal(NV, D, D**-0.5), normal(NV, D, D**-0.5)
+            w[b + "ssm_conv1d.weight"] = normal((2 * NK + NV) * HD, KERNEL, KERNEL**-0.5)
+            w[b + "ssm_a"] = -torch.rand(NV, generator=generator) - 0.05  # -exp(A_log)
+            w[b + "ssm_dt.bias"] = torch.zeros(NV)
+            w[b + "ssm_norm.weight"] = torch.ones(HD)
+            w[b + "ssm_out.weight"] = normal(D, NV * HD, (NV * HD)**-0.5 * into_residual)
+        else:
+            w[b + "attn_q_norm.weight"], w[b + "attn_k_norm.weight"] = torch.ones(HD), torch.ones(HD)
+            w[b + "attn_q.weight"] = normal((2 if HYBRID else 1) * H * HD, D, D**-0.5)
+            w[b + "attn_k.weight"] = normal(KV * HD, D, D**-0.5)
+            w[b + "attn_v.weight"] = normal(KV * HD, D, D**-0.5)
+            w[b + "attn_output.weight"] = normal(D, H * HD, (H * HD)**-0.5 * into_residual)
         if EXPERTS:
             stack = lambda rows, columns, std: normal(EXPERTS * rows, columns, std).view(EXPERTS, rows, columns)
             w[b + "ffn_gate_inp.weight"] = normal(EXPERTS, D, D**-0.5)
@@ -129,13 +241,58 @@ def initial(generator):
         w[b + "ffn_down.weight"] = normal(D, FF, FF**-0.5 * into_residual)
     return w
 
+def recurrent(il):
+    return HYBRID and (il + 1) % EVERY != 0
+
+def ffn_norm():
+    return "post_attention_norm" if HYBRID else "ffn_norm"
+
+def turned():
+    """Dimensions of a head that turn."""
+    return HD // 4 if HYBRID else HD
+
 def rope(x):
-    """NEOX layout: dimension i turns with dimension i + HD/2. x: [B, heads, T, HD]"""
-    frequency = THETA ** (-torch.arange(0, HD, 2) / HD)  # [HD/2]
-    angle = torch.arange(x.shape[2])[:, None] * frequency  # [T, HD/2]
+    """NEOX layout: dimension i turns with dimension i + n/2, n of them in all. x: [B, heads, T, HD]"""
+    n = turned()
+    frequency = THETA ** (-torch.arange(0, n, 2) / n)  # [n/2]
+    angle = torch.arange(x.shape[2])[:, None] * frequency  # [T, n/2]
     cos, sin = angle.cos(), angle.sin()
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x[..., :n].chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., n:]], -1)
+
+def delta_net(get, plain, h):
+    """The gated delta rule (arXiv 2412.06464) as one chunk: S_t = e^(g_t) S_(t-1) + k_t u_t^T with u_t = beta_t (v_t - e^(g_t) S_(t-1)^T k_t), so
+    that u = (I + A)^-1 (beta v) with A[t, j] = beta_t e^(G_t - G_j) k_t.k_j for j < t, G the running sum of g. h: [B, T, D] -> [B, T, D]"""
+    B, T, _ = h.shape
+    x = F.pad((h @ get("attn_qkv").T).transpose(1, 2), (KERNEL - 1, 0))
+    x = F.silu(F.conv1d(x, get("ssm_conv1d")[:, None], groups=x.shape[1]))  # [B, channels, T]
+    q, k, v = x.view(B, 2 * NK + NV, HD, T).transpose(2, 3).split([NK, NK, NV], 1)  # [B, n, T, HD]
+    unit = lambda y: y * (y.square().sum(-1, keepdim=True) + EPS).rsqrt()
+    # Value head i has key head i mod NK.
+    q, k = (unit(y).repeat(1, NV // NK, 1, 1) for y in (q, k))
+    beta = torch.sigmoid(h @ get("ssm_beta").T).transpose(1, 2)  # [B, NV, T]
+    g = (plain("ssm_a") * F.softplus(h @ get("ssm_alpha").T + plain("ssm_dt.bias"))).transpose(1, 2).cumsum(-1)
+    past = torch.ones(T, T).tril()
+    decay = torch.exp((g[..., :, None] - g[..., None, :]).masked_fill(past == 0, -1e9))  # [B, NV, T, T]
+    a = (beta[..., None] * decay * (k @ k.mT)).tril(-1)
+    u = torch.linalg.solve_triangular(torch.eye(T) + a, beta[..., None] * v, upper=False, unitriangular=True)
+    o = (q @ k.mT * decay * HD**-0.5) @ u  # [B, NV, T, HD]
+    o = F.rms_norm(o, (HD,), get("ssm_norm"), EPS).transpose(1, 2).reshape(B, T, NV * HD)
+    return (o * F.silu(h @ get("attn_gate").T)) @ get("ssm_out").T
+
+def attention(get, h):
+    """Causal attention, with a gate for each of its numbers in a hybrid model. h: [B, T, D] -> [B, T, D]"""
+    B, T, _ = h.shape
+    heads = lambda y, n: y.view(B, T, n, -1).transpose(1, 2)  # [B, n, T, HD]
+    q = heads(h @ get("attn_q").T, H)
+    q, gate = q.split(HD, -1) if HYBRID else (q, None)
+    q = rope(F.rms_norm(q, (HD,), get("attn_q_norm"), EPS))
+    k = rope(F.rms_norm(heads(h @ get("attn_k").T, KV), (HD,), get("attn_k_norm"), EPS))
+    v = heads(h @ get("attn_v").T, KV)
+    k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, HD]
+    a = a if gate is None else a * torch.sigmoid(gate)
+    return a.transpose(1, 2).reshape(B, T, H * HD) @ get("attn_output").T
 
 def mixture(get, h, balance):
     """Softmax over all experts, the likeliest taken, their shares made to add up to 1. h: [B, T, D] -> [B, T, D]"""
@@ -152,19 +309,12 @@ def mixture(get, h, balance):
 def forward(w, ids, balance=None):
     """ids: [B, T] -> logits: [B, T, V]; a mixture's losses are added to `balance`."""
     balance = [] if balance is None else balance
-    B, T = ids.shape
     x = w["token_embd.weight"][ids]  # [B, T, D]
     for il in range(L):
         get = lambda name: w[f"blk.{il}.{name}.weight"]
-        heads = lambda y, n: y.view(B, T, n, HD).transpose(1, 2)  # [B, n, T, HD]
         h = F.rms_norm(x, (D,), get("attn_norm"), EPS)
-        q = rope(F.rms_norm(heads(h @ get("attn_q").T, H), (HD,), get("attn_q_norm"), EPS))
-        k = rope(F.rms_norm(heads(h @ get("attn_k").T, KV), (HD,), get("attn_k_norm"), EPS))
-        v = heads(h @ get("attn_v").T, KV)
-        k, v = (t.repeat_interleave(H // KV, dim=1) for t in (k, v))
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, HD]
-        x = x + a.transpose(1, 2).reshape(B, T, H * HD) @ get("attn_output").T
-        h = F.rms_norm(x, (D,), get("ffn_norm"), EPS)
+        x = x + (delta_net(get, lambda name: w[f"blk.{il}.{name}"], h) if recurrent(il) else attention(get, h))
+        h = F.rms_norm(x, (D,), get(ffn_norm()), EPS)
         if f"blk.{il}.ffn_gate_inp.weight" in w:
             x = x + mixture(get, h, balance)
         else:
@@ -215,8 +365,9 @@ def sample(w, prompts, generator, most=16):
 
 def report(path):
     """Reads the file back and measures it."""
-    global EXPERTS, USED
+    global EXPERTS, USED, HYBRID
     reader = gguf.GGUFReader(path)
+    HYBRID = "qwen35.ssm.state_size" in reader.fields
     counts = [reader.fields.get(f"qwen3moe.expert_{name}") for name in ("count", "used_count")]
     EXPERTS, USED = (int(f.parts[-1][0]) if f else 0 for f in counts)
     w = {t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
@@ -242,10 +393,15 @@ def report(path):
 def write(path, w):
     """Written beside and renamed, so that a file that is there is whole."""
     beside = Path(str(path) + ".part")
-    g = gguf.GGUFWriter(beside, "qwen3moe" if EXPERTS else "qwen3")
+    g = gguf.GGUFWriter(beside, "qwen3moe" if EXPERTS else "qwen35" if HYBRID else "qwen3")
+    if HYBRID:
+        g.add_ssm_conv_kernel(KERNEL); g.add_ssm_state_size(HD); g.add_ssm_group_count(NK); g.add_ssm_time_step_rank(NV); g.add_ssm_inner_size(NV * HD)
+        g.add_uint32("qwen35.full_attention_interval", EVERY)
+        g.add_rope_dimension_count(turned()); g.add_rope_dimension_sections([turned() // 4, turned() // 8, turned() // 8, 0])
     if EXPERTS:
         g.add_expert_count(EXPERTS); g.add_expert_used_count(USED); g.add_expert_feed_forward_length(FFE)
-    g.add_name("bupo-gguf demo"); g.add_description("tiny Qwen3 pretrained from scratch on addition by tools/pretrain_demo.py")
+    what = "dialogues" if DIALOGUES else "addition"
+    g.add_name("bupo-gguf demo"); g.add_description(f"tiny {'Qwen3.5' if HYBRID else 'Qwen3'} pretrained from scratch on {what} by tools/pretrain_demo.py")
     g.add_context_length(CONTEXT); g.add_embedding_length(D); g.add_block_count(L); g.add_feed_forward_length(FF)
     g.add_head_count(H); g.add_head_count_kv(KV); g.add_key_length(HD); g.add_value_length(HD)
     g.add_rope_freq_base(THETA); g.add_layer_norm_rms_eps(EPS)
@@ -253,10 +409,10 @@ def write(path, w):
     g.add_tokenizer_model("gpt2"); g.add_tokenizer_pre("qwen2"); g.add_token_list(TOKENS); g.add_token_types(TYPES)
     g.add_token_merges([f"{a} {b}" for a, b in MERGES])
     g.add_eos_token_id(END); g.add_pad_token_id(PAD); g.add_bos_token_id(PAD); g.add_add_bos_token(False)
-    g.add_chat_template(CHATML)
+    g.add_chat_template((TOOLS if DIALOGUES else "") + CHATML)
     for name, t in w.items():
         a = t.detach().numpy()
-        if a.ndim == 1 or "ffn_gate_inp" in name:
+        if a.ndim == 1 or "ffn_gate_inp" in name or "conv1d" in name:
             g.add_tensor(name, a)
         else:
             q8_0 = gguf.GGMLQuantizationType.Q8_0
@@ -304,11 +460,13 @@ def train(a):
     raise SystemExit(f"accuracy {accuracy:.3f} after {a.steps} steps, below --target {a.target}: raise --steps or --lr")
 
 def main():
-    global EXPERTS, USED
+    global EXPERTS, USED, HYBRID, DIALOGUES, L
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
     ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--dialogues", action="store_true", help="games and tool calls instead of sums; wants --out and --steps (600 do)")
     ap.add_argument("--experts", type=int, default=0, help="experts of each FFN (0 = one FFN)"); ap.add_argument("--used", type=int, default=USED, help="experts of a token")
+    ap.add_argument("--hybrid", action="store_true", help="gated delta nets in three layers of four (not with --experts)")
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
     ap.add_argument("--near", type=float, default=0.33, help="held-out accuracy from which on to slow down")
     ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
@@ -318,8 +476,16 @@ def main():
     ap.add_argument("--others", type=float, default=0.1, help="share of subtraction and max"); ap.add_argument("--eval-every", type=int, default=50, help="in steps; 10 near the target")
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
-    EXPERTS, USED = a.experts, a.used
+    EXPERTS, USED, HYBRID = a.experts, a.used, a.hybrid
+    if EXPERTS and HYBRID:
+        raise SystemExit("--experts and --hybrid: one of them")
     check_merges()
+    if a.dialogues:
+        DIALOGUES, L = True, 6
+        start = time.time()
+        train_dialogues(a)
+        print(f"trained in {time.time() - start:.0f} s")
+        return
     if a.check is None:
         start = time.time()
         w = train(a)

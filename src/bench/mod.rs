@@ -6,6 +6,7 @@
 //! products and copies, and against the CPU's results in F32.
 
 mod cost;
+mod dialogues;
 mod entropy;
 mod measure;
 mod mixers;
@@ -30,6 +31,8 @@ use crate::{Error, Result};
 pub enum Part {
     /// Prefill and decoding.
     Rollout,
+    /// Dialogues beside single completions.
+    Dialogues,
     /// Forward and backward of an update.
     Train,
     /// Entropies of all taps.
@@ -111,7 +114,10 @@ pub fn cases(part: Part, options: &Options) -> Vec<String> {
         Part::Rollout => {
             options.sequences.iter().map(|n| format!("rollout/{n} sequences")).collect()
         }
-        Part::All => [Part::Ops, Part::Train, Part::Rollout, Part::Entropy]
+        Part::Dialogues => {
+            options.sequences.iter().map(|n| format!("dialogues/{n} sequences")).collect()
+        }
+        Part::All => [Part::Ops, Part::Train, Part::Rollout, Part::Dialogues, Part::Entropy]
             .into_iter()
             .flat_map(|part| cases(part, options))
             .collect(),
@@ -135,14 +141,13 @@ pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>
         supported: cases(Part::All, options).join(", "),
     };
     let (part, name) = case.split_once('/').ok_or_else(unknown)?;
+    let sequences = || name.strip_suffix(" sequences").and_then(|n| n.parse().ok());
     let rows = match part {
         "ops" => ops::run(&bench, name)?,
         "train" => train::run(&bench, name)?,
         "entropy" => entropy::run(&bench, name)?,
-        "rollout" => match name.strip_suffix(" sequences").and_then(|n| n.parse().ok()) {
-            Some(n) => Some(rollout::run(&bench, n)?),
-            None => None,
-        },
+        "rollout" => sequences().map(|n| rollout::run(&bench, n)).transpose()?,
+        "dialogues" => sequences().map(|n| dialogues::run(&bench, n)).transpose()?,
         _ => None,
     };
     let mut rows = rows.ok_or_else(unknown)?;

@@ -22,6 +22,10 @@ use crate::{Error, Result};
            through the first and the last
   rollout  a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare
            loop only calls llama_decode
+  dialogues
+           four turns of about 32 tokens, answers of 16 tokens between, beside
+           single completions; slow: each answer takes 100 ms, and is waited
+           for after as many rounds as that takes
   entropy  one sequence of 64 tokens
   ops      512 tokens, on the model's own weights
 

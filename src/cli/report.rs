@@ -13,15 +13,17 @@ use crate::{Error, Result};
 /// Of one run: reward, accuracy, length, entropy, clip fraction, drift, gradient norm and learning rate over
 /// steps, to be smoothed, the phase switch, the completions as a table to sort and filter, and the settings; with
 /// `train --entropy-every N` also what the layers think over time. Of several: their curves on the same axes and
-/// the settings in which they differ. The page needs no network. It can be made while a run goes on; with --serve
-/// it renews itself.
+/// the settings in which they differ. Of a study (a .jsonl file, a line a run, as tools/experiments/run writes it):
+/// means over seeds with intervals. The page needs no network. It can be made while a run goes on; with --serve it renews
+/// itself.
 #[derive(Args)]
 #[command(after_help = "Examples:
   bupo-gguf report runs/demo-bupo-1
   bupo-gguf report runs/demo-bupo-1 runs/demo-grpo-1 --out compared
-  bupo-gguf report runs/demo-bupo-1 --serve")]
+  bupo-gguf report runs/demo-bupo-1 --serve
+  bupo-gguf report docs/experiments/bupo-adder.jsonl --out look")]
 pub struct ReportArgs {
-    /// Folders of runs of `train`
+    /// Folders of runs of `train`, or the results of a study
     #[arg(value_name = "RUN_DIR", required = true)]
     runs: Vec<PathBuf>,
     /// Where the page goes [default: the run folder; of several runs it must be said]
@@ -51,6 +53,12 @@ pub fn run(args: ReportArgs) -> Result<()> {
         return server.join().map_err(Error::io("serve a page at", &address));
     }
     let (page, out) = match (args.runs.as_slice(), &args.out) {
+        ([study], Some(out)) if study.is_file() => (report::of_study(study)?, out),
+        ([study], None) if study.is_file() => {
+            let (place, got) = (study.display().to_string(), "none");
+            let advice = "say where its page goes";
+            return Err(Error::invalid(place, "--out DIR beside a study", got, advice));
+        }
         ([run], out) => (report::of_run(run)?, out.as_ref().unwrap_or(run)),
         (runs, Some(out)) => (report::of_runs(runs)?, out),
         (_, None) => {

@@ -1,8 +1,8 @@
 //! The chat template of a model: Jinja, as Hugging Face's `apply_chat_template` renders it (see
 //! [`super::jinja`] for the environment and its departures).
 //!
-//! Templates see `messages`, `bos_token`, `eos_token`, `add_generation_prompt`, `tools` and `documents`
-//! (none), and `enable_thinking` where it was set.
+//! Templates see `messages`, `bos_token`, `eos_token`, `add_generation_prompt`, `tools` (none without an environment that
+//! has some), `documents` (none), and `enable_thinking` where it was set.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -32,6 +32,7 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
     enable_thinking: Option<bool>,
+    source: Arc<str>,
     /// What `strftime_now` takes for now, in seconds of Unix time; negative is the clock's.
     now: Arc<AtomicI64>,
 }
@@ -52,6 +53,7 @@ impl ChatTemplate {
             bos_token: bos_token.into(),
             eos_token: eos_token.into(),
             enable_thinking: None,
+            source: source.into(),
             now,
         })
     }
@@ -67,17 +69,54 @@ impl ChatTemplate {
         self.now.store(unix_s, Ordering::Relaxed);
     }
 
+    /// What it was compiled from.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Whether the template writes tools.
+    pub fn knows_tools(&self) -> bool {
+        self.source.contains("tools")
+    }
+
     /// The text of a conversation; with `add_generation_prompt` it ends where the assistant begins.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let messages = messages.iter().map(|message| {
             Value::from_pairs([("role", &*message.role), ("content", &*message.content)])
         });
+        self.render_values(messages.collect(), ().into(), add_generation_prompt)
+    }
+
+    /// [`ChatTemplate::render`] of messages as JSON has them, which may call `tools`.
+    ///
+    /// # Errors
+    /// The template refuses them, a role among others.
+    pub fn render_chat(
+        &self,
+        messages: &[serde_json::Value],
+        tools: &[serde_json::Value],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let tools = match tools {
+            [] => ().into(),
+            tools => tools.iter().map(jinja::from_json).collect::<Vec<_>>().into(),
+        };
+        let messages = messages.iter().map(jinja::from_json).collect();
+        self.render_values(messages, tools, add_generation_prompt)
+    }
+
+    fn render_values(
+        &self,
+        messages: Vec<Value>,
+        tools: Value,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let mut variables = vec![
-            ("messages", messages.collect::<Vec<_>>().into()),
+            ("messages", messages.into()),
             ("bos_token", Value::from(&*self.bos_token)),
             ("eos_token", Value::from(&*self.eos_token)),
             ("add_generation_prompt", add_generation_prompt.into()),
-            ("tools", ().into()),
+            ("tools", tools),
             ("documents", ().into()),
         ];
         variables.extend(self.enable_thinking.map(|on| ("enable_thinking", on.into())));

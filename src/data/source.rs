@@ -275,7 +275,10 @@ pub fn row_files(spec: &str) -> Result<Vec<PathBuf>> {
         Err(Error::invalid("--data", "files of rows, with commas between", got, advice))
     };
     let item = |(name, weight): (String, Option<f64>)| match weight {
-        _ if is_task(&name) => refuse(name, "name the file with --data: a task has no rows"),
+        _ if is_task(&name) => refuse(
+            name,
+            "name the file: a task has solutions (--algo sft), and no rows of this kind",
+        ),
         Some(weight) => refuse(format!("{name}:{weight}"), "give rows a `weight` of their own"),
         None => Ok(name.into()),
     };

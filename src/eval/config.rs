@@ -6,22 +6,32 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use super::{EvalOptions, Evaluator, Report, Settings, Store};
-use crate::data::{Columns, ProblemSource, SourceOptions, tasks};
+use super::{DialogueEvaluator, EvalOptions, Evaluator, Report, Settings, Store};
+use crate::data::{Columns, Problem, ProblemSource, SourceOptions, tasks};
+use crate::env::{EnvOptions, EnvPool, Task, task_seed};
 use crate::ggml::ThreadPool;
 use crate::gguf::sha256;
 use crate::model::{Lora, Model};
 use crate::reward::RewardOptions;
-use crate::rollout::{Progress, PromptOptions, RolloutOptions, Rollouts, Sampling};
+use crate::rollout::{Encoder, Progress, PromptOptions, RolloutOptions, Rollouts, Sampling};
 use crate::team::{Fact, Team};
 use crate::{Error, Result};
+
+/// Dialogues that are opened to see how long openings are.
+const OPENED: usize = 32;
 
 /// Settings of an evaluation.
 #[derive(Args, Clone, Debug)]
 pub struct EvalConfig {
-    /// Problems: Parquet, JSON lines or CSV files with commas between, or a task (task:add)
-    #[arg(long, value_name = "FILES|task:NAME", help_heading = "Data and reward")]
-    pub data: String,
+    /// Problems: Parquet, JSON lines or CSV files with commas between, or a task (task:add); may be left out with an --env
+    /// that has problems of its own
+    #[arg(
+        long,
+        value_name = "FILES|task:NAME",
+        required_unless_present = "env",
+        help_heading = "Data and reward"
+    )]
+    pub data: Option<String>,
     /// Evaluate a seeded sample of N problems [default: all; of a task 400]
     #[arg(long, value_name = "N", help_heading = "Data and reward")]
     pub problems: Option<usize>,
@@ -34,6 +44,9 @@ pub struct EvalConfig {
     /// How prompts become tokens.
     #[command(flatten)]
     pub prompts: PromptOptions,
+    /// Dialogues in the place of single answers.
+    #[command(flatten)]
+    pub dialogues: EnvOptions,
 
     /// Completions per problem: K of avg@K, pass@K, maj@K
     #[arg(long, default_value_t = 1, value_name = "K", help_heading = "Sampling")]
@@ -93,7 +106,22 @@ impl EvalConfig {
             }
         }
         self.rewards.check()?;
+        self.dialogues.check()?;
         self.sampling.check()
+    }
+
+    /// The problems' specification; of an environment without `--data` its own.
+    fn data(&self) -> Result<String> {
+        let data = self.data.clone().unwrap_or_else(|| self.dialogues.data("", ""));
+        match data.is_empty() {
+            true => Err(Error::invalid(
+                "--data",
+                "problems for the program",
+                "none",
+                "name a file or a task",
+            )),
+            false => Ok(data),
+        }
     }
 
     /// Limits of prompt and response that fit the model's context; `longest`: tokens of the longest prompt.
@@ -123,6 +151,7 @@ impl EvalConfig {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Report> {
         self.check()?;
+        self.dialogues.check_alone(team, self.batch_invariant)?;
         let batch_invariant =
             crate::rollout::invariant(self.batch_invariant, model.device(), team)?;
         let options = SourceOptions {
@@ -130,22 +159,34 @@ impl EvalConfig {
             columns: self.columns.clone(),
             ..SourceOptions::default()
         };
-        let source = ProblemSource::with(&self.data, options)?;
+        let data = self.data()?;
+        let source = ProblemSource::with(&data, options)?;
         let all = source.epoch_len().unwrap_or(tasks::HELD_OUT);
         let problems = source.eval_problems(self.problems.unwrap_or(all));
         let encoder = self.prompts.encoder(model)?;
         let mut longest = 1;
-        for problem in &problems {
-            longest = longest.max(encoder.prompt(&problem.prompt, usize::MAX)?.len());
+        let mut pool =
+            self.dialogues.is_some().then(|| EnvPool::new(&self.dialogues)).transpose()?;
+        match &mut pool {
+            // None of an opening can be left out, and not all are looked at.
+            Some(pool) => longest = self.opened(&encoder, pool, &problems)?,
+            None => {
+                for problem in &problems {
+                    longest = longest.max(encoder.prompt(&problem.prompt, usize::MAX)?.len());
+                }
+            }
         }
         let (max_prompt, max_response) = self.lengths(model.config().n_ctx_train, longest)?;
-        let mut judges = self.rewards.judges(&self.data, max_response)?;
+        let mut judges = match pool.is_none() || self.rewards.reward.is_some() {
+            true => Some(self.rewards.judges(&data, max_response)?),
+            false => None,
+        };
         let mut lora = self.adapter.as_ref().map(|path| Lora::load(model, path)).transpose()?;
-        let pool = Arc::new(ThreadPool::with(self.threads)?);
+        let threads = Arc::new(ThreadPool::with(self.threads)?);
         let options =
             RolloutOptions { n_ctx_seq: max_prompt + max_response, kv_bytes: self.kv_mib << 20 };
         let options = options.at_most(problems.len() * self.samples, model.engine())?;
-        let mut rollouts = Rollouts::new(model.engine(), &pool, options)?;
+        let mut rollouts = Rollouts::new(model.engine(), &threads, options)?;
         if let Some(lora) = &mut lora {
             rollouts.set_adapter(Some(lora.live(model)?))?;
         }
@@ -163,7 +204,7 @@ impl EvalConfig {
                 Fact::program()?,
                 Fact::new("the model's SHA-256", sums(model.files())?, "copy the model's file"),
                 Fact::new("settings", text(&settings), "start all ranks with the same options"),
-                Fact::new("threads", pool.n_threads().to_string(), "give --threads"),
+                Fact::new("threads", threads.n_threads().to_string(), "give --threads"),
                 Fact::processor(),
             ])?;
         }
@@ -182,10 +223,37 @@ impl EvalConfig {
             sampling: self.sampling,
             seed: self.seed,
         };
-        let mut evaluator =
-            Evaluator { rollouts: &mut rollouts, encoder: &encoder, pool: &mut judges, stop };
-        let outcomes = evaluator.run(&problems, &options, store.as_mut(), progress)?;
+        let (rollouts, encoder) = (&mut rollouts, &encoder);
+        let outcomes = match (&mut pool, &mut judges) {
+            (Some(pool), judges) => {
+                let judges = judges.as_mut();
+                let mut evaluator = DialogueEvaluator { rollouts, encoder, pool, judges, stop };
+                evaluator.run(&problems, &options, store.as_mut(), progress)?
+            }
+            (None, Some(pool)) => {
+                let mut evaluator = Evaluator { rollouts, encoder, pool, stop };
+                evaluator.run(&problems, &options, store.as_mut(), progress)?
+            }
+            (None, None) => unreachable!("single answers have judges"),
+        };
         Ok(Report::new(&outcomes, self.seed))
+    }
+
+    /// Tokens that have room for the openings of dialogues about these problems, by the first ones.
+    fn opened(
+        &self,
+        encoder: &Encoder<'_>,
+        pool: &mut EnvPool,
+        problems: &[Problem],
+    ) -> Result<usize> {
+        let task = |(i, problem): (u64, &Problem)| Task {
+            problem: problem.clone(),
+            seed: task_seed(self.seed, i),
+            held_out: true,
+        };
+        let tasks = (0..).zip(problems.iter().take(OPENED)).map(task).collect();
+        let longest = pool.session(encoder, tasks, 1, "look")?.lengths().max().unwrap_or(1);
+        Ok(longest + longest / 4 + 1)
     }
 
     /// What completions depend on. Files are told apart by size, the adapter by its contents.
@@ -200,12 +268,12 @@ impl EvalConfig {
         let settings = serde_json::json!({
             "model": model.name(),
             "adapter_sha256": adapter,
-            "data": self.data,
+            "data": self.data()?,
             "problems": problems,
             "columns": [self.columns.prompt, self.columns.answer, self.columns.difficulty],
             "template": self.prompts.template,
             "system": self.prompts.system,
-            "reward": self.rewards.spec(&self.data),
+            "reward": self.rewards.spec(&self.data()?),
             "samples": self.samples,
             "max_prompt_tokens": max_prompt,
             "max_response_tokens": max_response,
@@ -215,7 +283,12 @@ impl EvalConfig {
             "min_p": self.sampling.min_p,
             "seed": self.seed,
         });
-        let serde_json::Value::Object(settings) = settings else { unreachable!("an object") };
+        let serde_json::Value::Object(mut settings) = settings else { unreachable!("an object") };
+        if self.dialogues.is_some() {
+            let dialogues = serde_json::to_value(&self.dialogues)
+                .map_err(|e| Error::engine("writing settings", e.to_string(), "report it"))?;
+            settings.insert("dialogues".into(), dialogues);
+        }
         Ok(settings)
     }
 }

@@ -3,6 +3,7 @@
 //! `bupo-gguf eval` and the evaluations of a training run are this code.
 
 mod config;
+mod dialogues;
 pub mod metrics;
 mod report;
 mod store;
@@ -13,10 +14,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::data::Problem;
+use crate::env::Counts;
 use crate::reward::{Fresh, Judge, JudgePool, Sampler};
 use crate::rollout::{Encoder, Progress, Request, Rollouts, Sampling};
 
 pub use config::EvalConfig;
+pub use dialogues::DialogueEvaluator;
 pub use report::{ByDifficulty, Intervals, Report};
 pub use store::{Settings, Store};
 
@@ -63,8 +66,14 @@ pub struct EvalSample {
     pub tokens: usize,
     /// Whether it hit the length limit.
     pub truncated: bool,
-    /// Text, control tokens left out.
+    /// Text, control tokens left out; of a dialogue all of it, a line for each message.
     pub completion: String,
+    /// What a dialogue was like.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub talk: Option<Counts>,
+    /// All messages of a dialogue.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<serde_json::Value>,
 }
 
 /// A problem's samples, as far as figures need them.
@@ -82,6 +91,8 @@ pub struct Outcome {
     pub tokens: usize,
     /// Samples that hit the length limit.
     pub truncated: usize,
+    /// What its dialogues were like.
+    pub talks: Vec<Counts>,
 }
 
 impl Outcome {
@@ -96,6 +107,23 @@ impl Outcome {
             majority: metrics::majority(&votes, |a, b| judge.same(a, b)),
             tokens: samples.iter().map(|s| s.tokens).sum(),
             truncated: count(|s| s.truncated),
+            talks: samples.iter().filter_map(|s| s.talk).collect(),
+        }
+    }
+
+    /// What a problem's dialogues come to; the majority is that of success.
+    pub fn of_dialogues(problem: &Problem, samples: &[EvalSample]) -> Outcome {
+        let votes: Vec<_> =
+            samples.iter().map(|s| (Some(if s.right { "yes" } else { "no" }), s.right)).collect();
+        let count = |f: fn(&EvalSample) -> bool| samples.iter().filter(|s| f(s)).count();
+        Outcome {
+            difficulty: problem.difficulty.clone(),
+            n: samples.len(),
+            right: count(|s| s.right),
+            majority: metrics::majority(&votes, |a, b| a == b),
+            tokens: samples.iter().map(|s| s.tokens).sum(),
+            truncated: count(|s| s.truncated),
+            talks: samples.iter().filter_map(|s| s.talk).collect(),
         }
     }
 }
@@ -173,6 +201,8 @@ impl Evaluator<'_, '_> {
                     tokens: fresh.tokens,
                     truncated: fresh.truncated,
                     completion: fresh.text.into(),
+                    talk: None,
+                    messages: Vec::new(),
                 });
                 if samples.iter().all(Option::is_some) {
                     let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();

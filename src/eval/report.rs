@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Outcome;
 use super::metrics::{bootstrap, mean, pass_at_k};
+use crate::env::Talk;
 
 /// Figures of an evaluation. Accuracies are shares, 0 to 1.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,6 +29,9 @@ pub struct Report {
     pub truncated: f64,
     /// 95 % intervals, bootstrap over problems.
     pub ci95: Intervals,
+    /// What dialogues were like.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub talk: Option<Talk>,
     /// The figures by difficulty, where the data has any.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub by_difficulty: Vec<ByDifficulty>,
@@ -99,6 +103,10 @@ impl Report {
                 maj_at_k: intervals[1],
                 pass_at_k: intervals[2..].to_vec(),
             },
+            talk: outcomes
+                .iter()
+                .any(|o| !o.talks.is_empty())
+                .then(|| Talk::of(outcomes.iter().flat_map(|o| &o.talks).copied())),
             by_difficulty: by_difficulty(outcomes),
         }
     }
@@ -158,6 +166,15 @@ impl fmt::Display for Report {
             self.mean_tokens,
             100.0 * self.truncated
         )?;
+        if let Some(talk) = &self.talk {
+            write!(
+                f,
+                "\nturns      {:>6.2}     tool calls {:.2}, of which {:.1} % failed",
+                talk.turns,
+                talk.tool_calls,
+                100.0 * talk.tool_calls_failed
+            )?;
+        }
         if self.by_difficulty.is_empty() {
             return Ok(());
         }
@@ -195,6 +212,7 @@ mod tests {
             majority: (right > 2) as u8 as f64,
             tokens: 10,
             truncated: 1,
+            talks: Vec::new(),
         }
     }
 

@@ -155,6 +155,8 @@ mod tests {
             tokens: 3,
             truncated: false,
             completion: "ü\n".into(),
+            talk: None,
+            messages: Vec::new(),
         }
     }
 

@@ -307,7 +307,7 @@ impl Side<'_> {
             })
             .collect();
         let timeout = Duration::from_secs(30);
-        let judge = Judge::parse(&config.reward, JudgeOptions { max_response, timeout })?;
+        let judge = Judge::parse(&config.reward, &JudgeOptions::new(max_response, timeout))?;
         let mut sampler = Sampler {
             rollouts: &mut rollouts,
             encoder: &encoder,

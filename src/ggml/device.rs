@@ -55,6 +55,8 @@ pub enum DeviceChoice {
     CudaOfRank,
     /// `auto`: the first GPU, or the CPU where this build has no CUDA or the driver shows no GPU.
     Auto,
+    /// `emulated`: the GPU's kernels on the host, slowly; to rehearse what a GPU is to do (docs/GPU.md).
+    Emulated,
 }
 
 impl FromStr for DeviceChoice {
@@ -64,6 +66,7 @@ impl FromStr for DeviceChoice {
         let index = match text.split_once(':') {
             None if text == "cpu" => return Ok(DeviceChoice::Cpu),
             None if text == "auto" => return Ok(DeviceChoice::Auto),
+            None if text == "emulated" => return Ok(DeviceChoice::Emulated),
             None if text == "cuda" => Some(0),
             Some(("cuda", "auto")) => return Ok(DeviceChoice::CudaOfRank),
             Some(("cuda", index)) => index.parse().ok(),
@@ -83,6 +86,7 @@ impl fmt::Display for DeviceChoice {
             DeviceChoice::Cuda(index) => write!(f, "cuda:{index}"),
             DeviceChoice::CudaOfRank => f.write_str("cuda:auto"),
             DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Emulated => f.write_str("emulated"),
         }
     }
 }
@@ -96,6 +100,7 @@ impl DeviceChoice {
     pub fn resolve(self, precise: bool) -> Result<Device> {
         match self {
             DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Emulated => Ok(Device::Emulated { precise }),
             DeviceChoice::Auto => match gpus() {
                 Ok(gpus) if !gpus.is_empty() => Ok(Device::Gpu { index: 0, precise }),
                 _ => Ok(Device::Cpu),

@@ -7,8 +7,10 @@
 //! | `format`, `format:boxed`, `format:think` | 1 where the completion is written as asked, else 0; thoughts that the prompt began are judged with it |
 //! | `overlong:N` | DAPO's penalty: 0, then falling to -1 over the last N tokens of the limit |
 //! | `cmd:PROG` | what the program says ([`super::Program`]) |
+//! | `http://URL` | what the server says ([`super::http`]) |
+//! | `judge:MODEL.gguf` | a tenth of the score from 0 to 10 that another local model gives by a rubric ([`super::model`]) |
 //!
-//! Parts are joined by `+`; a pattern or a command line goes on until a ` + ` with blanks around, or to the
+//! Parts are joined by `+`; a pattern, a command line, a URL or a path goes on until a ` + ` with blanks around, or to the
 //! end. The first part decides whether an answer counts as right, for accuracies.
 
 use std::borrow::Cow;
@@ -17,7 +19,9 @@ use std::time::Duration;
 
 use regex::{Regex, RegexBuilder};
 
-use super::{Program, Reward, Verdict, parts};
+use super::http::HttpJudge;
+use super::model::{KV_BYTES, ModelJudge};
+use super::{Program, Reward, Verdict, parts, rubric};
 use crate::data::Problem;
 use crate::{Error, Result};
 
@@ -50,12 +54,18 @@ pub struct Judgement {
 }
 
 /// What a judge must know beside its specification.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct JudgeOptions {
     /// Length limit of completions, tokens.
     pub max_response: usize,
-    /// How long a reward program may take for one completion.
+    /// How long a reward program may take for one completion, and a server for one answer.
     pub timeout: Duration,
+    /// What judges that are models are asked; none is our own question.
+    pub rubric: Option<String>,
+    /// Times that a server is asked again.
+    pub retries: usize,
+    /// Completions that a judge may take at once.
+    pub batch: usize,
 }
 
 /// The parts of a reward. A clone has a program of its own.
@@ -79,6 +89,8 @@ enum Rule {
     Think,
     Overlong { cache: usize, limit: usize },
     Program(Program),
+    Http(HttpJudge),
+    Model(ModelJudge),
 }
 
 /// Largest compiled pattern, in bytes.
@@ -87,8 +99,7 @@ const MAX_REGEX_BYTES: usize = 1 << 22;
 impl Judge {
     /// What [`Judge::parse`] knows, for messages.
     pub fn supported() -> String {
-        let others =
-            "regex:PATTERN, format, format:boxed, format:think, overlong:TOKENS, cmd:PROGRAM";
+        let others = "regex:PATTERN, format, format:boxed, format:think, overlong:TOKENS, cmd:PROGRAM, http://URL, judge:MODEL";
         format!("{}, {others}; joined as in math + 0.2*format", Reward::SUPPORTED)
     }
 
@@ -96,7 +107,7 @@ impl Judge {
     ///
     /// # Errors
     /// An unknown part, a weight that is no number, a pattern that does not compile.
-    pub fn parse(spec: &str, options: JudgeOptions) -> Result<Judge> {
+    pub fn parse(spec: &str, options: &JudgeOptions) -> Result<Judge> {
         let mut judge = Judge { parts: Vec::new() };
         for text in split(spec) {
             let mut part = Part::parse(text, options)?;
@@ -114,16 +125,43 @@ impl Judge {
         self.parts.iter().map(|part| part.name.as_str())
     }
 
-    /// Whether a part is a program's, which may say something else when it is asked again.
-    pub fn has_program(&self) -> bool {
-        self.parts.iter().any(|part| matches!(part.rule, Rule::Program(_)))
+    /// Whether a part is a program's or a model's, whose command line or path counts from a folder.
+    pub fn lies_somewhere(&self) -> bool {
+        let lies = |rule: &Rule| matches!(rule, Rule::Program(_) | Rule::Model(_));
+        self.parts.iter().any(|part| lies(&part.rule))
     }
 
-    /// Runs programs in this folder; without it they run in the current one.
+    /// Whether a part may say something else when it is asked again: a program, a server or a model.
+    pub fn asks_others(&self) -> bool {
+        let asks = |rule: &Rule| matches!(rule, Rule::Program(_) | Rule::Http(_) | Rule::Model(_));
+        self.parts.iter().any(|part| asks(&part.rule))
+    }
+
+    /// Models that judge, and the memory that each takes for keys and values, bytes.
+    pub fn models(&self) -> impl Iterator<Item = (&Path, usize)> {
+        self.parts.iter().filter_map(|part| match &part.rule {
+            Rule::Model(model) => Some((model.path(), KV_BYTES)),
+            _ => None,
+        })
+    }
+
+    /// Completions that are best judged together.
+    pub fn batch(&self) -> usize {
+        let of = |part: &Part| match &part.rule {
+            Rule::Http(http) => http.batch(),
+            Rule::Model(model) => model.batch(),
+            _ => 1,
+        };
+        self.parts.iter().map(of).max().unwrap_or(1)
+    }
+
+    /// Runs programs in this folder, and finds models from there; without it in the current one.
     pub fn run_in(&mut self, folder: &Path) {
         for part in &mut self.parts {
-            if let Rule::Program(program) = &mut part.rule {
-                program.run_in(folder);
+            match &mut part.rule {
+                Rule::Program(program) => program.run_in(folder),
+                Rule::Model(model) => model.found_from(folder),
+                _ => {}
             }
         }
     }
@@ -134,8 +172,10 @@ impl Judge {
     /// A program cannot be started.
     pub fn start(&mut self) -> Result<()> {
         for part in &mut self.parts {
-            if let Rule::Program(program) = &mut part.rule {
-                program.start()?;
+            match &mut part.rule {
+                Rule::Program(program) => program.start()?,
+                Rule::Model(model) => model.start()?,
+                _ => {}
             }
         }
         Ok(())
@@ -143,18 +183,25 @@ impl Judge {
 
     /// Judges a completion. A wrong answer is a judgement; an error is a part that could not judge.
     pub fn score(&mut self, attempt: &Attempt<'_>) -> Result<Judgement> {
-        let mut judgement =
+        Ok(self.score_all(std::slice::from_ref(attempt))?.remove(0))
+    }
+
+    /// Judges completions together.
+    pub fn score_all(&mut self, attempts: &[Attempt<'_>]) -> Result<Vec<Judgement>> {
+        let none =
             Judgement { reward: 0.0, right: false, reason: String::new(), parts: Vec::new() };
+        let mut judgements = vec![none; attempts.len()];
         for (i, part) in self.parts.iter_mut().enumerate() {
-            let verdict = part.rule.score(attempt)?;
-            judgement.reward += part.weight * verdict.reward;
-            judgement.parts.push(verdict.reward);
-            if i == 0 {
-                judgement.right = verdict.reward >= 1.0;
-                judgement.reason = verdict.reason;
+            for (judgement, verdict) in judgements.iter_mut().zip(part.rule.score(attempts)?) {
+                judgement.reward += part.weight * verdict.reward;
+                judgement.parts.push(verdict.reward);
+                if i == 0 {
+                    judgement.right = verdict.reward >= 1.0;
+                    judgement.reason = verdict.reason;
+                }
             }
         }
-        Ok(judgement)
+        Ok(judgements)
     }
 
     /// The answer that the first part reads in a completion, for majority votes; none where there is none.
@@ -176,8 +223,19 @@ impl Judge {
     }
 }
 
+impl JudgeOptions {
+    /// Of completions up to this length, judged within this time; the rest by default.
+    pub fn new(max_response: usize, timeout: Duration) -> JudgeOptions {
+        JudgeOptions { max_response, timeout, rubric: None, retries: 3, batch: 16 }
+    }
+
+    fn rubric(&self) -> &str {
+        self.rubric.as_deref().unwrap_or(rubric::DEFAULT)
+    }
+}
+
 impl Part {
-    fn parse(text: &str, options: JudgeOptions) -> Result<Part> {
+    fn parse(text: &str, options: &JudgeOptions) -> Result<Part> {
         let (weight, text) = match text.split_once('*') {
             Some((number, rest)) if !number.contains(':') => {
                 let weight = number.trim().parse::<f32>().ok().filter(|w| w.is_finite());
@@ -195,7 +253,7 @@ impl Part {
 }
 
 impl Rule {
-    fn parse(text: &str, options: JudgeOptions) -> Result<Rule> {
+    fn parse(text: &str, options: &JudgeOptions) -> Result<Rule> {
         let place = || format!("--reward {text}");
         let (name, argument) = match text.split_once(':') {
             Some((name, argument)) => (name.trim(), Some(argument.trim())),
@@ -221,6 +279,13 @@ impl Rule {
                 })?;
                 Rule::Overlong { cache, limit }
             }
+            ("http" | "https", Some(_)) => {
+                let JudgeOptions { timeout, retries, batch, .. } = *options;
+                Rule::Http(HttpJudge::new(text, options.rubric(), timeout, retries, batch)?)
+            }
+            ("judge", Some(model)) if !model.is_empty() => {
+                Rule::Model(ModelJudge::new(model, options.rubric(), options.batch))
+            }
             ("cmd", Some(program)) if !program.is_empty() => {
                 Rule::Program(Program::new(program, options.timeout))
             }
@@ -245,12 +310,24 @@ impl Rule {
             Rule::Boxed | Rule::Think => "format",
             Rule::Overlong { .. } => "overlong",
             Rule::Program(_) => "cmd",
+            Rule::Http(_) => "http",
+            Rule::Model(_) => "judge",
         }
     }
 
-    fn score(&mut self, attempt: &Attempt<'_>) -> Result<Verdict> {
+    /// A verdict for each attempt.
+    fn score(&mut self, attempts: &[Attempt<'_>]) -> Result<Vec<Verdict>> {
+        match self {
+            Rule::Http(http) => http.score(attempts),
+            Rule::Model(model) => model.score(attempts),
+            _ => attempts.iter().map(|attempt| self.score_one(attempt)).collect(),
+        }
+    }
+
+    fn score_one(&mut self, attempt: &Attempt<'_>) -> Result<Verdict> {
         let Attempt { opening, text, .. } = *attempt;
         Ok(match self {
+            Rule::Http(_) | Rule::Model(_) => self.score(&[*attempt])?.remove(0),
             Rule::Answer(reward) => reward.score(attempt.problem, &begun(reward, opening, text))?,
             Rule::Regex(pattern) => parts::pattern(pattern, attempt.text),
             Rule::Boxed => parts::boxed(&joined(opening, text)),
@@ -278,8 +355,8 @@ fn split(spec: &str) -> Vec<&str> {
     loop {
         let weighted = rest.split_once('*').filter(|(w, _)| w.trim().parse::<f32>().is_ok());
         let name = weighted.map_or(rest, |(_, name)| name).trim_start();
-        let separator =
-            if name.starts_with("regex:") || name.starts_with("cmd:") { " + " } else { "+" };
+        let goes_on = ["regex:", "cmd:", "http:", "https:", "judge:"];
+        let separator = if goes_on.iter().any(|word| name.starts_with(word)) { " + " } else { "+" };
         match rest.split_once(separator) {
             Some((part, later)) => {
                 found.push(part.trim());
@@ -299,7 +376,8 @@ mod tests {
     use crate::data::Prompt;
 
     fn options() -> JudgeOptions {
-        JudgeOptions { max_response: 100, timeout: Duration::from_secs(5) }
+        let timeout = Duration::from_secs(5);
+        JudgeOptions { max_response: 100, timeout, rubric: None, retries: 1, batch: 4 }
     }
 
     #[test]
@@ -314,7 +392,7 @@ mod tests {
         };
         let spec = "boxed+0.5*format + 0.25*regex:a+b + overlong:50+2*regex:^x";
         // The last `+` belongs to no pattern, for `overlong` ends at any.
-        let mut judge = Judge::parse(spec, options()).unwrap();
+        let mut judge = Judge::parse(spec, &options()).unwrap();
         let names: Vec<_> = judge.names().collect();
         assert_eq!(names, ["boxed", "format", "regex", "overlong", "regex-2"]);
         let text = "xaab \\boxed{42}";
@@ -341,7 +419,7 @@ mod tests {
             difficulty: None,
             solution_bytes: 0,
         };
-        let mut judge = Judge::parse("math + format:think + boxed + format", options()).unwrap();
+        let mut judge = Judge::parse("math + format:think + boxed + format", &options()).unwrap();
         for (opening, text, parts) in [
             ("<think>\n", "\\boxed{7}</think>\\boxed{8}", [1.0, 1.0, 1.0, 1.0]),
             ("<think>\n", "\\boxed{8}", [0.0, 0.0, 0.0, 0.0]),
@@ -371,8 +449,11 @@ mod tests {
             ("overlong:101", "tokens from 1 to --max-response (100)"),
             ("format:shiny", "reward 'format:shiny' is not supported"),
             ("cmd: ", "reward 'cmd:' is not supported"),
+            ("judge:", "reward 'judge:' is not supported"),
+            ("http:", "a URL that begins with http://, got http:"),
+            ("https://a/b + format", "a URL that begins with http://, got https://a/b"),
         ] {
-            let error = Judge::parse(spec, options()).unwrap_err().to_string();
+            let error = Judge::parse(spec, &options()).unwrap_err().to_string();
             assert!(error.contains(expected) && !error.contains('\n'), "{spec}: {error}");
         }
     }

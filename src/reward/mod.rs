@@ -2,13 +2,17 @@
 
 mod boxed;
 mod exact;
+mod http;
 mod judge;
 pub mod math;
+mod model;
 mod number;
 mod options;
 mod parts;
 mod pool;
+pub(crate) mod process;
 mod program;
+mod rubric;
 mod thoughts;
 
 use crate::{Error, Result, data::Problem};

@@ -97,10 +97,14 @@ impl JudgePool {
             let (mut judge, todo, done) = (judge.clone(), todo.clone(), done.clone());
             judge.start()?;
             threads.push(std::thread::spawn(move || {
-                for job in todo {
-                    let outcome = judge_one(&mut judge, &job);
-                    if done.send((job, outcome)).is_err() {
-                        return;
+                while let Ok(job) = todo.recv() {
+                    let more = todo.try_iter().take(judge.batch() - 1);
+                    let jobs: Vec<Job> = std::iter::once(job).chain(more).collect();
+                    let outcomes = judge_all(&mut judge, &jobs);
+                    for done_job in jobs.into_iter().zip(outcomes) {
+                        if done.send(done_job).is_err() {
+                            return;
+                        }
                     }
                 }
             }));
@@ -111,6 +115,32 @@ impl JudgePool {
     /// What the threads judge by.
     pub fn judge(&self) -> &Judge {
         &self.judge
+    }
+
+    /// Judges texts: of each the problem, the text, its tokens, and whether it was cut.
+    ///
+    /// # Errors
+    /// A reward that cannot judge.
+    pub fn judge_all(
+        &mut self,
+        texts: Vec<(Problem, String, usize, bool)>,
+    ) -> Result<Vec<Judgement>> {
+        self.calls += 1;
+        let n = texts.len();
+        let jobs = self.jobs.as_ref().expect("open until it is dropped");
+        for (request, (problem, text, tokens, truncated)) in texts.into_iter().enumerate() {
+            let (call, problem, opening) = (self.calls, Arc::new(problem), "".into());
+            let job = Job { call, request, index: 0, problem, text, opening, tokens, truncated };
+            jobs.send(job).map_err(|_| lost())?;
+        }
+        let mut judged = vec![None; n];
+        while judged.iter().any(Option::is_none) {
+            let (job, outcome) = self.results.recv().map_err(|_| lost())?;
+            if job.call == self.calls {
+                judged[job.request] = Some(outcome?);
+            }
+        }
+        Ok(judged.into_iter().flatten().collect())
     }
 
     /// Samples all requests and judges each completion as it ends, on the workers. `each` sees them in the
@@ -161,19 +191,26 @@ impl Drop for JudgePool {
     }
 }
 
-fn judge_one(judge: &mut Judge, job: &Job) -> Result<Judgement> {
-    let attempt = Attempt {
+/// An outcome for each job; where one of them cannot be judged, the error stands in the first's place.
+fn judge_all(judge: &mut Judge, jobs: &[Job]) -> Vec<Result<Judgement>> {
+    let attempts = jobs.iter().map(|job| Attempt {
         problem: &job.problem,
         text: &job.text,
         opening: &job.opening,
         tokens: job.tokens,
         truncated: job.truncated,
-    };
+    });
+    let attempts: Vec<Attempt<'_>> = attempts.collect();
     // A rule that panics must not leave the run waiting for its verdict.
-    catch_unwind(AssertUnwindSafe(|| judge.score(&attempt))).unwrap_or_else(|_| {
-        let reason = format!("it panicked on a completion of {}", job.problem.id);
+    let judged = catch_unwind(AssertUnwindSafe(|| judge.score_all(&attempts)));
+    let judged = judged.unwrap_or_else(|_| {
+        let reason = format!("it panicked on a completion of {}", jobs[0].problem.id);
         Err(Error::engine("the reward", reason, "report it"))
-    })
+    });
+    match judged {
+        Ok(all) => all.into_iter().map(Ok).collect(),
+        Err(error) => vec![Err(error)],
+    }
 }
 
 /// Tokens at the end of a prompt that are looked at for thoughts begun there.

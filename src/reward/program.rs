@@ -10,26 +10,19 @@
 //! asked once more. What it cannot judge is an error of the run and never a reward of 0. Its own messages
 //! belong on stderr, which is passed on.
 
-use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde_json::{Value, json};
 
+use super::process::{MAX_ANSWER_BYTES, Process, Silent};
 use super::{Attempt, Verdict};
 use crate::data::jsonl::{kind, shorten};
 use crate::data::{Message, Prompt};
 use crate::{Error, Result};
 
-/// Longest line that a program may answer, in bytes.
-const MAX_ANSWER_BYTES: usize = 1 << 20;
 /// Times that a question is asked.
 const ATTEMPTS: usize = 2;
-/// How long a program may take to end once its input is closed.
-const GRACE: Duration = Duration::from_secs(2);
 
 /// A program and, once it was asked, its process. A clone starts a process of its own.
 #[derive(Debug)]
@@ -37,23 +30,8 @@ pub struct Program {
     command: String,
     timeout: Duration,
     folder: Option<PathBuf>,
-    running: Option<Running>,
+    running: Option<Process>,
     asked: u64,
-}
-
-#[derive(Debug)]
-struct Running {
-    child: Child,
-    questions: Option<Sender<Vec<u8>>>,
-    answers: Receiver<Vec<u8>>,
-}
-
-/// Why a program did not answer; it is asked again.
-enum Silent {
-    Ended(String),
-    Hung,
-    /// It spoke before it was asked: what it says next may belong to another completion.
-    Early(Vec<u8>),
 }
 
 impl Clone for Program {
@@ -79,14 +57,8 @@ impl Program {
     /// There is no shell, its folder is gone, or the system refuses a process.
     pub fn start(&mut self) -> Result<()> {
         if self.running.is_none() {
-            if let Some(folder) = self.folder.as_deref().filter(|folder| !folder.is_dir()) {
-                let place = format!("--reward cmd:{}", shorten(&self.command, 80));
-                let expected = format!("the folder that the run began in ({})", folder.display());
-                let advice = "make it again, or give --reward and --allow-change";
-                return Err(Error::invalid(place, expected, "no such folder", advice));
-            }
-            let started = Running::start(&self.command, self.folder.as_deref());
-            self.running = Some(started.map_err(Error::io("start", &self.command))?);
+            let option = || format!("--reward cmd:{}", shorten(&self.command, 80));
+            self.running = Some(Process::start(&self.command, self.folder.as_deref(), option)?);
         }
         Ok(())
     }
@@ -114,15 +86,8 @@ impl Program {
             let running = self.running.as_mut().expect("just started");
             match running.ask(question.clone(), self.timeout) {
                 Ok(line) => return read(&line, self.asked).map_err(|e| self.rubbish(e)),
-                Err(Silent::Early(line)) => {
-                    let line = String::from_utf8_lossy(&line).trim().to_owned();
-                    let got = format!("{:?} before it was asked", shorten(&line, 80));
-                    return Err(self.rubbish(("one line per question".into(), got)));
-                }
-                Err(Silent::Ended(status)) => reasons.push(format!("it ended ({status})")),
-                Err(Silent::Hung) => {
-                    reasons.push(format!("no answer within {} s", self.timeout.as_secs_f32()));
-                }
+                Err(Silent::Early(line)) => return Err(self.rubbish(Silent::too_early(&line))),
+                Err(silent) => reasons.push(silent.words(self.timeout)),
             }
             self.running = None;
         }
@@ -141,93 +106,6 @@ impl Program {
         let place = format!("--reward cmd:{}", shorten(&self.command, 80));
         let advice = "answer each line with one line {\"reward\": 1.0}, and log to stderr";
         Error::invalid(place, expected, got, advice)
-    }
-}
-
-impl Running {
-    fn start(command: &str, folder: Option<&Path>) -> std::io::Result<Running> {
-        let mut shell = Command::new("sh");
-        if let Some(folder) = folder {
-            shell.current_dir(folder);
-        }
-        shell.arg("-c").arg(command).stdin(Stdio::piped()).stdout(Stdio::piped());
-        // Of its own group: Ctrl-C is ours to handle, and what the shell starts ends with it.
-        #[cfg(unix)]
-        std::os::unix::process::CommandExt::process_group(&mut shell, 0);
-        let mut child = shell.spawn()?;
-        let mut input = child.stdin.take().expect("piped");
-        let output = child.stdout.take().expect("piped");
-        let (questions, asked) = bounded::<Vec<u8>>(1);
-        // A write blocks while the program does not read, and a read while it does not write: both have
-        // threads, which end with the process or with this struct.
-        thread::spawn(move || {
-            for line in asked {
-                if input.write_all(&line).and_then(|()| input.flush()).is_err() {
-                    return;
-                }
-            }
-        });
-        let (answered, answers) = bounded(1);
-        thread::spawn(move || {
-            let mut output = BufReader::new(output);
-            loop {
-                let mut line = Vec::new();
-                let limit = MAX_ANSWER_BYTES as u64 + 1;
-                match output.by_ref().take(limit).read_until(b'\n', &mut line) {
-                    Ok(n) if n > 0 && answered.send(line).is_ok() => {}
-                    _ => return,
-                }
-            }
-        });
-        Ok(Running { child, questions: Some(questions), answers })
-    }
-
-    fn ask(
-        &mut self,
-        question: Vec<u8>,
-        timeout: Duration,
-    ) -> std::result::Result<Vec<u8>, Silent> {
-        if let Ok(line) = self.answers.try_recv() {
-            return Err(Silent::Early(line));
-        }
-        let deadline = Instant::now() + timeout;
-        let questions = self.questions.as_ref().expect("open while running");
-        if questions.send_deadline(question, deadline).is_err() && Instant::now() >= deadline {
-            return Err(Silent::Hung);
-        }
-        match self.answers.recv_deadline(deadline) {
-            Ok(line) => Ok(line),
-            Err(RecvTimeoutError::Timeout) => Err(Silent::Hung),
-            Err(RecvTimeoutError::Disconnected) => {
-                let status = self.wait(GRACE);
-                Err(Silent::Ended(status.unwrap_or("it closed its output".into())))
-            }
-        }
-    }
-
-    /// The exit status in words, once it has ended.
-    fn wait(&mut self, at_most: Duration) -> Option<String> {
-        let start = Instant::now();
-        loop {
-            match self.child.try_wait() {
-                Ok(Some(status)) => return Some(status.to_string()),
-                Ok(None) if start.elapsed() < at_most => thread::sleep(Duration::from_millis(5)),
-                _ => return None,
-            }
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.questions = None;
-        // The end of its input is the sign to end; a hung program gets no grace, for it had its timeout.
-        if self.wait(Duration::from_millis(200)).is_none() {
-            let group = format!("kill -KILL -{}", self.child.id());
-            let _ = Command::new("sh").args(["-c", &group]).stderr(Stdio::null()).status();
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
     }
 }
 
@@ -254,7 +132,7 @@ fn read(line: &[u8], id: u64) -> std::result::Result<Verdict, (String, String)> 
     Ok(Verdict { reward, reason: shorten(&reason, 300) })
 }
 
-fn prompt(prompt: &Prompt) -> Value {
+pub(super) fn prompt(prompt: &Prompt) -> Value {
     let message = |m: &Message| json!({"role": m.role, "content": m.content});
     match prompt {
         Prompt::Text(text) => json!(text),
@@ -265,6 +143,8 @@ fn prompt(prompt: &Prompt) -> Value {
 
 #[cfg(all(test, unix))]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
     use crate::data::Problem;
 

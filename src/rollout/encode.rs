@@ -1,6 +1,7 @@
 //! Prompts to tokens and completions to text: chat template and vocabulary.
 
 mod answers;
+mod dialogue;
 
 use std::path::{Path, PathBuf};
 
@@ -12,6 +13,7 @@ use crate::model::Model;
 use crate::{Error, Result};
 
 pub use answers::{Said, Turns};
+pub use dialogue::Conversation;
 
 /// How prompts become tokens.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
@@ -58,6 +60,8 @@ pub struct Encoder<'m> {
     template: Option<ChatTemplate>,
     tokenizer: Option<HfTokenizer>,
     system: Option<String>,
+    /// Spellings of the tokens that end a turn, once they were wanted.
+    ends: std::sync::OnceLock<Vec<String>>,
 }
 
 impl<'m> Encoder<'m> {
@@ -86,7 +90,7 @@ impl<'m> Encoder<'m> {
             }
             None => None,
         };
-        Ok(Encoder { model, template, tokenizer, system })
+        Ok(Encoder { model, template, tokenizer, system, ends: std::sync::OnceLock::new() })
     }
 
     /// Renders prompts with another template than the GGUF's.
@@ -98,6 +102,16 @@ impl<'m> Encoder<'m> {
             self.template = Some(compile(self.model, source)?.with_thinking(*enable_thinking));
         }
         Ok(self)
+    }
+
+    /// The model whose tokens these are.
+    pub fn model(&self) -> &'m Model {
+        self.model
+    }
+
+    /// Source of the chat template; empty where there is none.
+    pub fn template_source(&self) -> &str {
+        self.template.as_ref().map_or("", ChatTemplate::source)
     }
 
     /// Fixes the date that the chat template may write, in seconds of Unix time.

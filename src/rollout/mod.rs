@@ -1,13 +1,16 @@
 //! Rollouts: prompts to tokens, continuous batching over llama.cpp, sampling.
 
+mod dialogue;
 mod encode;
 mod request;
+mod run;
 mod sampler;
 mod scheduler;
 mod sizes;
 mod watch;
 
-pub use encode::{Encoder, PromptOptions, Said, Turns};
+pub use dialogue::{Answer, Partner, Segment, Which};
+pub use encode::{Conversation, Encoder, PromptOptions, Said, Turns};
 pub use request::{Completion, Finish, Request};
 pub use sampler::{Sampler, Sampling};
 pub use scheduler::Rollouts;

@@ -19,26 +19,20 @@
 //!
 //! In a [`Team`] a rank samples the requests that it takes, one after another as slots become free.
 
-mod taking;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rand::Rng;
-use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
-
-use super::request::{Completion, Finish, Request, rng};
-use super::sampler::{Sampler, Sampling};
-use super::sizes::{MAX_PARALLEL, PREFILL_TOKENS, RolloutOptions, RolloutSizes};
+use super::dialogue::{Partner, Segment};
+use super::request::{Completion, Request};
+use super::run::Run;
+use super::sampler::Sampling;
+use super::sizes::{MAX_PARALLEL, RolloutOptions, RolloutSizes};
 use super::watch::{Progress, ProgressOnly, Watcher};
 use crate::ggml::ThreadPool;
-use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products, Token, TokenBatch};
-use crate::team::{Queue, Team};
+use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products};
+use crate::team::Team;
 use crate::{Error, Result};
 
-/// Logits at which sampling is worth several threads.
-const PARALLEL_LOGITS: usize = 1 << 16;
 /// Sequences from which on a decode on the CPU does not get faster by more of them: a rank that has so many takes no
 /// further request.
 const ENOUGH: usize = 32;
@@ -60,24 +54,9 @@ pub struct Rollouts {
     draws: bool,
     // Sequences have states, which cannot forget a completion's tokens.
     has_states: bool,
+    // Nothing may depend on who is decoded together.
+    invariant: bool,
     team: Team,
-}
-
-/// A request in work: the logits after its prompt start every completion.
-struct Group {
-    request: usize,
-    next: usize,
-    first_logits: Arc<[f32]>,
-    // Of the prompt's tokens.
-    experts: Arc<[i16]>,
-}
-
-/// A sequence in work.
-struct Slot {
-    group: usize,
-    index: usize,
-    rng: ChaCha8Rng,
-    completion: Completion,
 }
 
 impl Rollouts {
@@ -116,6 +95,7 @@ impl Rollouts {
             n_slots,
             draws,
             has_states,
+            invariant: false,
             team: Team::alone(),
         })
     }
@@ -132,7 +112,10 @@ impl Rollouts {
 
     /// Samples completions that do not depend on who is decoded beside them, on the CPU, from now on.
     pub fn make_invariant(&mut self) {
-        self.set_products(Products::Invariant);
+        self.invariant = true;
+        if self.sizes.products != Products::Exact {
+            self.set_products(Products::Invariant);
+        }
     }
 
     /// Draws tokens in the decoding graph also where logits lie in host memory, where nothing is gained: for tests.
@@ -228,7 +211,67 @@ impl Rollouts {
         stop: &AtomicBool,
         watcher: &mut dyn Watcher,
     ) -> Result<Vec<(usize, Vec<Completion>)>> {
+        let done = self.run(requests, sampling, seed, stop, None, watcher)?;
+        let completion = |mut segments: Vec<Segment>| segments.pop().map(|s| s.completion);
+        let group = |g: Vec<Vec<Segment>>| g.into_iter().filter_map(completion).collect();
+        Ok(done.into_iter().map(|(request, g)| (request, group(g))).collect())
+    }
+
+    /// Dialogues from all requests with a partner, in their order: of each its segments. A request's `max_tokens` are
+    /// those that may follow its prompt in all, the partner's among them. Of a process alone.
+    ///
+    /// # Errors
+    /// Those of [`Rollouts::generate`] and of the partner.
+    pub fn converse(
+        &mut self,
+        requests: &[Request],
+        sampling: &Sampling,
+        seed: u64,
+        stop: &AtomicBool,
+        partner: &mut dyn Partner,
+        watch: &mut dyn FnMut(Progress) -> Result<()>,
+    ) -> Result<Vec<Vec<Vec<Segment>>>> {
+        let watcher = &mut ProgressOnly(watch);
+        let done = self.run(requests, sampling, seed, stop, Some(partner), watcher)?;
+        Ok(done.into_iter().map(|(_, group)| group).collect())
+    }
+
+    /// The requests that this process took, and of every completion of them its segments.
+    fn run(
+        &mut self,
+        requests: &[Request],
+        sampling: &Sampling,
+        seed: u64,
+        stop: &AtomicBool,
+        partner: Option<&mut dyn Partner>,
+        watcher: &mut dyn Watcher,
+    ) -> Result<Vec<(usize, Vec<Vec<Segment>>)>> {
         let mut queue = self.team.queue(requests.len());
+        self.check(requests)?;
+        let n_slots = self.n_slots;
+        self.context()?;
+        let (context, workers) = (self.context.as_mut().expect("just made"), &self.workers);
+        context.clear();
+        // A truncated or greedy choice is made from the logits.
+        let draws = self.draws && sampling.temperature > 0.0 && !sampling.truncates();
+        context.draw(if draws { n_slots } else { 0 })?;
+        let prompt_slot = (self.draws || self.has_states).then_some(n_slots);
+        let mut run = Run::new(context, workers, &mut queue, requests, sampling, seed, partner);
+        run.lies_in(n_slots, prompt_slot, self.has_states, draws);
+        run.enough = if self.model.device().is_host() { ENOUGH } else { n_slots };
+        run.invariant = self.invariant;
+        while run.is_open() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            run.round(watcher)?;
+        }
+        watcher.progress(run.progress())?;
+        Ok(run.into_segments())
+    }
+
+    /// Refuses prompts that leave no room.
+    fn check(&self, requests: &[Request]) -> Result<()> {
         for (i, r) in requests.iter().enumerate() {
             let room = self.n_ctx_seq.saturating_sub(r.prompt_tokens.len());
             if r.prompt_tokens.is_empty() || r.max_tokens == 0 || r.max_tokens > room {
@@ -240,346 +283,6 @@ impl Rollouts {
                 ));
             }
         }
-        let n_slots = self.n_slots;
-        self.context()?;
-        let (context, workers) = (self.context.as_mut().expect("just made"), &self.workers);
-        context.clear();
-        // A truncated or greedy choice is made from the logits.
-        let draws = self.draws && sampling.temperature > 0.0 && !sampling.truncates();
-        context.draw(if draws { n_slots } else { 0 })?;
-        let invariant = self.sizes.products == Products::Invariant;
-        let total = match queue.is_shared() {
-            false => requests.iter().map(|r| r.n).sum(),
-            true => 0,
-        };
-        let mut run = Run {
-            context,
-            workers,
-            requests,
-            sampling,
-            seed,
-            enough: if self.model.device().is_host() { ENOUGH } else { n_slots },
-            queue: &mut queue,
-            ahead: None,
-            taken: Vec::new(),
-            invariant,
-            groups: Vec::new(),
-            slots: Vec::new(),
-            done: requests.iter().map(|r| vec![None; r.n]).collect(),
-            samplers: Vec::new(),
-            prompt_slot: (self.draws || self.has_states).then_some(n_slots),
-            has_states: self.has_states,
-            draws,
-            finished: Vec::new(),
-            progress: Progress { total, ..Progress::default() },
-        };
-        run.slots.resize_with(n_slots, || None);
-        while run.is_open() {
-            if stop.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-            run.fill()?;
-            if run.progress.tokens > 0 {
-                watcher.progress(run.progress)?;
-            }
-            run.compact()?;
-            run.decode()?;
-            run.report(watcher)?;
-        }
-        watcher.progress(run.progress)?;
-        let Run { mut done, taken, .. } = run;
-        let mut take = |r: usize| std::mem::take(&mut done[r]).into_iter().flatten().collect();
-        Ok(taken.into_iter().map(|r| (r, take(r))).collect())
-    }
-}
-
-/// One call of [`Rollouts::generate`].
-struct Run<'r> {
-    context: &'r mut Context,
-    workers: &'r rayon::ThreadPool,
-    requests: &'r [Request],
-    sampling: &'r Sampling,
-    seed: u64,
-    /// What is not begun.
-    queue: &'r mut Queue,
-    /// A request that was taken and waits for a slot.
-    ahead: Option<usize>,
-    /// All requests that were taken.
-    taken: Vec<usize>,
-    /// Sequences beyond which no request is taken from others.
-    enough: usize,
-    /// Nothing may depend on who is decoded together.
-    invariant: bool,
-    groups: Vec<Group>,
-    slots: Vec<Option<Slot>>,
-    done: Vec<Vec<Option<Completion>>>,
-    samplers: Vec<Sampler>,
-    /// The sequence in which prompts are decoded, if there is one for them.
-    prompt_slot: Option<usize>,
-    /// A slot whose completion ended needs a copy of the prompt's sequence for the next.
-    has_states: bool,
-    /// Tokens are drawn in the decoding graph.
-    draws: bool,
-    /// (request, index) of completions that the watcher has not seen.
-    finished: Vec<(usize, usize)>,
-    progress: Progress,
-}
-
-impl Run<'_> {
-    /// Gives free slots to pending requests: prompts decoded together, copied to the other slots of
-    /// their groups, first tokens sampled.
-    fn fill(&mut self) -> Result<()> {
-        loop {
-            self.continue_group()?;
-            let free: Vec<usize> =
-                (0..self.slots.len()).filter(|&s| self.slots[s].is_none()).collect();
-            let mut claimed: Vec<(usize, usize)> = Vec::new(); // (request, slots)
-            let (mut left, mut tokens) = (free.len(), 0);
-            while left > 0 {
-                let Some(request) = self.peek(free.len() - left)? else { break };
-                let r = &self.requests[request];
-                let n = r.n.min(left);
-                tokens += r.prompt_tokens.len();
-                let alone = self.prompt_slot.is_some() || self.invariant || tokens > PREFILL_TOKENS;
-                if !claimed.is_empty() && alone {
-                    break;
-                }
-                left -= n;
-                claimed.push((request, n));
-                self.ahead = None;
-            }
-            if claimed.is_empty() {
-                return Ok(());
-            }
-            self.start(&claimed, &free)?;
-        }
-    }
-
-    /// Where slots have states: gives free ones to completions of the last group, whose prompt is kept.
-    fn continue_group(&mut self) -> Result<()> {
-        let (true, Some(prompt)) = (self.has_states, self.prompt_slot) else { return Ok(()) };
-        for slot in 0..self.slots.len() {
-            let Some(group) = self.groups.last() else { return Ok(()) };
-            if group.next == self.requests[group.request].n {
-                return Ok(());
-            }
-            if self.slots[slot].is_none() {
-                self.context.forget(slot, 0)?;
-                self.context.copy(prompt, slot);
-                self.begin(slot, self.groups.len() - 1);
-            }
-        }
         Ok(())
-    }
-
-    /// Decodes the prompts of claimed requests into the first free slots, and starts their completions.
-    fn start(&mut self, claimed: &[(usize, usize)], free: &[usize]) -> Result<()> {
-        let mut batch = TokenBatch::default();
-        let mut last = Vec::with_capacity(claimed.len());
-        for (&(request, _), &slot) in claimed.iter().zip(free) {
-            let slot = self.prompt_slot.unwrap_or(slot);
-            self.context.forget(slot, 0)?;
-            let prompt = &self.requests[request].prompt_tokens;
-            for (i, &id) in prompt.iter().enumerate() {
-                let logits = i + 1 == prompt.len();
-                batch.0.push(Token { id, position: i as i32, sequence: slot as i32, logits });
-            }
-            last.push(batch.0.len() - 1);
-        }
-        self.context.decode(&batch)?;
-        let mut followers = free[claimed.len()..].iter();
-        for ((&(request, n), &slot), &index) in claimed.iter().zip(free).zip(&last) {
-            let first_logits = self.context.logits(index).into();
-            let from = self.prompt_slot.unwrap_or(slot);
-            let prompt = 0..self.requests[request].prompt_tokens.len();
-            let experts = prompt.filter_map(|i| self.context.experts(from, i)).flatten().copied();
-            let experts = experts.collect();
-            self.groups.push(Group { request, next: 0, first_logits, experts });
-            let group = self.groups.len() - 1;
-            if from != slot {
-                self.context.forget(slot, 0)?;
-                self.context.copy(from, slot);
-            }
-            self.begin(slot, group);
-            for _ in 1..n {
-                let &to = followers.next().expect("as many free slots as were claimed");
-                self.context.forget(to, 0)?;
-                self.context.copy(from, to);
-                self.begin(to, group);
-            }
-        }
-        Ok(())
-    }
-
-    /// Starts the next completion of a group in a slot that holds its prompt; goes on to the one after
-    /// while completions end with their first token.
-    fn begin(&mut self, slot: usize, group: usize) {
-        loop {
-            let g = &mut self.groups[group];
-            let request = &self.requests[g.request];
-            if g.next == request.n {
-                self.slots[slot] = None;
-                return;
-            }
-            let index = g.next;
-            g.next += 1;
-            let mut started = Slot {
-                group,
-                index,
-                rng: rng(self.seed, request.seed_stream, index),
-                completion: Completion {
-                    tokens: vec![],
-                    logprobs: vec![],
-                    finish: Finish::Length,
-                    experts: g.experts.to_vec(),
-                },
-            };
-            let logits = g.first_logits.clone();
-            let uniform = started.rng.random();
-            if self.samplers.is_empty() {
-                self.samplers.push(Sampler::default());
-            }
-            let sampled = self.samplers[0].sample(&logits, self.sampling, uniform);
-            if !self.push(&mut started, sampled) {
-                self.slots[slot] = Some(started);
-                return;
-            }
-            self.finish(started);
-        }
-    }
-
-    /// Adds a token; whether the completion has ended.
-    fn push(&mut self, slot: &mut Slot, (token, logprob): (i32, f32)) -> bool {
-        slot.completion.tokens.push(token);
-        slot.completion.logprobs.push(logprob);
-        self.progress.tokens += 1;
-        self.progress.newest = Some(token);
-        let request = &self.requests[self.groups[slot.group].request];
-        if self.context.is_eog(token) {
-            slot.completion.finish = Finish::Eog;
-            return true;
-        }
-        slot.completion.tokens.len() == request.max_tokens
-    }
-
-    fn finish(&mut self, slot: Slot) {
-        let request = self.groups[slot.group].request;
-        self.done[request][slot.index] = Some(slot.completion);
-        self.finished.push((request, slot.index));
-        self.progress.done += 1;
-    }
-
-    /// Hands what has ended to the watcher.
-    fn report(&mut self, watcher: &mut dyn Watcher) -> Result<()> {
-        for (request, index) in self.finished.drain(..) {
-            if let Some(completion) = &self.done[request][index] {
-                watcher.finished(request, index, completion)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Closes holes between running slots, so that llama.cpp takes them in one go.
-    fn compact(&mut self) -> Result<()> {
-        loop {
-            let Some(hole) = self.slots.iter().position(Option::is_none) else { return Ok(()) };
-            let Some(last) = self.slots.iter().rposition(Option::is_some) else { return Ok(()) };
-            if last < hole {
-                return Ok(());
-            }
-            self.context.forget(hole, 0)?;
-            self.context.copy(last, hole);
-            self.context.forget(last, 0)?;
-            self.slots.swap(hole, last);
-        }
-    }
-
-    /// One token of every running sequence.
-    fn decode(&mut self) -> Result<()> {
-        let running: Vec<usize> =
-            (0..self.slots.len()).filter(|&s| self.slots[s].is_some()).collect();
-        if running.is_empty() {
-            return Ok(());
-        }
-        let mut batch = TokenBatch::default();
-        for &s in &running {
-            let slot = self.slots[s].as_ref().expect("running");
-            let request = &self.requests[self.groups[slot.group].request];
-            let n = slot.completion.tokens.len();
-            batch.0.push(Token {
-                id: slot.completion.tokens[n - 1],
-                position: (request.prompt_tokens.len() + n - 1) as i32,
-                sequence: s as i32,
-                logits: true,
-            });
-        }
-        let company = self.invariant && self.slots.len() > 1;
-        if let (true, &[only]) = (company, running.as_slice()) {
-            // ggml has another kernel for one column.
-            let sequence = if only == 0 { 1 } else { 0 };
-            self.context.forget(sequence, 0)?;
-            let id = batch.0[0].id;
-            batch.0.push(Token { id, position: 0, sequence: sequence as i32, logits: true });
-        }
-        let mut slots: Vec<Slot> =
-            running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
-        let sampled = if self.draws {
-            for (&s, slot) in running.iter().zip(&mut slots) {
-                self.context.set_draw(s, slot.rng.random(), self.sampling.temperature);
-            }
-            self.context.decode(&batch)?;
-            (0..slots.len()).map(|i| self.context.drawn(i)).collect()
-        } else {
-            self.context.decode(&batch)?;
-            self.sample(&mut slots)
-        };
-        for ((&s, slot), token) in running.iter().zip(&mut slots).zip(&batch.0) {
-            let experts = self.context.experts(s, token.position as usize);
-            slot.completion.experts.extend_from_slice(experts.unwrap_or_default());
-        }
-        for ((&s, mut slot), sampled) in running.iter().zip(slots).zip(sampled) {
-            if self.push(&mut slot, sampled) {
-                let group = slot.group;
-                let prompt = self.requests[self.groups[group].request].prompt_tokens.len();
-                self.finish(slot);
-                if self.has_states {
-                    continue;
-                }
-                // The prompt is still there: the group's next completion starts from it.
-                self.context.forget(s, prompt)?;
-                self.begin(s, group);
-            } else {
-                self.slots[s] = Some(slot);
-            }
-        }
-        Ok(())
-    }
-
-    /// A token for each slot from the logits of the last batch, in its order.
-    fn sample(&mut self, slots: &mut [Slot]) -> Vec<(i32, f32)> {
-        let logits: Vec<&[f32]> = (0..slots.len()).map(|i| self.context.logits(i)).collect();
-        let sampling = self.sampling;
-        if slots.len() * logits[0].len() < PARALLEL_LOGITS {
-            let sampler = &mut self.samplers[0];
-            let jobs = slots.iter_mut().zip(&logits);
-            return jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect();
-        }
-        let parts = self.workers.current_num_threads();
-        self.samplers.resize_with(parts.max(1), Sampler::default);
-        let per_part = slots.len().div_ceil(parts);
-        let samplers = &mut self.samplers;
-        self.workers.install(|| {
-            slots
-                .par_chunks_mut(per_part)
-                .zip(logits.par_chunks(per_part))
-                .zip(samplers)
-                .flat_map_iter(|((slots, logits), sampler)| {
-                    let jobs = slots.iter_mut().zip(logits);
-                    let sample =
-                        |(s, l): (&mut Slot, &&[f32])| sampler.sample(l, sampling, s.rng.random());
-                    jobs.map(sample).collect::<Vec<_>>()
-                })
-                .collect()
-        })
     }
 }

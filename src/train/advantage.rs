@@ -15,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::learner::ResponseGroup;
+use super::learner::{Response, ResponseGroup};
 
 /// Added to the standard deviation of a group, as in the reference code.
 const STD_EPS: f32 = 1e-6;
@@ -70,17 +70,35 @@ pub fn advantages(rewards: &[f32], baseline: Baseline) -> Vec<f32> {
     }
 }
 
-/// Sets the advantages of all tokens of a step; with [`Baseline::Value`] from the responses' `values`,
+/// Sets the advantages of all learnt tokens of a step; with [`Baseline::Value`] from the responses' `values`,
 /// and their `returns` with them.
+///
+/// Of dialogues whose turns are told apart a turn's tokens get the advantage of the rewards from it on, which is compared
+/// with those of all turns of the group; of others the whole counts once, however many segments it has.
 pub fn assign(groups: &mut [ResponseGroup], baseline: Baseline, gae: Gae) {
     for group in groups.iter_mut() {
-        let rewards: Vec<f32> = group.responses.iter().map(|r| r.reward).collect();
-        for (response, a) in group.responses.iter_mut().zip(advantages(&rewards, baseline)) {
-            if baseline == Baseline::Value {
-                (response.advantages, response.returns) = estimate(a, &response.values, gae);
-            } else {
-                response.advantages = vec![a; response.tokens.len()];
+        if baseline == Baseline::Value {
+            for response in &mut group.responses {
+                let rewards = token_rewards(response);
+                (response.advantages, response.returns) =
+                    estimate_turns(&rewards, &response.values, gae);
             }
+            continue;
+        }
+        let compared = group.responses.iter().flat_map(returns).collect::<Vec<f32>>();
+        let mut found = advantages(&compared, baseline).into_iter();
+        let mut last = 0.0;
+        for response in &mut group.responses {
+            let mut next = || found.next().expect("one for each return");
+            let mut all = Vec::new();
+            if response.turns.is_empty() {
+                last = if response.prompt.is_none() { next() } else { last };
+                all.resize(response.n_learnt(), last);
+            }
+            for turn in &response.turns {
+                all.resize(turn.end, next());
+            }
+            response.advantages = all;
         }
     }
     if matches!(baseline, Baseline::Batch | Baseline::GroupBatch | Baseline::Value) {
@@ -89,21 +107,50 @@ pub fn assign(groups: &mut [ResponseGroup], baseline: Baseline, gae: Gae) {
     }
 }
 
-/// Generalised advantage estimation of a response that is rewarded at its end, and its returns:
+/// What a response is compared by within its group: a return for each turn that is told apart, else its reward, once for
+/// all segments of a dialogue.
+pub(super) fn returns(response: &Response) -> Vec<f32> {
+    match (response.turns.is_empty(), &response.prompt) {
+        (false, _) => response.turns.iter().map(|turn| turn.to_go).collect(),
+        (true, None) => vec![response.reward],
+        (true, Some(_)) => Vec::new(),
+    }
+}
+
+/// The reward of each learnt token: at the ends of turns, where they are told apart, else at the end.
+fn token_rewards(response: &Response) -> Vec<f32> {
+    let mut rewards = vec![0.0; response.values.len()];
+    for turn in &response.turns {
+        rewards[turn.end - 1] = turn.reward;
+    }
+    if let (true, Some(last)) = (response.turns.is_empty(), rewards.last_mut()) {
+        *last = response.reward;
+    }
+    rewards
+}
+
+/// [`estimate_turns`] of a response that is rewarded at its end.
+pub fn estimate(reward: f32, values: &[f32], gae: Gae) -> (Vec<f32>, Vec<f32>) {
+    let mut rewards = vec![0.0; values.len()];
+    rewards.last_mut().into_iter().for_each(|last| *last = reward);
+    estimate_turns(&rewards, values, gae)
+}
+
+/// Generalised advantage estimation of a response whose tokens have these rewards, and its returns:
 ///
 /// ```text
 /// delta_t = r_t + gamma V_(t+1) - V_t,   V after the last token = 0
 /// A_t     = delta_t + gamma lambda A_(t+1)
 /// R_t     = A_t + V_t
 /// ```
-pub fn estimate(reward: f32, values: &[f32], gae: Gae) -> (Vec<f32>, Vec<f32>) {
+pub fn estimate_turns(rewards: &[f32], values: &[f32], gae: Gae) -> (Vec<f32>, Vec<f32>) {
     let mut advantages = vec![0.0; values.len()];
-    let (mut next_value, mut next_advantage, mut reward) = (0.0, 0.0, reward);
+    let (mut next_value, mut next_advantage) = (0.0, 0.0);
     for (t, &value) in values.iter().enumerate().rev() {
-        let delta = reward + gae.gamma * next_value - value;
+        let delta = rewards[t] + gae.gamma * next_value - value;
         next_advantage = delta + gae.gamma * gae.lambda * next_advantage;
         advantages[t] = next_advantage;
-        (next_value, reward) = (value, 0.0);
+        next_value = value;
     }
     let returns = advantages.iter().zip(values).map(|(a, v)| a + v).collect();
     (advantages, returns)
@@ -149,6 +196,48 @@ mod tests {
         let (advantages, _) = estimate(1.0, &[0.25, 0.5, -1.0], Gae { gamma: 0.5, lambda: 0.0 });
         assert_eq!(advantages, [0.0, -1.0, 2.0]);
         assert_eq!(estimate(1.0, &[], Gae { gamma: 1.0, lambda: 1.0 }), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_dialogue_counts_once_and_its_turns_where_they_are_told_apart() {
+        use super::super::learner::TurnReturn;
+        let gae = Gae { gamma: 1.0, lambda: 1.0 };
+        let whole = |reward: f32, prompt: Option<Vec<i32>>, own: &[f32]| Response {
+            prompt,
+            tokens: vec![1; own.len()],
+            weights: own.to_vec(),
+            reward,
+            ..Response::default()
+        };
+        let segments = vec![
+            whole(1.0, None, &[1.0, 0.0, 1.0]),
+            whole(1.0, Some(vec![2]), &[1.0]),
+            whole(1.0, Some(vec![2]), &[1.0]),
+            whole(0.0, None, &[1.0, 1.0]),
+        ];
+        let mut groups = vec![ResponseGroup { prompt: vec![0], responses: segments }];
+        assign(&mut groups, Baseline::Group, gae);
+        let all: Vec<_> = groups[0].responses.iter().map(|r| r.advantages.clone()).collect();
+        // The mean is that of two dialogues, not of four segments; masked tokens have no advantage.
+        assert_eq!(all, [vec![0.5, 0.5], vec![0.5], vec![0.5], vec![-0.5, -0.5]]);
+
+        let turn = |end, reward, to_go| TurnReturn { end, reward, to_go };
+        let mut groups = vec![ResponseGroup {
+            prompt: vec![0],
+            responses: vec![
+                Response {
+                    turns: vec![turn(1, 0.0, 1.0), turn(3, 1.0, 1.0)],
+                    ..whole(1.0, None, &[1.0, 0.0, 1.0, 1.0])
+                },
+                Response { turns: vec![turn(1, -2.0, -2.0)], ..whole(-2.0, None, &[1.0]) },
+            ],
+        }];
+        assign(&mut groups, Baseline::Group, gae);
+        let all: Vec<_> = groups[0].responses.iter().map(|r| r.advantages.clone()).collect();
+        assert_eq!(all, [vec![1.0, 1.0, 1.0], vec![-2.0]]);
+        groups[0].responses.iter_mut().for_each(|r| r.values = vec![0.0; r.n_learnt()]);
+        assign(&mut groups, Baseline::Value, gae);
+        assert_eq!(groups[0].responses[0].returns, [1.0, 1.0, 1.0]);
     }
 
     #[test]

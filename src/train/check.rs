@@ -1,6 +1,6 @@
 //! Which settings cannot work.
 
-use super::row_options::refuse_meaningless;
+use super::row_options::{refuse_meaningless, refuse_without_env};
 use super::{Algorithm, Baseline, TrainConfig};
 use crate::{Error, Result};
 
@@ -15,6 +15,12 @@ impl TrainConfig {
         };
         self.placement()?;
         self.rewards.check()?;
+        self.dialogues.check()?;
+        refuse_without_env(self)?;
+        if !(0.0..=1.0).contains(&self.turn_discount) {
+            let got = self.turn_discount.to_string();
+            return refuse("--turn-discount", "0 to 1", got, "leave it out for 1");
+        }
         self.sampling.check()?;
         refuse_meaningless(self)?;
         self.rows.check(self.algo)?;
@@ -32,6 +38,14 @@ impl TrainConfig {
             let advice = "leave it out for grpo; sft and its like have an internal phase of their own: --algo sft --internal-steps N";
             let got = self.objective.map_or(String::new(), Algorithm::name);
             return refuse("--objective", "an algorithm with rewards, not bupo", got, advice);
+        }
+        if let Some(steps) = self.internal_steps.filter(|&n| n > 0)
+            && !self.algo.has_internal_phase()
+        {
+            let algo = self.algo.name();
+            let advice = format!("for an internal phase of {algo}: --algo bupo --objective {algo}");
+            let expected = format!("none or 0 beside --algo {algo}");
+            return refuse("--internal-steps", &expected, steps.to_string(), &advice);
         }
         for (option, value) in [
             ("--prompts-per-step", self.prompts_per_step),
@@ -62,6 +76,11 @@ impl TrainConfig {
                 self.given_mini_batch().to_string(),
                 "lower it",
             );
+        }
+        if self.old_from_rollout && self.given_baseline() == Baseline::Value {
+            let (got, advice) =
+                ("--baseline value".into(), "leave it out: values need that forward");
+            return refuse("--old-from-rollout", "a baseline without a value head", got, advice);
         }
         if self.early_stop > 0 && self.eval_every == 0 {
             let advice = "say how often to look with --eval-every";

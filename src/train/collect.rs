@@ -3,6 +3,8 @@
 use serde_json::Value;
 
 use super::Observer;
+use super::advantage::returns;
+use super::dialogues::{Dialogues, TalkRecord, Talked};
 use super::learner::{Response, ResponseGroup};
 use super::source::{Batch, With};
 use crate::Result;
@@ -35,19 +37,33 @@ pub struct Sample {
     /// Whether its group was replaced, for all its rewards were equal.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub dropped: bool,
-    /// Text, control tokens left out.
+    /// Text, control tokens left out; of a dialogue all of it, a line for each message.
     pub completion: String,
+    /// What is to be said of a dialogue.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub dialogue: Option<Talked>,
 }
 
 /// Seeds of groups sampled in place of others lie this far apart.
 const ROUND_STREAM: u64 = 1 << 40;
 
-/// Completions that the policy samples for problems, and a reward judges.
+/// Groups with what is to be logged of them.
+pub(super) type Groups = Vec<(ResponseGroup, Vec<Sample>)>;
+
+/// Who rewards.
+pub(super) enum By {
+    /// Judges of single answers.
+    Judges(JudgePool),
+    /// The environment that the dialogues are with.
+    Environment(Box<Dialogues>),
+}
+
+/// Completions, or dialogues, that the policy samples for problems, and their rewards.
 pub(super) struct Judged {
     pub rollouts: Rollouts,
     pub problems: ProblemSource,
     pub held_out: Vec<Problem>,
-    pub judges: JudgePool,
+    pub by: By,
 }
 
 impl Judged {
@@ -65,6 +81,7 @@ impl Judged {
     ) -> Result<Batch> {
         let (wanted, rounds) = (with.settings.prompts_per_step, with.settings.resample);
         let (mut groups, mut samples) = (Vec::with_capacity(wanted), Vec::new());
+        let mut talk = None;
         for round in 0..=rounds {
             let missing = wanted - groups.len();
             let first = (step - 1) * wanted as u64;
@@ -72,7 +89,8 @@ impl Judged {
             // Round 0 is the step's own batch, later ones replace groups.
             let problems: Vec<Problem> =
                 positions.map(|i| self.problems.problem_of_round(round, i)).collect();
-            let sampled = self.sample(with, step, round, &problems, observer)?;
+            let (sampled, of_round) = self.sample(with, step, round, &problems, observer)?;
+            talk = of_round;
             let last = round == rounds;
             let mut equal = Vec::new();
             for (group, mut rows) in sampled {
@@ -93,7 +111,7 @@ impl Judged {
             ));
         }
         let sampled_tokens = samples.iter().map(|s| s.tokens).sum();
-        Ok(Batch { groups, samples, sampled_tokens })
+        Ok(Batch { groups, samples, sampled_tokens, talk })
     }
 
     /// Mean of each part of the reward, where there are several.
@@ -102,12 +120,14 @@ impl Judged {
             let values = samples.iter().filter_map(|s| s.parts.get(name)?.as_f64());
             values.sum::<f64>() / samples.len() as f64
         };
-        let names: Vec<&str> = self.judges.judge().names().collect();
+        let By::Judges(judges) = &self.by else { return serde_json::Map::new() };
+        let names: Vec<&str> = judges.judge().names().collect();
         let several = if names.len() > 1 { names } else { Vec::new() };
         several.into_iter().map(|name| (name.to_owned(), mean(name).into())).collect()
     }
 
-    /// Samples a group for each problem from the final policy, and rewards it while others are sampled.
+    /// Samples a group for each problem from the final policy, and rewards it while others are sampled; of dialogues also
+    /// what they were like.
     fn sample(
         &mut self,
         with: With<'_, '_>,
@@ -115,9 +135,17 @@ impl Judged {
         round: u64,
         problems: &[Problem],
         observer: &mut dyn Observer,
-    ) -> Result<Vec<(ResponseGroup, Vec<Sample>)>> {
+    ) -> Result<(Groups, Option<TalkRecord>)> {
         let c = with.settings;
         let stream = (step - 1) * c.prompts_per_step as u64 + round * ROUND_STREAM;
+        let judges = match &mut self.by {
+            By::Judges(judges) => judges,
+            By::Environment(dialogues) => {
+                let at = (step, stream);
+                let talks = dialogues.sample(&mut self.rollouts, with, at, problems, observer)?;
+                return Ok((talks.groups, Some(talks.record)));
+            }
+        };
         let mut requests = Vec::with_capacity(problems.len());
         for (seed_stream, problem) in (stream..).zip(problems) {
             requests.push(Request {
@@ -135,16 +163,11 @@ impl Judged {
             stop: with.stop,
         };
         let mut progress = |progress| observer.rollout("rollout", progress);
-        let judged = self.judges.sample(
-            &mut sampler,
-            problems,
-            &requests,
-            &mut progress,
-            &mut |_| Ok(()),
-        )?;
-        let names: Vec<&str> = self.judges.judge().names().collect();
+        let judged =
+            judges.sample(&mut sampler, problems, &requests, &mut progress, &mut |_| Ok(()))?;
+        let names: Vec<&str> = judges.judge().names().collect();
         let groups = problems.iter().zip(requests).zip(judged);
-        Ok(groups
+        let groups = groups
             .map(|((problem, request), judged)| {
                 let asked = with.encoder.asked(&problem.prompt);
                 let samples =
@@ -152,12 +175,14 @@ impl Judged {
                 let responses = judged.into_iter().map(response).collect();
                 (ResponseGroup { prompt: request.prompt_tokens, responses }, samples)
             })
-            .collect())
+            .collect();
+        Ok((groups, None))
     }
 }
 
 fn all_equal(group: &ResponseGroup) -> bool {
-    group.responses.windows(2).all(|pair| pair[0].reward == pair[1].reward)
+    let all: Vec<f32> = group.responses.iter().flat_map(returns).collect();
+    all.windows(2).all(|pair| pair[0] == pair[1])
 }
 
 fn sample(step: u64, problem: &Problem, asked: &str, judged: &Answer, names: &[&str]) -> Sample {
@@ -175,6 +200,7 @@ fn sample(step: u64, problem: &Problem, asked: &str, judged: &Answer, names: &[&
         truncated: judged.truncated(),
         dropped: false,
         completion: judged.text.clone(),
+        dialogue: None,
     }
 }
 

@@ -12,22 +12,37 @@ use super::loss::{Aggregation, LossConfig, Ratio, Surrogate};
 use super::row_options::RowOptions;
 use super::schedule::Schedule;
 use crate::data::{Columns, SourceOptions, source};
+use crate::env::EnvOptions;
 use crate::ggml::{ByteSize, DeviceChoice};
 use crate::model::{DEMO, Placement, Targets};
 use crate::reward::RewardOptions;
 use crate::rollout::{PromptOptions, Sampling};
 use crate::{Error, Result};
 
+/// What data a run has where nobody says.
+pub(super) const DEFAULT_DATA: &str = "task:add";
+
+/// What a turn of a dialogue is rewarded with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TurnCredit {
+    /// The sum of the dialogue's rewards.
+    Whole,
+    /// The rewards from the turn on.
+    ToGo,
+}
+
 /// Options of a training run. What is left out is settled by [`TrainConfig::resolve`] from the model and the data.
 #[derive(Clone, Debug, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, rename_all = "kebab-case")]
 pub struct TrainConfig {
-    /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max), with
-    /// commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a, without weights all
-    /// rows make one pool
+    /// Problems: files (Parquet, JSON lines, CSV) and generated tasks (task:add, task:sub, task:max,
+    /// task:mul, task:words), with commas between; a.parquet:2,b.jsonl:1 takes two thirds of the prompts from a,
+    /// without weights all rows make one pool. With --algo sft a task gives its worked solutions, task:words?rows=200
+    /// the first 200
     #[arg(
         long,
-        default_value = "task:add",
+        default_value = DEFAULT_DATA,
         value_name = "FILES|task:NAME",
         help_heading = "Data and reward"
     )]
@@ -69,6 +84,17 @@ pub struct TrainConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub prompts: PromptOptions,
+    /// Dialogues in the place of single answers.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub dialogues: EnvOptions,
+    /// Of a dialogue's rewards those of later turns count less by this factor a turn
+    #[arg(long, default_value_t = 1.0, value_name = "X", help_heading = "Dialogues")]
+    pub turn_discount: f32,
+    /// What a turn is rewarded with: whole: the dialogue's sum; to-go: the rewards from the turn on, compared with those of
+    /// all turns of the group
+    #[arg(long, value_enum, default_value = "whole", help_heading = "Dialogues")]
+    pub turn_credit: TurnCredit,
 
     /// bupo: the internal policy of one layer first, then the model's; the others up to ppo: the model's throughout,
     /// each a choice of the settings below, which can be set apart. sft, dpo, kto, orpo and simpo learn from given
@@ -136,6 +162,15 @@ pub struct TrainConfig {
     /// Truncated importance sampling: cap of exp(logp_train - logp_rollout), final phase (0 = off)
     #[arg(long, default_value_t = 0.0, value_name = "CAP", help_heading = "Algorithm")]
     pub tis_cap: f32,
+    /// Where a step has several mini batches, take the log-probs that sampling gave for those before the update, which
+    /// saves a forward; checked in each step against recomputed ones of a prompt, which are taken for all where the mean
+    /// difference is above 0.01 nats; final phase
+    #[arg(long, help_heading = "Algorithm")]
+    pub old_from_rollout: bool,
+    /// Sample with exact products throughout (CPU), not only where they are faster: log-probs are training's but for the
+    /// cache's rounding; a few sequences decode up to four times as slowly
+    #[arg(long, help_heading = "Algorithm")]
+    pub exact_rollouts: bool,
 
     /// Objectives without rewards.
     #[command(flatten)]
@@ -346,8 +381,9 @@ impl TrainConfig {
     pub fn from_table(table: toml::Table, place: &str) -> Result<TrainConfig> {
         let command = TrainConfig::augment_args(clap::Command::new("train"));
         let names = command.get_arguments().map(|a| a.get_id().as_str().replace('_', "-"));
-        let names: Vec<String> =
-            names.chain(["internal-layer-why".into(), "reward-folder".into()]).collect();
+        let names: Vec<String> = names
+            .chain(["internal-layer-why", "reward-folder", "env-folder"].map(String::from))
+            .collect();
         let wrong = |got: String| {
             Error::invalid(place, "settings of `train`", got, "mend it; train --help has them all")
         };
@@ -419,10 +455,19 @@ impl TrainConfig {
             Ok(())
         };
         let rewards = &mut self.rewards;
-        if rewards.judge(&self.data, self.max_response.unwrap_or(usize::MAX))?.has_program() {
+        if rewards.judge(&self.data, self.max_response.unwrap_or(usize::MAX))?.lies_somewhere() {
             rewards.reward_folder.get_or_insert(PathBuf::from("."));
         }
+        if let Some(rubric) = &mut self.rewards.judge_rubric
+            && std::path::Path::new(rubric).is_file()
+        {
+            *rubric = source::absolute(rubric)?;
+        }
+        if self.dialogues.has_program() {
+            self.dialogues.env_folder.get_or_insert(PathBuf::from("."));
+        }
         [
+            &mut self.dialogues.env_folder,
             &mut self.prompts.tokenizer,
             &mut self.adapter,
             &mut self.out,

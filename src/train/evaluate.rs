@@ -3,13 +3,15 @@
 
 use serde::Serialize;
 
+use super::collect::By;
+use super::dialogues::Dialogues;
 use super::learner::ResponseGroup;
 use super::source::Source;
 use super::tally::Tally;
 use super::{Observer, Phase, TrainConfig, Trainer};
 use crate::Result;
 use crate::data::{Problem, ProblemSource, SourceOptions};
-use crate::eval::{EvalOptions, Evaluator, Report};
+use crate::eval::{DialogueEvaluator, EvalOptions, Evaluator, Report};
 use crate::model::Policy;
 
 /// The held-out problems of a run: `--eval-data`, or a task's own split. A data file alone has none.
@@ -76,14 +78,26 @@ impl Trainer<'_> {
             sampling: c.sampling,
             seed: c.seed,
         };
-        let mut evaluator = Evaluator {
-            rollouts: &mut judged.rollouts,
-            encoder: &self.encoder,
-            pool: &mut judged.judges,
-            stop: &self.stop,
-        };
+        let (rollouts, encoder, stop) = (&mut judged.rollouts, &self.encoder, &*self.stop);
         let mut progress = |progress| observer.rollout(what, progress);
-        let outcomes = evaluator.run(&judged.held_out, &options, None, &mut progress)?;
+        let outcomes = match &mut judged.by {
+            By::Judges(pool) => Evaluator { rollouts, encoder, pool, stop }.run(
+                &judged.held_out,
+                &options,
+                None,
+                &mut progress,
+            )?,
+            By::Environment(dialogues) => {
+                let Dialogues { pool, judges, .. } = &mut **dialogues;
+                let judges = judges.as_mut();
+                DialogueEvaluator { rollouts, encoder, pool, judges, stop }.run(
+                    &judged.held_out,
+                    &options,
+                    None,
+                    &mut progress,
+                )?
+            }
+        };
         Ok(Some(Report::new(&outcomes, c.seed)))
     }
 

@@ -3,12 +3,15 @@
 use super::{Algorithm, TrainConfig};
 use crate::Result;
 use crate::data::ProblemSource;
+use crate::env::{EnvPool, Task, task_seed};
 use crate::rollout::Encoder;
 
 /// Prompts that are looked at, of a file.
 const LOOKED_AT: usize = 4096;
 /// Prompts that are looked at, of a task.
 const OF_TASK: usize = 256;
+/// Dialogues that are opened to see how long openings are.
+const OPENED: usize = 32;
 
 /// What is known of the data before settings are resolved.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -98,6 +101,30 @@ impl Facts {
             prompts: prompts.into_iter().collect(),
             problems,
             solutions: solutions.into_iter().collect(),
+            ..Facts::default()
+        })
+    }
+
+    /// Of dialogues about problems: the openings of the first ones.
+    ///
+    /// # Errors
+    /// An environment that cannot open a dialogue, or messages that the chat template refuses.
+    pub fn of_openings(
+        source: &ProblemSource,
+        encoder: &Encoder<'_>,
+        pool: &mut EnvPool,
+        seed: u64,
+    ) -> Result<Facts> {
+        let problems = source.epoch_len();
+        let n = problems.map_or(OPENED, |n| n.min(OPENED)) as u64;
+        let task =
+            |i| Task { problem: source.problem(i), seed: task_seed(seed, i), held_out: false };
+        let session = pool.session(encoder, (0..n).map(task).collect(), 1, "look")?;
+        Ok(Facts {
+            samples: true,
+            is_task: source.task().is_some(),
+            prompts: session.lengths().collect(),
+            problems,
             ..Facts::default()
         })
     }

@@ -16,6 +16,8 @@ use crate::team::{Queue, Team};
 /// A completion as training sees it.
 #[derive(Clone, Debug, Default)]
 pub struct Response {
+    /// What it goes on from, of a later segment of a dialogue; none is the group's prompt.
+    pub prompt: Option<Vec<i32>>,
     /// Its tokens, not empty.
     pub tokens: Vec<i32>,
     /// What each token counts, 0 for one that is not learnt; empty where all count 1.
@@ -28,10 +30,14 @@ pub struct Response {
     pub experts: Vec<i16>,
     /// Reward.
     pub reward: f32,
+    /// Of a dialogue whose turns are told apart, each turn of the segment.
+    pub turns: Vec<TurnReturn>,
     /// Advantage of each token.
     pub advantages: Vec<f32>,
     /// Log-probs under the policy before the step's first update; none until they are needed.
     pub old: Option<Vec<f32>>,
+    /// Whether they are those that it was sampled with.
+    pub old_is_rollout: bool,
     /// Log-probs under the reference: the base model, unless it is said otherwise.
     pub base: Option<Vec<f32>>,
     /// Values at each token before the step's first update, with a critic.
@@ -40,7 +46,23 @@ pub struct Response {
     pub returns: Vec<f32>,
 }
 
+/// A turn of a dialogue, as advantages see it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TurnReturn {
+    /// Learnt tokens of the segment up to its end.
+    pub end: usize,
+    /// Its own reward; of a segment's last turn with the discounted rewards of later segments.
+    pub reward: f32,
+    /// Rewards from it on, discounted.
+    pub to_go: f32,
+}
+
 impl Response {
+    /// Tokens that are learnt.
+    pub fn n_learnt(&self) -> usize {
+        self.learnt_weights().count()
+    }
+
     /// Whether any token has an advantage.
     pub fn has_signal(&self) -> bool {
         self.advantages.iter().any(|&a| a != 0.0)
@@ -85,10 +107,11 @@ pub struct ResponseGroup {
 impl ResponseGroup {
     /// Tokens that a batch takes for it.
     pub fn n_tokens(&self) -> usize {
-        crate::model::Batch::group_len(
-            self.prompt.len(),
-            self.responses.iter().map(|r| r.tokens.len()),
-        )
+        let lengths = |r: &Response| r.tokens.len();
+        let shared = self.responses.iter().filter(|r| r.prompt.is_none()).map(lengths);
+        let own = self.responses.iter().filter_map(|r| Some((r.prompt.as_ref()?, r.tokens.len())));
+        let own = own.map(|(p, n)| crate::model::Batch::group_len(p.len(), std::iter::once(n)));
+        crate::model::Batch::group_len(self.prompt.len(), shared) + own.sum::<usize>()
     }
 }
 
@@ -107,6 +130,8 @@ pub struct UpdateConfig {
     pub micro_batch_tokens: usize,
     /// Tokens take the experts that they took in the rollout.
     pub replay_routes: bool,
+    /// Log-probs that sampling gave stand for those before the update, where they are close to them.
+    pub old_from_rollout: bool,
 }
 
 /// Whose log-probs are measured.
@@ -114,6 +139,18 @@ pub struct UpdateConfig {
 enum Whose {
     Policy,
     Reference,
+}
+
+/// How far log-probs that sampling gave may be from recomputed ones to stand for them, nats: a twentieth of
+/// what a ratio may move before it is clipped.
+const ROLLOUTS_CLOSE: f64 = 0.01;
+
+/// Takes the log-probs that sampling gave for those before the update.
+fn take_rollouts(groups: &mut [ResponseGroup]) {
+    for response in groups.iter_mut().flat_map(|g| &mut g.responses) {
+        response.old.get_or_insert_with(|| response.rollout.clone());
+        response.old_is_rollout = true;
+    }
 }
 
 /// What is done with a mini batch.
@@ -227,8 +264,14 @@ impl Learner<'_> {
     }
 
     /// What an objective wants to know of a step's groups before the first update: old log-probs, values and
-    /// advantages of a policy gradient, log-probs under the reference.
-    pub fn prepare(&mut self, groups: &mut [ResponseGroup], config: &UpdateConfig) -> Result<()> {
+    /// advantages of a policy gradient, log-probs under the reference. Returns how far log-probs that sampling gave are
+    /// from recomputed ones of a sample, nats, where they were to be taken.
+    pub fn prepare(
+        &mut self,
+        groups: &mut [ResponseGroup],
+        config: &UpdateConfig,
+    ) -> Result<Option<f64>> {
+        let mut apart = None;
         if let Objective::PolicyGradient(settings) = config.objective {
             if self.critic.is_some() {
                 self.fill_old(groups, config)?;
@@ -238,13 +281,42 @@ impl Learner<'_> {
                 // Before the first update the policy is the one that `old` means, so the first mini batch
                 // needs no pass of its own for it.
                 let first = config.mini_batch.min(groups.len());
-                self.fill_old(&mut groups[first..], config)?;
+                let later = &mut groups[first..];
+                if config.old_from_rollout {
+                    apart = self.check_rollouts(later, config)?;
+                }
+                match apart.is_some_and(|nats| nats <= ROLLOUTS_CLOSE) {
+                    true => take_rollouts(later),
+                    false => self.fill_old(later, config)?,
+                }
             }
         }
         if config.objective.has_reference() {
             self.fill_reference(groups, config)?;
         }
-        Ok(())
+        Ok(apart)
+    }
+
+    /// Mean distance of the log-probs that sampling gave from recomputed ones, nats, over the first group that teaches
+    /// something; none where there is none, or where a completion's are not known.
+    fn check_rollouts(
+        &mut self,
+        groups: &[ResponseGroup],
+        config: &UpdateConfig,
+    ) -> Result<Option<f64>> {
+        let known = |r: &Response| r.rollout.len() == r.n_learnt();
+        if !groups.iter().flat_map(|g| &g.responses).all(known) {
+            return Ok(None);
+        }
+        let sample = groups.iter().find(|g| g.responses.iter().any(Response::has_signal));
+        let Some(sample) = sample.map(std::slice::from_ref) else { return Ok(None) };
+        let measured = self.measure(sample, config, Whose::Policy)?;
+        let both = sample[0].responses.iter().zip(&measured).flat_map(|(response, now)| {
+            // Responses without signal were not measured.
+            response.rollout.iter().zip(&now.logprobs)
+        });
+        let apart: Vec<f64> = both.map(|(a, b)| (a - b).abs() as f64).collect();
+        Ok(Some(apart.iter().sum::<f64>() / apart.len() as f64))
     }
 
     /// Sets `old`, where there is none yet, and `values` of all responses from the current adapter.
@@ -278,16 +350,20 @@ impl Learner<'_> {
         for group in groups {
             let first = index;
             index += group.responses.len();
-            let completions: Vec<_> = group
-                .responses
-                .iter()
-                .enumerate()
-                .filter(|(_, r)| wanted(r))
-                .map(|(i, r)| (first + i, r.tokens.as_slice()))
-                .collect();
-            let own = group.responses.iter().filter(|r| wanted(r));
-            let experts = own.map(|r| r.experts.as_slice()).collect();
-            packable.push(Group { prompt: &group.prompt, completions, experts });
+            let own = group.responses.iter().enumerate().filter(|(_, r)| wanted(r));
+            // Later segments of a dialogue have a prompt each, all others the group's.
+            let (shared, later): (Vec<_>, Vec<_>) = own.partition(|(_, r)| r.prompt.is_none());
+            let completions = shared.iter().map(|(i, r)| (first + i, r.tokens.as_slice()));
+            packable.push(Group {
+                prompt: &group.prompt,
+                completions: completions.collect(),
+                experts: shared.iter().map(|(_, r)| r.experts.as_slice()).collect(),
+            });
+            packable.extend(later.iter().map(|(i, r)| Group {
+                prompt: r.prompt.as_deref().unwrap_or_default(),
+                completions: vec![(first + i, r.tokens.as_slice())],
+                experts: vec![r.experts.as_slice()],
+            }));
         }
         let known = groups.iter().flat_map(|g| &g.responses).any(|r| !r.experts.is_empty());
         let (n_layer, n_vocab) = (self.model.config().n_layer, self.model.config().n_vocab);
@@ -474,9 +550,11 @@ impl Learner<'_> {
         let wanted = |r: &&Response| self.takes_all(config) || r.has_signal();
         // The last token of a completion is not computed.
         let of_group = |g: &ResponseGroup| -> usize {
-            let tokens: Vec<_> =
-                g.responses.iter().filter(wanted).map(|r| r.tokens.len().max(1) - 1).collect();
-            if tokens.is_empty() { 0 } else { g.prompt.len() + tokens.iter().sum::<usize>() }
+            let all = || g.responses.iter().filter(wanted);
+            let tokens: usize = all().map(|r| r.tokens.len().max(1) - 1).sum();
+            let later: usize = all().filter_map(|r| Some(r.prompt.as_ref()?.len())).sum();
+            let shared = all().any(|r| r.prompt.is_none()) as usize * g.prompt.len();
+            shared + later + tokens
         };
         groups.iter().map(of_group).sum()
     }

@@ -123,6 +123,20 @@ pub fn pack(
 mod tests {
     use super::*;
 
+    /// Cotangents belong to scored tokens, one each: a token that is not scored has none.
+    #[test]
+    fn what_is_not_learnt_is_not_scored() {
+        let tokens = [5, 6, 7, 8, 9];
+        let own = [true, false, false, true, true];
+        let group = Group { prompt: &[1, 2], completions: vec![(0, &tokens)], experts: vec![&[]] };
+        let mut packed = pack(&[group], 100, 100, None).unwrap();
+        packed[0].keep(|_, t| own[t]);
+        let scored: Vec<_> = packed[0].batch.scored.iter().map(|s| (s.row, s.target)).collect();
+        // Each is predicted by the token before it: 5 by the prompt's last, 8 by 7, 9 by 8.
+        assert_eq!(scored, [(1, 5), (4, 8), (5, 9)]);
+        assert_eq!(packed[0].responses, [(0, 3)]);
+    }
+
     #[test]
     fn every_token_is_scored_once_and_the_budget_holds() {
         let tokens: Vec<i32> = (0..40).collect();

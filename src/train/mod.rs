@@ -30,6 +30,7 @@ mod checkpoint;
 mod collect;
 mod config;
 mod critic;
+mod dialogues;
 mod evaluate;
 mod facts;
 mod layers;
@@ -71,11 +72,12 @@ pub use advantage::{Baseline, Gae, advantages, assign, estimate};
 pub use algorithm::{Algorithm, Defaults};
 pub use checkpoint::{Checkpoint, Damaged};
 pub use collect::Sample;
-pub use config::TrainConfig;
+pub use config::{TrainConfig, TurnCredit};
+pub use dialogues::{TalkRecord, Talked};
 pub use evaluate::HeldOut;
 pub use facts::{Facts, Lengths};
 pub use layers::LayerChoice;
-pub use learner::{Response, ResponseGroup};
+pub use learner::{Response, ResponseGroup, TurnReturn};
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };
@@ -349,6 +351,7 @@ impl<'m> Trainer<'m> {
             mini_batch: c.mini_batch,
             micro_batch_tokens: c.micro_batch_tokens,
             replay_routes: c.replay_routes,
+            old_from_rollout: c.old_from_rollout && phase == Phase::Final,
         }
     }
 
@@ -362,8 +365,10 @@ impl<'m> Trainer<'m> {
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
         let config = self.update_config(phase, policy);
-        self.learner.prepare(groups, &config)?;
         let mut tally = Tally::default();
+        if let Some(nats) = self.learner.prepare(groups, &config)? {
+            tally.note("old_from_rollout_nats", nats);
+        }
         let (mut done, total) = (0, self.learner.trained_tokens(groups, &config));
         // From here on the step is completed: a run only stops between steps, where it can go on.
         if self.team.stops(&self.stop)? {

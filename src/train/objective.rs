@@ -214,7 +214,10 @@ impl PolicyGradient {
             cotangents.push(weight * token.gradient);
             tally.clipped += token.clipped as usize;
             tally.kl += token.kl as f64;
-            tally.drift += response.apart(t, contexts[t].old).abs() as f64;
+            if !response.old_is_rollout {
+                tally.drift += response.apart(t, contexts[t].old).abs() as f64;
+                tally.drift_tokens += 1;
+            }
         }
         loss
     }

@@ -232,6 +232,18 @@ impl Plan {
                 "lower --micro-batch-tokens",
             ));
         }
+        if c.algo.is_rewarded() {
+            let judge = c.rewards.judge(&c.data, c.max_response)?;
+            for (path, kv_bytes) in judge.models() {
+                let weights = std::fs::metadata(path).map_or(0, |file| file.len() as usize);
+                parts.push(part(
+                    "judge",
+                    weights + kv_bytes,
+                    format!("{}: weights, keys and values", path.display()),
+                    "use a smaller judge",
+                ));
+            }
+        }
         // The limit is the CPU's memory: what a card has left is not known here.
         let keeps = !c.recompute && model.device() == Device::Cpu;
         let taken: u64 = parts.iter().map(|p| p.bytes).sum();

@@ -151,7 +151,12 @@ impl Preset {
 impl Preset {
     fn settings(self, model: &Config, given: &Table) -> Result<Named> {
         let size = match self {
-            Preset::BupoPaper => return Ok(bupo_paper(model)),
+            Preset::BupoPaper => {
+                let algo = TrainConfig::from_table(given.clone(), "--preset")?.algo;
+                let (mut settings, notes) = bupo_paper(model);
+                settings.retain(|(name, _)| *name != "internal-steps" || algo.has_internal_phase());
+                return Ok((settings, notes));
+            }
             Preset::B06 => Size::B06,
             Preset::B17 => Size::B17,
             Preset::B4 => Size::B4,
@@ -268,6 +273,11 @@ mod tests {
             (config.max_response, config.prompts.template.as_str()),
             (Some(3072), "octothinker")
         );
+        // The same settings for what BuPO is compared with.
+        let given: Table = "algo = 'grpo'".parse().unwrap();
+        let config = Preset::BupoPaper.apply(&model, &given).unwrap().config;
+        config.check().unwrap();
+        assert_eq!(config.internal_steps, None);
         model.n_layer = 8;
         let Applied { config, notes } = Preset::BupoPaper.apply(&model, &Table::new()).unwrap();
         assert_eq!(config.internal_layer, None);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::critic::explained_variance;
+use super::dialogues::TalkRecord;
 use super::evaluate::HeldOut;
 use super::learner::Response;
 use super::source::{Batch, Source};
@@ -120,6 +121,9 @@ pub struct RolloutRecord {
     pub explained_variance: Option<f32>,
     /// Sampled tokens per second of rollout.
     pub rollout_tokens_per_s: f32,
+    /// What dialogues were like, with --env.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub talk: Option<TalkRecord>,
 }
 
 /// What is known when a step is done.
@@ -175,7 +179,7 @@ impl Trainer<'_> {
     /// What is said of completions that were sampled and judged.
     fn rollout_record(&self, done: &Done<'_>) -> Option<RolloutRecord> {
         let Source::Judged(judged) = &self.source else { return None };
-        let (tally, Batch { groups, samples, sampled_tokens }) = (done.tally, done.batch);
+        let (tally, Batch { groups, samples, sampled_tokens, talk }) = (done.tally, done.batch);
         let mean =
             |f: &dyn Fn(&Sample) -> f32| samples.iter().map(f).sum::<f32>() / samples.len() as f32;
         let per_update =
@@ -190,7 +194,10 @@ impl Trainer<'_> {
             truncated: mean(&|s| s.truncated as u8 as f32),
             clip_fraction: per_token(tally, tally.clipped as f64),
             drift_nats: match done.phase {
-                Phase::Final => per_token(tally, tally.drift),
+                Phase::Final => {
+                    let known = tally.drift_tokens;
+                    (known > 0).then(|| (tally.drift / known as f64) as f32)
+                }
                 Phase::Internal => None,
             },
             kl_nats: match self.settings.kl_coef > 0.0 {
@@ -200,6 +207,7 @@ impl Trainer<'_> {
             value_loss: self.learner.critic.as_ref().and_then(|_| per_update(tally.value_loss)),
             explained_variance: explained_variance(groups),
             rollout_tokens_per_s: *sampled_tokens as f32 / done.rollout_seconds,
+            talk: *talk,
         })
     }
 }

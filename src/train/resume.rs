@@ -57,7 +57,14 @@ const HARMLESS: [&str; 13] = [
     "out",
 ];
 /// Settings that do not either, unless a program judges: started anew or asked again, it may say something else.
-const HARMLESS_WITHOUT_PROGRAM: [&str; 2] = ["reward-workers", "reward-timeout"];
+const HARMLESS_WITHOUT_PROGRAM: [&str; 6] = [
+    "reward-workers",
+    "reward-timeout",
+    "judge-retries",
+    "judge-batch",
+    "env-workers",
+    "env-timeout",
+];
 /// Settings that the adapter of a checkpoint has already.
 const SETTLED: [&str; 5] = ["adapter", "rank", "alpha", "rslora", "targets"];
 
@@ -68,7 +75,8 @@ fn changes(old: &TrainConfig, new: &TrainConfig) -> Result<Vec<Change>> {
     // Only a falling learning rate looks at the end of the run.
     let looks_at_end = |c: &TrainConfig| c.schedule != super::Schedule::Constant;
     let program =
-        new.rewards.judge(&new.data, new.max_response.unwrap_or(usize::MAX))?.has_program();
+        new.rewards.judge(&new.data, new.max_response.unwrap_or(usize::MAX))?.asks_others()
+            || new.dialogues.has_program();
     let effect = |name: &str| match name {
         // Older runs did not write it down.
         "reward-folder" if old.rewards.reward_folder.is_none() => Effect::None,
@@ -217,6 +225,9 @@ impl Resume {
         if settings.contains_key("reward") {
             // Another program counts from here.
             new.rewards.reward_folder = None;
+        }
+        if settings.contains_key("env") {
+            new.dialogues.env_folder = None;
         }
         let mut new = new.absolute()?;
         new.out = old.out.clone();

@@ -167,6 +167,9 @@ const MEANINGS: [Meaning; 8] = [
             "reward",
             "reward-workers",
             "reward-timeout",
+            "judge-rubric",
+            "judge-retries",
+            "judge-batch",
             "objective",
             "baseline",
             "ratio",
@@ -181,12 +184,33 @@ const MEANINGS: [Meaning; 8] = [
             "value-lr",
             "kl-coef",
             "tis-cap",
+            "old-from-rollout",
+            "env",
+            "env-workers",
+            "env-timeout",
+            "env-lag",
+            "max-turns",
+            "max-turn-tokens",
+            "max-dialogue-seconds",
+            "tool-format",
+            "turn-discount",
+            "turn-credit",
         ],
         Algorithm::is_rewarded,
     ),
-    (&["group", "temperature", "top-p", "top-k", "min-p", "kv-mib", "batch-invariant"], |algo| {
-        algo.is_rewarded() || algo == Algorithm::Distill
-    }),
+    (
+        &[
+            "group",
+            "temperature",
+            "top-p",
+            "top-k",
+            "min-p",
+            "kv-mib",
+            "exact-rollouts",
+            "batch-invariant",
+        ],
+        |algo| algo.is_rewarded() || algo == Algorithm::Distill,
+    ),
     (&["epochs", "max-length", "strict"], |algo| !algo.is_rewarded()),
     (&["turns"], |algo| algo == Algorithm::Sft),
     (&["dpo-loss", "label-smoothing"], |algo| algo == Algorithm::Dpo),
@@ -221,8 +245,31 @@ pub(super) fn refuse_meaningless(config: &TrainConfig) -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`] naming one.
 pub(super) fn refuse_sampling(config: &TrainConfig) -> Result<()> {
-    let names = ["group", "top-p", "top-k", "min-p", "kv-mib"];
+    let names = ["group", "top-p", "top-k", "min-p", "kv-mib", "exact-rollouts"];
     refuse(config, names.iter(), || "rows without completions beside it, to sample them".into())
+}
+
+/// Refuses options of dialogues where there are none, and those of single answers where there are.
+///
+/// # Errors
+/// [`Error::Invalid`] naming one.
+pub(super) fn refuse_without_env(config: &TrainConfig) -> Result<()> {
+    if config.dialogues.is_some() {
+        let expected = || "--env without it: an opening is taken whole or not at all".into();
+        return refuse(config, ["drop-long-prompts"].iter(), expected);
+    }
+    let names = [
+        "env-workers",
+        "env-timeout",
+        "env-lag",
+        "max-turns",
+        "max-turn-tokens",
+        "max-dialogue-seconds",
+        "tool-format",
+        "turn-discount",
+        "turn-credit",
+    ];
+    refuse(config, names.iter(), || "--env beside it".into())
 }
 
 fn refuse<'n>(
@@ -248,7 +295,8 @@ mod tests {
     fn every_name_is_a_setting() {
         let words: Vec<String> = "train --algo distill --teacher t --teacher-adapter a --epochs 2 --max-length 9 --beta 1 \
              --reward math --objective grpo --baseline group --ratio token --surrogate clip --loss-agg constant \
-             --clip-low 0.1 --clip-high 0.1 --resample 1 --kv-mib 3 --answer-column a --difficulty-column d"
+             --clip-low 0.1 --clip-high 0.1 --resample 1 --kv-mib 3 --answer-column a --difficulty-column d \
+             --judge-rubric r --env env:guess --env-lag 1 --max-turn-tokens 5 --tool-format hermes"
             .split_whitespace()
             .map(String::from)
             .collect();
@@ -271,6 +319,7 @@ mod tests {
             ("--algo orpo --reference start", "--reference"),
             ("--algo sft --simpo-gamma 2", "--simpo-gamma"),
             ("--algo dpo --undesirable-weight 2", "--undesirable-weight"),
+            ("--algo sft --env env:guess", "--env"),
         ] {
             let words = format!("train {words}");
             let words: Vec<String> = words.split_whitespace().map(String::from).collect();

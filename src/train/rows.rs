@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use super::TrainConfig;
 use super::learner::{Response, ResponseGroup};
-use crate::data::{CompletionContent, Example, ExampleKind, ExampleRow, Prompt, examples, source};
+use crate::data::{
+    CompletionContent, Example, ExampleKind, ExampleRow, Prompt, Task, examples, source,
+    tasks::is_task,
+};
 use crate::rollout::{Encoder, Said};
 use crate::{Error, Result};
 
@@ -71,18 +74,27 @@ impl Rows {
 }
 
 impl Reader<'_, '_> {
-    /// The rows of a list of files, for the algorithm. One that cannot be used is named in the notes and left out, or
-    /// an error with `--strict`.
+    /// The rows of a list of files, for the algorithm, or a task's problems with their solutions: training problems, or
+    /// held-out ones. A row that cannot be used is named in the notes and left out, or an error with `--strict`.
     ///
     /// # Errors
     /// A file that cannot be read, or no row that can be used; labels all of one kind.
-    pub fn read(&self, spec: &str, notes: &mut Vec<String>) -> Result<Rows> {
+    pub fn read(&self, spec: &str, held_out: bool, notes: &mut Vec<String>) -> Result<Rows> {
+        type Examples<'e> = Box<dyn Iterator<Item = Result<ExampleRow>> + 'e>;
         let kind = self.config.algo.rows().expect("an algorithm that learns from rows");
         let mut groups = Vec::new();
         let mut left_out = Vec::new();
-        let files = source::row_files(spec)?;
-        for file in &files {
-            for row in examples(file, kind, &self.config.columns)? {
+        let solved = matches!(kind, ExampleKind::Imitation | ExampleKind::Contexts);
+        let task =
+            Some(spec).filter(|spec| solved && is_task(spec)).map(Task::parse).transpose()?;
+        let files = if task.is_some() { Vec::new() } else { source::row_files(spec)? };
+        let solutions = task.map(|task| task.examples(self.config.seed, held_out)).transpose()?;
+        let solutions = solutions.map(|rows| Ok(Box::new(rows.map(Ok)) as Examples<'_>));
+        let of_files = files
+            .iter()
+            .map(|file| Ok(Box::new(examples(file, kind, &self.config.columns)?) as Examples<'_>));
+        for rows in solutions.into_iter().chain(of_files) {
+            for row in rows? {
                 match row.and_then(|row| self.groups(&row, kind)) {
                     Ok(mut of_row) => groups.append(&mut of_row),
                     Err(error @ Error::Io { .. }) => return Err(error),
@@ -98,7 +110,7 @@ impl Reader<'_, '_> {
                 }
                 None => ("none".into(), "give a file that has rows"),
             };
-            return Err(Error::invalid(place(&files), "a row that can be used", got, advice));
+            return Err(Error::invalid(spec, "a row that can be used", got, advice));
         }
         notes.extend(left_out.iter().take(NAMED).map(|why| format!("left out: {why}")));
         if left_out.len() > NAMED {

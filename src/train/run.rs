@@ -320,7 +320,16 @@ impl Trainer<'_> {
             Reference::Start => c.adapter.iter().cloned().collect(),
             Reference::Base => Vec::new(),
         };
+        // Rows have no rewards, an environment need not.
+        let judges = match c.algo.is_rewarded() {
+            true => {
+                let judge = c.rewards.judge(&c.data, c.max_response)?;
+                judge.models().map(|(path, _)| path.to_path_buf()).filter(|p| p.is_file()).collect()
+            }
+            false => Vec::new(),
+        };
         for (name, files) in [
+            ("judge", judges),
             ("data", data),
             ("tokenizer", c.prompts.tokenizer.iter().cloned().collect()),
             ("template", template),

@@ -77,8 +77,10 @@ impl RunConfig {
         let (model, train) = parts(path)?;
         let mut settings = train.unwrap_or_default();
         ["out", "internal-layer-why"].iter().for_each(|name| drop(settings.remove(*name)));
-        if given.contains_key("reward") {
-            settings.remove("reward-folder");
+        for (option, folder) in [("reward", "reward-folder"), ("env", "env-folder")] {
+            if given.contains_key(option) {
+                settings.remove(folder);
+            }
         }
         settings.extend(given.clone());
         let train = TrainConfig::from_table(settings, &path.display().to_string())?;

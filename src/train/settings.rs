@@ -31,6 +31,8 @@ const BYTES_PER_TOKEN: usize = 3;
 const SHORTEST_RESPONSE: usize = 256;
 /// Completions are not made shorter than this to save memory.
 const SHORTEST_USEFUL: usize = 64;
+/// A turn of a dialogue, with what is said to it.
+const TURN_TOKENS: usize = 256;
 /// Completions of a task of ours.
 const TASK_RESPONSE: usize = 256;
 /// Completions of a model whose chat template has a place for thoughts.
@@ -162,13 +164,20 @@ impl TrainConfig {
             return (given, None);
         }
         let context = model.config().n_ctx_train;
-        if model.is_demo() && facts.is_task {
+        if model.is_demo() && facts.is_task && !self.dialogues.is_some() {
             return (DEMO_LENGTHS.0, Some(OF_DEMO.into()));
         }
         let Some(longest) = facts.prompts.most() else {
             let guess = 512.min(context / 2);
             return (guess, Some("no prompts were looked at".into()));
         };
+        if self.dialogues.is_some() {
+            // None of an opening can be left out, and not all of them were looked at.
+            let wish = (longest + longest / 4).next_multiple_of(LENGTH_STEP);
+            let n = facts.prompts.len();
+            let why = format!("a quarter more than the longest of {n} openings ({longest} tokens)");
+            return (wish.min(context.saturating_sub(1)), Some(why));
+        }
         let usual = facts.prompts.quantile(0.99).unwrap_or(longest);
         let n = facts.prompts.len();
         let (wish, why) = match longest > OUTLIER * usual {
@@ -187,6 +196,17 @@ impl TrainConfig {
     fn response_length(&self, model: &Model, facts: &Facts, room: usize) -> Decided<usize> {
         if let Some(given) = self.max_response {
             return (given, None);
+        }
+        if self.dialogues.is_some() {
+            let turn = self.dialogues.max_turn_tokens.unwrap_or(TURN_TOKENS);
+            let wish = turn.saturating_mul(self.dialogues.max_turns);
+            let most = facts.room.unwrap_or(usize::MAX).min(room);
+            let why = format!(
+                "a dialogue after its opening, {} turns of {turn} tokens{}",
+                self.dialogues.max_turns,
+                if wish > most { ", as far as context and memory reach" } else { "" }
+            );
+            return (wish.min(most), Some(why));
         }
         if model.is_demo() {
             return (DEMO_LENGTHS.1, Some(OF_DEMO.into()));
@@ -257,7 +277,10 @@ impl Settings {
             return all;
         }
         all.kv_mib = Some(self.kv_mib);
-        all.rewards.reward = Some(self.rewards.spec(&self.data));
+        if !self.dialogues.is_some() {
+            // An environment's rewards need no rule beside them.
+            all.rewards.reward = Some(self.rewards.spec(&self.data));
+        }
         all.ratio = Some(self.loss.ratio);
         all.surrogate = Some(self.loss.surrogate);
         (all.clip_low, all.clip_high) = (Some(self.loss.clip_low), Some(self.loss.clip_high));

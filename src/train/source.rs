@@ -3,7 +3,8 @@
 
 use std::sync::atomic::AtomicBool;
 
-use super::collect::{Judged, Sample};
+use super::collect::{By, Judged, Sample};
+use super::dialogues::TalkRecord;
 use super::learner::{Response, ResponseGroup};
 use super::rows::Rows;
 use super::{Observer, Settings};
@@ -42,6 +43,8 @@ pub(super) struct Batch {
     pub samples: Vec<Sample>,
     /// Tokens that were sampled.
     pub sampled_tokens: usize,
+    /// What dialogues were like.
+    pub talk: Option<TalkRecord>,
 }
 
 /// What a source works with.
@@ -86,7 +89,11 @@ impl Source {
         let most = with.settings.max_prompt;
         match self {
             Source::Judged(judged) => {
-                with.encoder.prompt(&judged.problems.problem(position).prompt, most)
+                let problem = judged.problems.problem(position);
+                match &mut judged.by {
+                    By::Judges(_) => with.encoder.prompt(&problem.prompt, most),
+                    By::Environment(dialogues) => dialogues.opening(with, problem, position),
+                }
             }
             Source::Sampled(sampled) => sampled.prompt(with, position),
             Source::Given(rows) => {

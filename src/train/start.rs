@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use super::advice::Advice;
-use super::collect::Judged;
+use super::collect::{By, Judged};
+use super::config::DEFAULT_DATA;
 use super::critic::Critic;
+use super::dialogues::Dialogues;
 use super::layers::LayerChoice;
 use super::learner::Learner;
 use super::plan::{Plan, Workload};
@@ -20,7 +22,9 @@ use super::{
     State, TrainConfig, Trainer, evaluate, layers, vram,
 };
 use crate::data::{Problem, ProblemSource};
+use crate::env::EnvPool;
 use crate::ggml::ThreadPool;
+use crate::llama::Products;
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, RolloutOptions, Rollouts};
 use crate::team::Team;
@@ -28,8 +32,8 @@ use crate::{Error, Result};
 
 /// What is read of the data, before memory is planned for it.
 enum Read {
-    /// Problems to be answered, and held-out ones.
-    Problems(ProblemSource, Vec<Problem>),
+    /// Problems to be answered, held-out ones, and the environments to talk about them with.
+    Problems(ProblemSource, Vec<Problem>, Option<Box<EnvPool>>),
     /// Prompts of a task, to be answered for a teacher.
     Task(ProblemSource),
     /// Rows, with completions or without.
@@ -68,15 +72,16 @@ impl<'m> Trainer<'m> {
     /// one in the settings.
     pub(super) fn begun(
         model: &'m Model,
-        config: TrainConfig,
+        mut config: TrainConfig,
         adapter: Option<&Path>,
         began: f64,
         team: &Team,
     ) -> Result<Trainer<'m>> {
-        let mut config = config;
         config.check()?;
+        config.data = config.dialogues.data(&config.data, DEFAULT_DATA);
         let samples = config.algo.is_rewarded() || config.algo == Algorithm::Distill;
         let invariant = crate::rollout::invariant(config.batch_invariant, model.device(), team)?;
+        config.dialogues.check_alone(team, config.batch_invariant)?;
         config.batch_invariant |= samples && invariant;
         vram::wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
@@ -95,7 +100,7 @@ impl<'m> Trainer<'m> {
         let (mut settings, gpu) = settle(model, config, &mut facts, teacher.as_ref())?;
         notes.extend(settings.reasons.iter().cloned());
         notes.extend(facts.cut(settings.max_prompt, settings.drop_long_prompts));
-        if let Read::Problems(problems, _) = &mut read
+        if let Read::Problems(problems, ..) = &mut read
             && settings.drop_long_prompts
         {
             problems.retain(|p| encoder.fits(&p.prompt, settings.max_prompt))?;
@@ -236,8 +241,15 @@ fn read_data(
     if config.algo.is_rewarded() {
         let problems = ProblemSource::with(&config.data, config.source())?;
         let held_out = evaluate::held_out(&config, &problems)?;
-        let facts = Facts::of_problems(&problems, encoder)?;
-        let read = Read::Problems(problems, held_out);
+        let mut pool = match config.dialogues.is_some() {
+            true => Some(Box::new(EnvPool::new(&config.dialogues)?)),
+            false => None,
+        };
+        let facts = match &mut pool {
+            Some(pool) => Facts::of_openings(&problems, encoder, pool, config.seed)?,
+            None => Facts::of_problems(&problems, encoder)?,
+        };
+        let read = Read::Problems(problems, held_out, pool);
         return Ok((config, Data { read, held_out: Vec::new(), facts }));
     }
     let m = model.config();
@@ -254,7 +266,7 @@ fn read_data(
         let facts = Facts::of_problems(&task, encoder)?;
         return Ok((config, Data { read: Read::Task(task), held_out, facts }));
     }
-    let rows = reader.read(&config.data, notes)?;
+    let rows = reader.read(&config.data, false, notes)?;
     // What is settled later must not change which rows are left out when the run goes on.
     let most_tokens = reader.most_tokens().min(1 << 20);
     let mut facts = Facts {
@@ -289,7 +301,7 @@ fn read_data(
 fn held_out_rows(reader: &Reader<'_, '_>, notes: &mut Vec<String>) -> Result<Vec<ResponseGroup>> {
     let Some(files) = &reader.config.eval_data else { return Ok(Vec::new()) };
     let mut own = Vec::new();
-    let rows = reader.read(files, &mut own)?;
+    let rows = reader.read(files, true, &mut own)?;
     notes.extend(own.into_iter().map(|note| format!("--eval-data: {note}")));
     if rows.are_prompts() {
         let advice = "held-out rows are scored, not answered: give completions";
@@ -356,6 +368,13 @@ fn source(
         if model.config().is_mixture() {
             rollouts.keep_experts();
         }
+        if settings.exact_rollouts {
+            if !model.device().is_host() {
+                let (got, advice) = (settings.device.to_string(), "leave it out");
+                return Err(Error::invalid("--exact-rollouts", "--device cpu", got, advice));
+            }
+            rollouts.set_products(Products::Exact);
+        }
         if settings.batch_invariant {
             rollouts.make_invariant();
         }
@@ -364,9 +383,17 @@ fn source(
         Ok(rollouts)
     };
     Ok(match read {
-        Read::Problems(problems, held_out) => {
-            let judges = settings.rewards.judges(&settings.data, settings.max_response)?;
-            Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, judges })
+        Read::Problems(problems, held_out, pool) => {
+            let judges = || settings.rewards.judges(&settings.data, settings.max_response);
+            let by = match pool {
+                None => By::Judges(judges()?),
+                Some(pool) => {
+                    // An environment rewards by itself; a reward that was asked for comes on top.
+                    let judges = settings.rewards.reward.is_some().then(judges).transpose()?;
+                    By::Environment(Box::new(Dialogues { pool: *pool, judges, told: false }))
+                }
+            };
+            Source::Judged(Judged { rollouts: rollouts()?, problems, held_out, by })
         }
         Read::Rows(rows) if !rows.are_prompts() => Source::Given(rows),
         Read::Rows(rows) => {

@@ -18,6 +18,8 @@ pub struct Tally {
     pub kl: f64,
     /// |log-prob of rollout - log-prob before the update|, nats.
     pub drift: f64,
+    /// Tokens of which both are known.
+    pub drift_tokens: usize,
     /// Mini batches.
     pub updates: usize,
     /// Gradient norms, added up.
@@ -46,6 +48,7 @@ impl Tally {
         self.clipped += part.clipped;
         self.kl += part.kl;
         self.drift += part.drift;
+        self.drift_tokens += part.drift_tokens;
         self.updates += part.updates;
         self.gradient_norm += part.gradient_norm;
         self.skipped += part.skipped;

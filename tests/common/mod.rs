@@ -11,9 +11,10 @@ use bupo_gguf::gguf::{AdapterFile, AdapterPair};
 use bupo_gguf::model::{Engine, Lora, Model, Placement};
 use serde_json::Value;
 
-/// `tests/fixtures/golden`.
+/// `tests/fixtures/golden`, or what `BUPO_GOLDEN` names where the tests run elsewhere than they were built.
 pub fn golden_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden")
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden");
+    std::env::var_os("BUPO_GOLDEN").map_or_else(here, PathBuf::from)
 }
 
 /// Where a golden model lies: beside the first ones, or in `archs`.

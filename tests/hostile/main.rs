@@ -107,6 +107,9 @@ fn our_readers_take_or_refuse_every_mutation() {
     targets::tokenizer(&corpus("tokenizer", "panics-on-encode.json"));
     // And an answer whose bracket within bars does not close.
     targets::verifier(&corpus("verifier", "open-bracket-in-bars.txt"));
+    for name in ["opening.json", "step.json", "calls.txt", "expression.txt"] {
+        hammer(name, &corpus("environment", name), 4_000, 1000, targets::environment);
+    }
     hammer("answers", &corpus("answers", "boxed.txt"), 4_000, 2000, targets::answers);
     for name in ["fraction.txt", "interval.txt", "words.txt"] {
         hammer(name, &corpus("verifier", name), 4_000, 1000, targets::verifier);

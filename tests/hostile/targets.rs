@@ -14,6 +14,7 @@ use bupo_gguf::data::{
     ChatTemplate, Columns, HfTokenizer, Message, Problem, Prompt, Tokenize, read_problems,
     read_rollouts,
 };
+use bupo_gguf::env::{self, CallFormat, protocol};
 use bupo_gguf::export::{PeftBase, read_peft};
 use bupo_gguf::gguf::{AdapterFile, GgufFile, split_paths};
 use bupo_gguf::model::Description;
@@ -137,6 +138,33 @@ pub fn verifier(bytes: &[u8]) -> bool {
         }
     }
     right
+}
+
+/// What an environment program says, and what a model says to it: an opening, a step, an end, calls in every format.
+pub fn environment(bytes: &[u8]) -> bool {
+    let opening = protocol::read_opening(bytes, 1);
+    let read = [
+        opening.is_ok(),
+        protocol::read_step(bytes, 1).is_ok(),
+        protocol::read_closed(bytes, 1).is_ok(),
+    ];
+    let with_tool = br#"{"messages": [{"role": "user", "content": ""}], "tools": [{"name": "f",
+        "parameters": {"type": "object", "required": ["x"], "properties":
+            {"x": {"type": "string"}, "n": {"type": "integer"}}}}]}"#;
+    let tools = match opening {
+        Ok(opening) if !opening.tools.is_empty() => opening.tools,
+        _ => protocol::read_opening(with_tool, 1).unwrap().tools,
+    };
+    let text = String::from_utf8_lossy(bytes);
+    let mut calls = 0;
+    for format in CallFormat::ALL {
+        let mut turn = format.read(&text, &tools);
+        turn.number_calls(0);
+        assert!(turn.message().is_object());
+        calls += turn.calls.len();
+    }
+    let expression = env::builtin::compute(&text);
+    read.contains(&true) || calls > 0 || expression.is_ok()
 }
 
 /// What a checkpoint consists of, in the order of [`checkpoint`]'s first byte.

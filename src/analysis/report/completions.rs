@@ -6,6 +6,9 @@ use serde_json::{Value, json};
 const MOST_BYTES: usize = 500_000;
 /// Characters of a prompt and of a completion that are shown.
 const MOST_CHARS: (usize, usize) = (600, 1600);
+/// Dialogues of a step that are shown as such, and messages of each.
+const CHATS: usize = 4;
+const MESSAGES: usize = 40;
 
 /// The rows of the table: of each problem's completions, which stand together, the best and, where it is another, the
 /// worst; where all of them are too many, of steps spread over the run, the last among them.
@@ -33,6 +36,52 @@ pub(super) fn shown(completions: &[Value]) -> Vec<Value> {
     rows
 }
 
+/// A few dialogues, of the first step and of the last, each with a heading; none of single answers.
+pub(super) fn chats(completions: &[Value]) -> Vec<(String, Vec<(String, String)>)> {
+    let step = |c: &Value| number(c, "step") as u64;
+    let steps: Vec<&[Value]> = completions.chunk_by(|a, b| step(a) == step(b)).collect();
+    let looked_at = [steps.first(), steps.last().filter(|_| steps.len() > 1)];
+    let mut chats = Vec::new();
+    for of_step in looked_at.into_iter().flatten() {
+        for c in ends(of_step).into_iter().take(CHATS) {
+            let Some(messages) = c.get("messages").and_then(Value::as_array) else { continue };
+            let title = format!(
+                "step {}, {}: reward {}",
+                step(c),
+                text(c, "problem", MOST_CHARS.0),
+                number(c, "reward")
+            );
+            let said = messages.iter().take(MESSAGES).map(|m| {
+                let mut said = text(m, "content", MOST_CHARS.1);
+                for call in m.get("tool_calls").and_then(Value::as_array).into_iter().flatten() {
+                    let function = &call["function"];
+                    let name = function["name"].as_str().unwrap_or_default();
+                    said += &format!(
+                        "\n\u{2192} {name}({})",
+                        text(function, "arguments", MOST_CHARS.0)
+                    );
+                }
+                (text(m, "role", 40), said.trim().to_string())
+            });
+            chats.push((title, said.collect()));
+        }
+    }
+    chats
+}
+
+/// What stands at a key, as text of so many characters.
+fn text(c: &Value, key: &str, most: usize) -> String {
+    let text = match c.get(key) {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+        None => String::new(),
+    };
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{} \u{2026}", &text[..end]),
+        None => text,
+    }
+}
+
 fn number(c: &Value, key: &str) -> f64 {
     c.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN)
 }
@@ -52,17 +101,7 @@ pub(super) fn ends(of_step: &[Value]) -> Vec<&Value> {
 
 /// What the page has of a completion.
 fn row(c: &Value) -> Value {
-    let text = |key: &str, most: usize| {
-        let text = match c.get(key) {
-            Some(Value::String(text)) => text.clone(),
-            Some(other) => other.to_string(),
-            None => String::new(),
-        };
-        match text.char_indices().nth(most) {
-            Some((end, _)) => format!("{} \u{2026}", &text[..end]),
-            None => text,
-        }
-    };
+    let text = |key: &str, most: usize| text(c, key, most);
     json!({
         "step": c.get("step"),
         "problem": text("problem", MOST_CHARS.0),
@@ -95,6 +134,21 @@ mod tests {
         ];
         let texts: Vec<_> = shown(&all).iter().map(|r| r["completion"].clone()).collect();
         assert_eq!(texts, ["u", "y", "x", "z"]);
+    }
+
+    #[test]
+    fn dialogues_are_shown_as_chat_and_single_answers_are_not() {
+        let mut dialogue = completion(3, "a", 1.0, "x");
+        dialogue["messages"] = json!([
+            {"role": "user", "content": "<hi>"},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"function": {"name": "f", "arguments": {"x": 1}}}]},
+        ]);
+        let chats = chats(&[completion(1, "a", 0.0, "y"), dialogue]);
+        assert_eq!(chats.len(), 1);
+        assert_eq!(chats[0].0, "step 3, a: reward 1");
+        assert_eq!(chats[0].1[0], ("user".into(), "<hi>".into()));
+        assert_eq!(chats[0].1[1].1, "\u{2192} f({\"x\":1})");
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod interactive;
 mod live;
 mod page;
 mod run;
+mod study;
 mod svg;
 mod tensorboard;
 mod training;
@@ -21,6 +22,7 @@ pub use compared::of_runs;
 pub use dumped::of_dump;
 pub use live::{DEFAULT_PORT, serve};
 pub use page::{Page, Part, Section};
+pub use study::of_study;
 pub use tensorboard::Events;
 pub use training::of_run;
 
@@ -36,6 +38,9 @@ pub fn write(page: &Page, folder: &Path) -> Result<()> {
     };
     for chart in page.charts() {
         file(&figures.join(format!("{}.svg", chart.id)), &svg::svg(chart)?)?;
+    }
+    if page.tables().next().is_some() {
+        file(&folder.join("tables.md"), &page.markdown())?;
     }
     file(&folder.join("report.html"), &page.html())
 }

@@ -38,6 +38,8 @@ pub enum Part {
     Chart(Chart),
     /// A table: head and rows.
     Table(Vec<String>, Vec<Vec<String>>),
+    /// Dialogues with a heading each: (who speaks, what is said).
+    Chats(Vec<(String, Vec<(String, String)>)>),
     /// Texts with a heading each.
     Texts(Vec<(String, String)>),
     /// A slider that smooths the curves of its section.
@@ -56,6 +58,26 @@ impl Page {
             Part::Chart(chart) => Some(chart),
             _ => None,
         })
+    }
+
+    /// All tables: head and rows.
+    pub fn tables(&self) -> impl Iterator<Item = (&Vec<String>, &Vec<Vec<String>>)> {
+        self.sections.iter().flat_map(|s| &s.parts).filter_map(|part| match part {
+            Part::Table(head, rows) => Some((head, rows)),
+            _ => None,
+        })
+    }
+
+    /// The tables as Markdown.
+    pub fn markdown(&self) -> String {
+        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+        let mut text = format!("# {}\n\n{}\n", self.title, self.subtitle);
+        for (head, rows) in self.tables() {
+            let rule = vec!["---".to_string(); head.len()];
+            text += "\n";
+            [head, &rule].into_iter().chain(rows).for_each(|cells| text += &line(cells));
+        }
+        text
     }
 
     /// The page's HTML.
@@ -155,6 +177,24 @@ fn write_part(body: &mut String, part: &Part) {
                 body,
                 "<div class=\"wide grid\">{GRID}<script type=\"application/json\">{grid}</script></div>"
             );
+        }
+        Part::Chats(chats) => {
+            *body += "<div class=\"wide\">";
+            for (title, messages) in chats {
+                let _ = write!(body, "<details open><summary>{}</summary>", escape(title));
+                *body += "<div class=\"chat\">";
+                for (role, text) in messages {
+                    let class = if role == "assistant" { " class=\"own\"" } else { "" };
+                    let _ = write!(
+                        body,
+                        "<div{class}><b>{}</b><pre>{}</pre></div>",
+                        escape(role),
+                        escape(text)
+                    );
+                }
+                *body += "</div></details>\n";
+            }
+            *body += "</div>";
         }
         Part::Texts(texts) => {
             *body += "<div class=\"wide\">";

@@ -41,6 +41,15 @@ pub fn of_run(folder: &Path) -> Result<Page> {
             parts: vec![Part::Completions(completions::shown(&completions))],
         });
     }
+    let chats = completions::chats(&completions);
+    if !chats.is_empty() {
+        page.sections.push(Section {
+            title: "Dialogues".into(),
+            text: "The best and the worst of the first problems of the first and of the last step."
+                .into(),
+            parts: vec![Part::Chats(chats)],
+        });
+    }
     page.sections.push(Section {
         title: "Settings".into(),
         text: String::new(),
@@ -93,7 +102,7 @@ pub(super) type Row =
     (&'static str, &'static str, &'static str, &'static str, bool, &'static [Curve]);
 
 /// The curves of a run.
-pub(super) const CHARTS: [Row; 12] = [
+pub(super) const CHARTS: [Row; 14] = [
     (
         "margins",
         "Implicit rewards",
@@ -141,6 +150,22 @@ pub(super) const CHARTS: [Row; 12] = [
         "Mean length of completions.",
         true,
         &[("response length", "response_tokens", 0)],
+    ),
+    (
+        "turns",
+        "Turns of a dialogue",
+        "mean",
+        "Turns of the model, tools called, and segments: more than one where the chat template rewrites what was said.",
+        true,
+        &[("turns", "turns", 0), ("tool calls", "tool_calls", 1), ("segments", "segments", 6)],
+    ),
+    (
+        "success",
+        "Success of dialogues",
+        "share",
+        "Dialogues that succeeded, and calls of tools that failed.",
+        true,
+        &[("success", "success", 0), ("calls that failed", "tool_calls_failed", 1)],
     ),
     (
         "truncated",

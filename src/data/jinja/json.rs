@@ -18,6 +18,25 @@ struct Style {
     sort_keys: bool,
 }
 
+/// A value of JSON as templates see it.
+pub fn from_json(json: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(b) => Value::from(*b),
+        Json::Number(n) => match (n.as_i64(), n.as_u64()) {
+            (Some(n), _) => Value::from(n),
+            (None, Some(n)) => Value::from(n),
+            (None, None) => Value::from(n.as_f64().unwrap_or(f64::NAN)),
+        },
+        Json::String(s) => Value::from(s.as_str()),
+        Json::Array(list) => list.iter().map(from_json).collect::<Vec<_>>().into(),
+        Json::Object(fields) => {
+            Value::from_pairs(fields.iter().map(|(k, v)| (k.clone(), from_json(v))))
+        }
+    }
+}
+
 /// The filter.
 pub(super) fn tojson(state: &State, value: &Value, args: Rest<Value>, kwargs: Kwargs) -> Outcome {
     let names = ["ensure_ascii", "indent", "separators", "sort_keys"];

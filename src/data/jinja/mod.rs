@@ -27,6 +27,7 @@ use minijinja::value::{Kwargs, Object, Rest, Tuple};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 pub use dates::unix_now_s;
+pub(super) use json::from_json;
 
 /// What a filter or a method gives.
 type Outcome<T = Value> = std::result::Result<T, Error>;

@@ -156,7 +156,7 @@ impl Encoder<'_> {
     }
 
     /// Tokens of a text that a template made.
-    fn rendered(&self, text: &str) -> Result<Vec<i32>> {
+    pub(super) fn rendered(&self, text: &str) -> Result<Vec<i32>> {
         let vocab = self.model.engine().vocab();
         let has_bos = vocab.bos().is_some_and(|bos| {
             let bos = vocab.spelling(bos);

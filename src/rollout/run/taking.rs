@@ -3,9 +3,9 @@
 use super::Run;
 use crate::Result;
 
-impl Run<'_> {
+impl Run<'_, '_> {
     /// Whether anything is to be done.
-    pub(super) fn is_open(&self) -> bool {
+    pub fn is_open(&self) -> bool {
         self.progress.done < self.wanted() || !self.queue.is_empty()
     }
 
@@ -20,7 +20,7 @@ impl Run<'_> {
         while self.ahead.is_none() && !self.queue.is_empty() {
             if self.queue.is_shared() {
                 let running = claimed + self.slots.iter().flatten().count();
-                let open = |r: &&usize| self.done[**r].iter().any(Option::is_none);
+                let open = |r: &&usize| self.done[**r].iter().any(Vec::is_empty);
                 let open = self.taken.iter().filter(open).count();
                 if running >= self.enough || open >= self.queue.share() {
                     return Ok(None);

@@ -7,43 +7,57 @@
 //! | `task:add` | `17+25=` | `42` |
 //! | `task:sub` | `17-25=` | `-8` |
 //! | `task:max` | `max(17,25)=` | `25` |
+//! | `task:mul` | `17*25=` | `425` |
+//! | `task:guess` | `Guess my number, 0 to 99. I say higher or lower.` | `17` |
+//! | `task:words` | a story of one or two steps (`words.rs`) | `42` |
 //!
-//! The answer is expected as `\boxed{42}`. A parameter follows a question mark: `task:add?digits=3`.
+//! `task:guess` is for environments (its problem is the first number alone). The answer is expected as `\boxed{42}`. Parameters follow a
+//! question mark: `task:add?digits=3`, `task:words?stories=new&rows=200`.
 //!
 //! Split: a pair is held out for evaluation when Knuth's multiplicative hash of it falls into the lowest fifth,
 //! `(x * 10^digits + y) * 2654435761 mod 2^32 < 2^32 / 5`. `tools/pretrain_demo.py` keeps to the same rule.
-//! The order of the pair counts: (25, 17) may be trained on where (17, 25) is held out.
+//! The order of the pair counts: (25, 17) may be trained on where (17, 25) is held out. Of `task:words` some stories
+//! are held out, too.
+
+mod words;
 
 use std::{collections::HashSet, fmt};
 
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Message, Problem, Prompt, RolloutRow};
+use super::{CompletionContent, Example, ExampleRow, Message, Problem, Prompt, RolloutRow};
 use crate::{Error, Result};
+pub use words::Stories;
 
 /// Begins the name of every task.
 const PREFIX: &str = "task:";
 /// What [`Task::parse`] knows.
-pub const SUPPORTED: &str = "task:add, task:sub, task:max, each with ?digits=1..9 (default 2)";
+pub const SUPPORTED: &str = "task:add, task:sub, task:max, task:mul, task:guess, task:words, each with ?digits=1..9 (default 2) \
+                             and rows=N (default 1000, of algorithms that learn from rows)";
 
 const DEFAULT_DIGITS: u32 = 2;
 const MAX_DIGITS: u32 = 9;
+const DEFAULT_ROWS: usize = 1000;
 /// Up to this size the held-out pairs are listed and shuffled; beyond it they are drawn.
 const MAX_LISTED_PAIRS: u64 = 1_000_000;
 
 /// A generated task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Task {
-    operation: Operation,
+    kind: Kind,
     digits: u32,
+    rows: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Operation {
+enum Kind {
     Add,
     Sub,
     Max,
+    Mul,
+    Guess,
+    Words(Stories),
 }
 
 /// Held-out problems of a task that stand for its data where nobody gave a number.
@@ -55,7 +69,7 @@ pub fn is_task(name: &str) -> bool {
 }
 
 impl Task {
-    /// Reads `task:NAME` or `task:NAME?digits=N`.
+    /// Reads `task:NAME` or `task:NAME?digits=N&rows=N`.
     pub fn parse(spec: &str) -> Result<Task> {
         let unknown = |what, got: &str| Error::Unsupported {
             what,
@@ -63,35 +77,57 @@ impl Task {
             supported: SUPPORTED.into(),
         };
         let (name, parameters) = spec.split_once('?').unwrap_or((spec, ""));
-        let operation = match name.strip_prefix(PREFIX) {
-            Some("add") => Operation::Add,
-            Some("sub") => Operation::Sub,
-            Some("max") => Operation::Max,
+        let kind = match name.strip_prefix(PREFIX) {
+            Some("add") => Kind::Add,
+            Some("sub") => Kind::Sub,
+            Some("max") => Kind::Max,
+            Some("mul") => Kind::Mul,
+            Some("guess") => Kind::Guess,
+            Some("words") => Kind::Words(Stories::default()),
             _ => return Err(unknown("task", name)),
         };
-        let mut digits = DEFAULT_DIGITS;
+        let mut task = Task { kind, digits: DEFAULT_DIGITS, rows: DEFAULT_ROWS };
         for parameter in parameters.split('&').filter(|p| !p.is_empty()) {
             let (key, value) = parameter.split_once('=').unwrap_or((parameter, ""));
-            if key != "digits" {
-                return Err(unknown("task parameter", key));
+            let wrong = |expected: String, advice: &str| {
+                Error::invalid(spec, expected, format!("'{value}'"), advice)
+            };
+            match (key, &mut task.kind) {
+                ("digits", _) => {
+                    let digits = value.parse().ok().filter(|d| (1..=MAX_DIGITS).contains(d));
+                    task.digits = digits.ok_or_else(|| {
+                        wrong(format!("digits from 1 to {MAX_DIGITS}"), "write ?digits=2")
+                    })?;
+                }
+                ("rows", _) => {
+                    let rows = value.parse().ok().filter(|&rows| rows > 0);
+                    task.rows = rows.ok_or_else(|| {
+                        wrong("a number of rows above 0".into(), "write ?rows=200")
+                    })?;
+                }
+                ("stories", Kind::Words(stories)) => {
+                    *stories = Stories::parse(value).ok_or_else(|| {
+                        wrong(format!("stories={}", Stories::SUPPORTED), "write ?stories=new")
+                    })?;
+                }
+                _ => return Err(unknown("task parameter", key)),
             }
-            digits =
-                value.parse().ok().filter(|d| (1..=MAX_DIGITS).contains(d)).ok_or_else(|| {
-                    let expected = format!("digits from 1 to {MAX_DIGITS}");
-                    Error::invalid(spec, expected, format!("'{value}'"), "write ?digits=2")
-                })?;
         }
-        Ok(Task { operation, digits })
+        Ok(task)
     }
 
     /// The training problem at a position: the same for the same `(seed, index)`, whatever was asked before.
     pub fn train_problem(&self, seed: u64, index: u64) -> Problem {
+        self.train(seed, index).problem
+    }
+
+    fn train(&self, seed: u64, index: u64) -> Worked {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index);
         loop {
             let pair = self.draw(&mut rng);
             if !self.held_out(pair) {
-                return self.problem(pair);
+                return self.worked(pair, &mut rng, false);
             }
         }
     }
@@ -106,8 +142,37 @@ impl Task {
         })
     }
 
+    /// Problems with their worked solutions, to imitate: the first `rows` training problems, or as many held-out ones.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a task whose answers cannot be known from its questions.
+    pub fn examples(
+        &self,
+        seed: u64,
+        held_out: bool,
+    ) -> Result<impl Iterator<Item = ExampleRow> + use<>> {
+        if self.kind == Kind::Guess {
+            let (expected, advice) = ("a task with solutions", "learn it with --env env:guess");
+            return Err(Error::invalid(self.to_string(), expected, "none", advice));
+        }
+        let worked: Vec<Worked> = match held_out {
+            true => self.evaluation(self.rows, seed),
+            false => (0..self.rows as u64).map(|i| self.train(seed, i)).collect(),
+        };
+        Ok(worked.into_iter().map(|Worked { problem, solution }| ExampleRow {
+            place: problem.source,
+            example: Example::Completions(problem.prompt, vec![CompletionContent::Text(solution)]),
+            weight: 1.0,
+            label: None,
+        }))
+    }
+
     /// `n` held-out problems: distinct while there are enough (a million at most), then the same again.
     pub fn eval_problems(&self, n: usize, seed: u64) -> Vec<Problem> {
+        self.evaluation(n, seed).into_iter().map(|worked| worked.problem).collect()
+    }
+
+    fn evaluation(&self, n: usize, seed: u64) -> Vec<Worked> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let pairs = if self.pairs() <= MAX_LISTED_PAIRS {
             let mut pairs: Vec<u64> = (0..self.pairs()).filter(|&p| self.held_out(p)).collect();
@@ -126,7 +191,7 @@ impl Task {
             }
             pairs
         };
-        pairs.iter().cycle().take(n).map(|&pair| self.problem(pair)).collect()
+        pairs.iter().cycle().take(n).map(|&pair| self.worked(pair, &mut rng, true)).collect()
     }
 
     fn base(&self) -> u64 {
@@ -134,7 +199,10 @@ impl Task {
     }
 
     fn pairs(&self) -> u64 {
-        self.base() * self.base()
+        match self.kind {
+            Kind::Guess => self.base(),
+            _ => self.base() * self.base(),
+        }
     }
 
     /// A pair as one number, `x * 10^digits + y`.
@@ -146,34 +214,78 @@ impl Task {
         (pair.wrapping_mul(2_654_435_761) & 0xffff_ffff) * 5 < 1 << 32
     }
 
-    fn problem(&self, pair: u64) -> Problem {
+    /// The problem of a pair and its solution. What else makes a story is drawn.
+    fn worked(&self, pair: u64, rng: &mut ChaCha8Rng, held_out: bool) -> Worked {
         let (x, y) = ((pair / self.base()) as i64, (pair % self.base()) as i64);
-        let (question, answer) = match self.operation {
-            Operation::Add => (format!("{x}+{y}"), x + y),
-            Operation::Sub => (format!("{x}-{y}"), x - y),
-            Operation::Max => (format!("max({x},{y})"), x.max(y)),
+        let sum = |name: &str, question: String, answer: i64| {
+            let source = format!("{PREFIX}{name}{} {question}", self.digits_named());
+            (source, format!("{question}="), answer, format!("\\boxed{{{answer}}}"), 0)
         };
-        let source = format!("{self} {question}");
-        Problem {
+        let (source, question, answer, solution, solution_bytes) = match self.kind {
+            Kind::Add => sum("add", format!("{x}+{y}"), x + y),
+            Kind::Sub => sum("sub", format!("{x}-{y}"), x - y),
+            Kind::Max => sum("max", format!("max({x},{y})"), x.max(y)),
+            Kind::Mul => sum("mul", format!("{x}*{y}"), x * y),
+            Kind::Guess => {
+                let source = format!("{PREFIX}guess{} {pair}", self.digits_named());
+                let most = self.base() - 1;
+                let question = format!("Guess my number, 0 to {most}. I say higher or lower.");
+                (source, question, pair as i64, String::new(), 0)
+            }
+            Kind::Words(stories) => {
+                let story = stories.tell(x, y, rng, held_out);
+                let source = format!("{PREFIX}words{} {} {x},{y}", self.digits_named(), story.name);
+                let bytes = story.solution.len();
+                (source, story.question, story.answer, story.solution, bytes)
+            }
+        };
+        let problem = Problem {
             id: source.clone(),
-            prompt: Prompt::Messages(vec![Message::user(format!("{question}="))]),
+            prompt: Prompt::Messages(vec![Message::user(question)]),
             answer: answer.to_string(),
             source,
             difficulty: None,
-            solution_bytes: 0,
+            solution_bytes,
+        };
+        Worked { problem, solution }
+    }
+
+    fn digits_named(&self) -> String {
+        match self.digits {
+            DEFAULT_DIGITS => String::new(),
+            digits => format!("?digits={digits}"),
         }
     }
 }
 
+/// A problem and what a good answer says.
+struct Worked {
+    problem: Problem,
+    solution: String,
+}
+
 impl fmt::Display for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.operation {
-            Operation::Add => "add",
-            Operation::Sub => "sub",
-            Operation::Max => "max",
+        let (name, stories) = match self.kind {
+            Kind::Add => ("add", Stories::default()),
+            Kind::Sub => ("sub", Stories::default()),
+            Kind::Max => ("max", Stories::default()),
+            Kind::Mul => ("mul", Stories::default()),
+            Kind::Guess => ("guess", Stories::default()),
+            Kind::Words(stories) => ("words", stories),
         };
-        write!(f, "task:{name}")?;
-        if self.digits == DEFAULT_DIGITS { Ok(()) } else { write!(f, "?digits={}", self.digits) }
+        let mut parameters = Vec::new();
+        if self.digits != DEFAULT_DIGITS {
+            parameters.push(format!("digits={}", self.digits));
+        }
+        if stories != Stories::default() {
+            parameters.push(format!("stories={stories}"));
+        }
+        if self.rows != DEFAULT_ROWS {
+            parameters.push(format!("rows={}", self.rows));
+        }
+        let mark = if parameters.is_empty() { "" } else { "?" };
+        write!(f, "{PREFIX}{name}{mark}{}", parameters.join("&"))
     }
 }
 
@@ -181,13 +293,18 @@ impl fmt::Display for Task {
 mod tests {
     use super::*;
 
-    const SPECS: [&str; 6] = [
+    const SPECS: [&str; 11] = [
+        "task:mul?digits=4",
+        "task:guess?digits=5",
         "task:add",
         "task:sub",
         "task:max",
         "task:add?digits=1",
         "task:max?digits=3",
         "task:sub?digits=9",
+        "task:words",
+        "task:words?digits=1&stories=new",
+        "task:words?stories=known&rows=30",
     ];
 
     fn question(problem: &Problem) -> &str {
@@ -198,16 +315,21 @@ mod tests {
 
     #[test]
     fn questions_and_answers() {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
         for (spec, pair, asked, answer) in [
             ("task:add", 17_25, "17+25=", "42"),
             ("task:sub", 17_25, "17-25=", "-8"),
             ("task:max", 17_25, "max(17,25)=", "25"),
             ("task:add?digits=3", 7_999, "7+999=", "1006"),
+            ("task:mul", 17_25, "17*25=", "425"),
         ] {
-            let problem = Task::parse(spec).unwrap().problem(pair);
+            let problem = Task::parse(spec).unwrap().worked(pair, &mut rng, false).problem;
             assert_eq!((question(&problem), problem.answer.as_str()), (asked, answer));
             assert_eq!(problem.source, format!("{spec} {}", asked.trim_end_matches('=')));
         }
+        let problem = Task::parse("task:guess").unwrap().worked(57, &mut rng, false).problem;
+        assert_eq!(question(&problem), "Guess my number, 0 to 99. I say higher or lower.");
+        assert_eq!((problem.answer.as_str(), problem.id.as_str()), ("57", "task:guess 57"));
     }
 
     #[test]
@@ -264,7 +386,7 @@ mod tests {
     #[test]
     fn unknown_tasks_and_parameters_are_named() {
         for (spec, expected) in [
-            ("task:mul", "task 'task:mul' is not supported; supported: task:add, task:sub"),
+            ("task:div", "task 'task:div' is not supported; supported: task:add, task:sub"),
             ("add", "task 'add' is not supported"),
             ("task:add?size=3", "task parameter 'size' is not supported; supported: task:add,"),
             ("task:add?digits=0", "task:add?digits=0: expected digits from 1 to 9, got '0'"),

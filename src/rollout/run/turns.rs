@@ -1,0 +1,183 @@
+//! Turns that end, and what their partner answers.
+
+use super::super::dialogue::Answer;
+use super::super::request::Finish;
+use super::super::sizes::PREFILL_TOKENS;
+use super::{Run, Slot, nothing};
+use crate::Result;
+use crate::llama::{Token, TokenBatch};
+
+/// So many waiting sequences between running ones are decoded with them, for nothing: a gap would cost a pass over the
+/// weights, for llama.cpp takes neighbouring sequences alone in one go.
+const BRIDGED: usize = 8;
+
+/// Tokens that a sequence reads without a token being drawn after them.
+struct Reading {
+    slot: usize,
+    from: usize,
+    tokens: Vec<i32>,
+}
+
+impl Run<'_, '_> {
+    /// A turn has ended: with a partner the sequence waits for its answer, else it is done.
+    pub(super) fn ended(&mut self, mut slot: Slot) -> Result<Option<Slot>> {
+        let which = self.which(&slot);
+        let Some(partner) = self.partner.as_mut() else {
+            self.finish(slot);
+            return Ok(None);
+        };
+        let turn = &slot.completion.tokens[slot.completion.tokens.len() - slot.turn..];
+        partner.said(which, turn, slot.completion.finish)?;
+        slot.due = Some(self.round + 1 + partner.lag());
+        Ok(Some(slot))
+    }
+
+    /// Takes the answers that are due, and waits for them; where nothing else can be decoded, for the next ones.
+    pub(super) fn hear(&mut self) -> Result<()> {
+        loop {
+            let waiting = self.slots.iter().flatten().filter_map(|slot| slot.due);
+            let Some(next) = waiting.min() else { return Ok(()) };
+            if self.slots.iter().flatten().all(|slot| slot.due.is_some()) {
+                self.round = self.round.max(next);
+            }
+            let is_due = |s: &usize| {
+                let slot = self.slots[*s].as_ref();
+                slot.is_some_and(|slot| slot.due.is_some_and(|due| due <= self.round))
+            };
+            let mut due: Vec<usize> = (0..self.slots.len()).filter(is_due).collect();
+            if due.is_empty() {
+                return Ok(());
+            }
+            due.sort_by_key(|&s| self.which(self.slots[s].as_ref().expect("due")));
+            let mut reading = Vec::new();
+            let mut free = Vec::new();
+            for s in due {
+                let slot = self.slots[s].take().expect("due");
+                match self.answered(s, slot)? {
+                    Ok(tokens) => reading.push(tokens),
+                    Err((group, kept)) => free.push((s, group, kept)),
+                }
+            }
+            reading.sort_by_key(|r| r.slot);
+            self.read(reading)?;
+            for (s, group, kept) in free {
+                self.again(s, group, kept)?;
+            }
+        }
+    }
+
+    /// Goes on with a sequence by its partner's answer: what it must read first. Of one that is over its group, and how
+    /// much of the group's prompt it still begins with.
+    fn answered(
+        &mut self,
+        s: usize,
+        mut slot: Slot,
+    ) -> Result<std::result::Result<Reading, (usize, usize)>> {
+        let (which, most) = (self.which(&slot), self.most_tokens(&slot));
+        let partner = self.partner.as_mut().expect("whose answer is due");
+        let answer = partner.answer(which)?;
+        // A token of the model's must find room, too.
+        let has_room = match &answer {
+            Answer::Over => false,
+            Answer::Append(tokens) => slot.len() + tokens.len() < most,
+            Answer::Anew(prompt) => prompt.len() < most,
+        };
+        if !has_room {
+            if answer != Answer::Over {
+                partner.cut(which);
+                slot.completion.finish = Finish::Length;
+            }
+            let over = (slot.group, slot.kept);
+            self.finish(slot);
+            return Ok(Err(over));
+        }
+        let (newest, at) = slot.newest();
+        let reading = match answer {
+            Answer::Append(tokens) => {
+                tokens.iter().for_each(|&t| slot.push(t, 0.0, false));
+                let read = std::iter::once(newest).chain(tokens);
+                let mut tokens: Vec<i32> = read.collect();
+                tokens.pop();
+                Reading { slot: s, from: at, tokens }
+            }
+            Answer::Anew(prompt) => {
+                let held = slot.prompt.iter().chain(&slot.completion.tokens).take(at);
+                let same = held.zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b);
+                // A state forgets all or nothing.
+                let same = if self.has_states { 0 } else { same.count() };
+                self.context.forget(s, same)?;
+                slot.kept = slot.kept.min(same);
+                let mut experts = slot.completion.experts.clone();
+                experts.truncate(experts.len() / at.max(1) * same);
+                slot.end_segment();
+                (slot.completion, slot.prompt) = (nothing(experts), prompt.into());
+                let tokens = slot.prompt[same..slot.prompt.len() - 1].to_vec();
+                Reading { slot: s, from: same, tokens }
+            }
+            Answer::Over => unreachable!("it has no room"),
+        };
+        (slot.turn, slot.due) = (0, None);
+        slot.completion.finish = Finish::Length;
+        self.slots[s] = Some(slot);
+        Ok(Ok(reading))
+    }
+
+    /// Reads tokens into their sequences, as many in one call as it may have.
+    fn read(&mut self, mut readings: Vec<Reading>) -> Result<()> {
+        readings.retain(|reading| !reading.tokens.is_empty());
+        let most = self.context.options().n_batch.min(PREFILL_TOKENS);
+        while !readings.is_empty() {
+            let mut batch = TokenBatch::default();
+            let fits = |r: &&Reading| {
+                let together = batch.0.len() + r.tokens.len() <= most;
+                if together || batch.0.is_empty() {
+                    batch.0.extend(r.tokens.iter().zip(r.from..).map(|(&id, position)| Token {
+                        id,
+                        position: position as i32,
+                        sequence: r.slot as i32,
+                        logits: false,
+                    }));
+                }
+                together
+            };
+            let n = readings.iter().take_while(fits).count().max(1);
+            self.context.decode(&batch)?;
+            for r in readings.drain(..n) {
+                let Some(slot) = &mut self.slots[r.slot] else { continue };
+                let read = r.from..r.from + r.tokens.len();
+                let experts = read.filter_map(|at| self.context.experts(r.slot, at));
+                slot.completion.experts.extend(experts.flatten());
+            }
+        }
+        Ok(())
+    }
+
+    /// A slot whose completion has ended goes on with the next one of its group, of whose prompt it still begins with
+    /// `kept` tokens.
+    pub(super) fn again(&mut self, s: usize, group: usize, kept: usize) -> Result<()> {
+        let g = &self.groups[group];
+        if self.has_states || g.next == self.requests[g.request].n {
+            return Ok(());
+        }
+        self.context.forget(s, kept)?;
+        let tokens = g.prompt[kept..].to_vec();
+        self.read(vec![Reading { slot: s, from: kept, tokens }])?;
+        self.begin(s, group)
+    }
+
+    /// Waiting sequences between running ones that are decoded with them; what cannot forget a token is not.
+    pub(super) fn bridges(&self, running: &[usize]) -> Vec<usize> {
+        let mut idle = Vec::new();
+        for pair in running.windows(2) {
+            let gap = pair[0] + 1..pair[1];
+            let fits = |s: usize| {
+                let slot = self.slots[s].as_ref();
+                slot.is_some_and(|slot| slot.newest().1 < self.context.options().n_ctx_seq)
+            };
+            if !self.has_states && gap.len() <= BRIDGED && gap.clone().all(fits) {
+                idle.extend(gap);
+            }
+        }
+        idle
+    }
+}
