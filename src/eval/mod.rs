@@ -12,11 +12,11 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
 use crate::data::Problem;
 use crate::env::Counts;
 use crate::reward::{Fresh, Judge, JudgePool, Sampler};
 use crate::rollout::{Encoder, Progress, Request, Rollouts, Sampling};
+use crate::{Error, Result};
 
 pub use config::EvalConfig;
 pub use dialogues::DialogueEvaluator;
@@ -157,8 +157,16 @@ impl Evaluator<'_, '_> {
         let judge = self.pool.judge().clone();
         let mut outcomes: Vec<Option<Outcome>> = vec![None; problems.len()];
         let team = self.rollouts.team().clone();
-        let done = || Ok(store.as_deref_mut().map(Store::take_done).unwrap_or_default());
-        for (problem, samples) in team.from_first(done)? {
+        let mut done = store.as_deref_mut().map(Store::take_done).unwrap_or_default();
+        if !team.is_alone() {
+            let fault = |e: serde_json::Error| {
+                Error::engine("sharing what was evaluated", e.to_string(), "report it")
+            };
+            // As JSON, like the store: a sample leaves fields out, and has some of any kind.
+            let text = team.from_first(|| serde_json::to_string(&done).map_err(fault))?;
+            done = serde_json::from_str(&text).map_err(fault)?;
+        }
+        for (problem, samples) in done {
             outcomes[problem] = Some(Outcome::new(&problems[problem], &samples, &judge));
         }
         let missing: Vec<usize> = (0..problems.len()).filter(|&p| outcomes[p].is_none()).collect();
