@@ -448,7 +448,8 @@ fn what_cannot_work_is_refused_with_its_reason() {
             format!("--algo distill --teacher {other} --data {good}"),
             "llama-q4_0.gguf: expected the student's",
         ),
-        ("--algo sft --data task:add".into(), "--data: expected files of rows"),
+        ("--algo dpo --data task:add".into(), "--data: expected files of rows"),
+        ("--algo sft --data task:guess".into(), "task:guess: expected a task with solutions"),
         (format!("--algo sft --data {good}:2"), "--data: expected files of rows"),
         (
             format!("--algo dpo --reference start --data {pairs}"),
@@ -484,6 +485,23 @@ fn what_cannot_work_is_refused_with_its_reason() {
         assert!(!output.status.success() && said.contains(expected), "{words}: {said}");
         assert!(!out.exists(), "{words}: nothing is written");
     }
+}
+
+#[test]
+fn a_tasks_solutions_are_rows_to_learn_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let words = "--algo sft --data task:words?rows=12 --eval-data task:words?rows=6&stories=new --epochs 2 --prompts-per-step 8 \
+                 --lr 1e-3 --rank 2 --threads 1 --json";
+    let mut args = vec!["train", "demo", "--out", out.to_str().unwrap()];
+    args.extend(words.split_whitespace());
+    let output = run(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // Two epochs of twelve rows, eight a step.
+    assert_eq!(summary["steps"], 3);
+    let loss = |name: &str| summary[name].as_f64().unwrap();
+    assert!(loss("eval_loss_after") < loss("eval_loss_before"), "{summary}");
 }
 
 #[test]
