@@ -255,15 +255,22 @@ fn a_run_whose_rank_was_killed_goes_on_with_another_number_of_ranks() {
         signal(running[victim].1, "-KILL");
         let (output, _) = end_within_a_minute(child);
         assert!(!output.status.success());
-        for (_, pid) in running {
-            assert!(!is_running(pid), "process {pid} goes on");
-        }
+        running.iter().for_each(|&(_, pid)| ends_soon(pid));
         let output = match ranks_after {
             1 => alone(&resume(&out)),
             n => ranks(n, &resume(&out)),
         };
         succeeded(output, "resume");
         Learnt::of(&out, 8).assert_is(&expected, &format!("{ranks_before} to {ranks_after} ranks"));
+    }
+}
+
+/// `mpirun` may end a moment before the last of its ranks does.
+fn ends_soon(pid: i32) {
+    let start = Instant::now();
+    while is_running(pid) {
+        assert!(start.elapsed() < Duration::from_secs(30), "process {pid} goes on");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -286,7 +293,7 @@ fn a_rank_that_hangs_ends_the_run_by_name() {
     assert!(!output.status.success());
     assert!(after > Duration::from_secs(10), "a rank that is slow is not dead: {after:?}");
     assert!(said(&output).contains("rank 1 on "), "{}", said(&output));
-    assert!(!is_running(hanging));
+    ends_soon(hanging);
     let resumed = Learnt::of(&out, newest_step(&out));
     assert!(!resumed.adapter.is_empty());
 }
