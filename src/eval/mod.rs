@@ -99,28 +99,23 @@ impl Outcome {
     /// What a problem's samples come to.
     pub fn new(problem: &Problem, samples: &[EvalSample], judge: &Judge) -> Outcome {
         let votes: Vec<_> = samples.iter().map(|s| (s.extracted.as_deref(), s.right)).collect();
-        let count = |f: fn(&EvalSample) -> bool| samples.iter().filter(|s| f(s)).count();
-        Outcome {
-            difficulty: problem.difficulty.clone(),
-            n: samples.len(),
-            right: count(|s| s.right),
-            majority: metrics::majority(&votes, |a, b| judge.same(a, b)),
-            tokens: samples.iter().map(|s| s.tokens).sum(),
-            truncated: count(|s| s.truncated),
-            talks: samples.iter().filter_map(|s| s.talk).collect(),
-        }
+        Outcome::of(problem, samples, metrics::majority(&votes, |a, b| judge.same(a, b)))
     }
 
     /// What a problem's dialogues come to; the majority is that of success.
     pub fn of_dialogues(problem: &Problem, samples: &[EvalSample]) -> Outcome {
         let votes: Vec<_> =
             samples.iter().map(|s| (Some(if s.right { "yes" } else { "no" }), s.right)).collect();
+        Outcome::of(problem, samples, metrics::majority(&votes, |a, b| a == b))
+    }
+
+    fn of(problem: &Problem, samples: &[EvalSample], majority: f64) -> Outcome {
         let count = |f: fn(&EvalSample) -> bool| samples.iter().filter(|s| f(s)).count();
         Outcome {
             difficulty: problem.difficulty.clone(),
             n: samples.len(),
             right: count(|s| s.right),
-            majority: metrics::majority(&votes, |a, b| a == b),
+            majority,
             tokens: samples.iter().map(|s| s.tokens).sum(),
             truncated: count(|s| s.truncated),
             talks: samples.iter().filter_map(|s| s.talk).collect(),

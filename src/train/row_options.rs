@@ -155,8 +155,21 @@ impl RowOptions {
 /// Names of options, and to whom they mean something.
 type Meaning = (&'static [&'static str], fn(Algorithm) -> bool);
 
+/// Options that mean something to dialogues alone.
+const OF_DIALOGUES: &[&str] = &[
+    "env-workers",
+    "env-timeout",
+    "env-lag",
+    "max-turns",
+    "max-turn-tokens",
+    "max-dialogue-seconds",
+    "tool-format",
+    "turn-discount",
+    "turn-credit",
+];
+
 /// Options that mean something to some algorithms alone, and to which.
-const MEANINGS: [Meaning; 8] = [
+const MEANINGS: [Meaning; 9] = [
     (
         &[
             "curriculum",
@@ -186,18 +199,10 @@ const MEANINGS: [Meaning; 8] = [
             "tis-cap",
             "old-from-rollout",
             "env",
-            "env-workers",
-            "env-timeout",
-            "env-lag",
-            "max-turns",
-            "max-turn-tokens",
-            "max-dialogue-seconds",
-            "tool-format",
-            "turn-discount",
-            "turn-credit",
         ],
         Algorithm::is_rewarded,
     ),
+    (OF_DIALOGUES, Algorithm::is_rewarded),
     (
         &[
             "group",
@@ -258,18 +263,7 @@ pub(super) fn refuse_without_env(config: &TrainConfig) -> Result<()> {
         let expected = || "--env without it: an opening is taken whole or not at all".into();
         return refuse(config, ["drop-long-prompts"].iter(), expected);
     }
-    let names = [
-        "env-workers",
-        "env-timeout",
-        "env-lag",
-        "max-turns",
-        "max-turn-tokens",
-        "max-dialogue-seconds",
-        "tool-format",
-        "turn-discount",
-        "turn-credit",
-    ];
-    refuse(config, names.iter(), || "--env beside it".into())
+    refuse(config, OF_DIALOGUES.iter(), || "--env beside it".into())
 }
 
 fn refuse<'n>(

@@ -60,6 +60,19 @@ enum Kind {
     Words(Stories),
 }
 
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Add => "add",
+            Kind::Sub => "sub",
+            Kind::Max => "max",
+            Kind::Mul => "mul",
+            Kind::Guess => "guess",
+            Kind::Words(_) => "words",
+        }
+    }
+}
+
 /// Held-out problems of a task that stand for its data where nobody gave a number.
 pub const HELD_OUT: usize = 400;
 
@@ -217,24 +230,25 @@ impl Task {
     /// The problem of a pair and its solution. What else makes a story is drawn.
     fn worked(&self, pair: u64, rng: &mut ChaCha8Rng, held_out: bool) -> Worked {
         let (x, y) = ((pair / self.base()) as i64, (pair % self.base()) as i64);
-        let sum = |name: &str, question: String, answer: i64| {
-            let source = format!("{PREFIX}{name}{} {question}", self.digits_named());
-            (source, format!("{question}="), answer, format!("\\boxed{{{answer}}}"), 0)
+        let source =
+            |what: String| format!("{PREFIX}{}{} {what}", self.kind.name(), self.digits_named());
+        let sum = |question: String, answer: i64| {
+            let solution = format!("\\boxed{{{answer}}}");
+            (source(question.clone()), format!("{question}="), answer, solution, 0)
         };
         let (source, question, answer, solution, solution_bytes) = match self.kind {
-            Kind::Add => sum("add", format!("{x}+{y}"), x + y),
-            Kind::Sub => sum("sub", format!("{x}-{y}"), x - y),
-            Kind::Max => sum("max", format!("max({x},{y})"), x.max(y)),
-            Kind::Mul => sum("mul", format!("{x}*{y}"), x * y),
+            Kind::Add => sum(format!("{x}+{y}"), x + y),
+            Kind::Sub => sum(format!("{x}-{y}"), x - y),
+            Kind::Max => sum(format!("max({x},{y})"), x.max(y)),
+            Kind::Mul => sum(format!("{x}*{y}"), x * y),
             Kind::Guess => {
-                let source = format!("{PREFIX}guess{} {pair}", self.digits_named());
                 let most = self.base() - 1;
                 let question = format!("Guess my number, 0 to {most}. I say higher or lower.");
-                (source, question, pair as i64, String::new(), 0)
+                (source(pair.to_string()), question, pair as i64, String::new(), 0)
             }
             Kind::Words(stories) => {
                 let story = stories.tell(x, y, rng, held_out);
-                let source = format!("{PREFIX}words{} {} {x},{y}", self.digits_named(), story.name);
+                let source = source(format!("{} {x},{y}", story.name));
                 let bytes = story.solution.len();
                 (source, story.question, story.answer, story.solution, bytes)
             }
@@ -266,26 +280,20 @@ struct Worked {
 
 impl fmt::Display for Task {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, stories) = match self.kind {
-            Kind::Add => ("add", Stories::default()),
-            Kind::Sub => ("sub", Stories::default()),
-            Kind::Max => ("max", Stories::default()),
-            Kind::Mul => ("mul", Stories::default()),
-            Kind::Guess => ("guess", Stories::default()),
-            Kind::Words(stories) => ("words", stories),
-        };
         let mut parameters = Vec::new();
         if self.digits != DEFAULT_DIGITS {
             parameters.push(format!("digits={}", self.digits));
         }
-        if stories != Stories::default() {
+        if let Kind::Words(stories) = self.kind
+            && stories != Stories::default()
+        {
             parameters.push(format!("stories={stories}"));
         }
         if self.rows != DEFAULT_ROWS {
             parameters.push(format!("rows={}", self.rows));
         }
         let mark = if parameters.is_empty() { "" } else { "?" };
-        write!(f, "{PREFIX}{name}{mark}{}", parameters.join("&"))
+        write!(f, "{PREFIX}{}{mark}{}", self.kind.name(), parameters.join("&"))
     }
 }
 
