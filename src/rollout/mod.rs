@@ -27,14 +27,20 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Invalid`] where it is wanted on a GPU.
 pub fn invariant(wanted: bool, device: Device, team: &Team) -> Result<bool> {
-    if wanted && !device.is_host() {
+    if wanted {
         let advice = "leave it out: a GPU's kernels depend on how many are decoded at once";
-        return Err(Error::invalid(
-            "--batch-invariant",
-            "--device cpu",
-            device.to_string(),
-            advice,
-        ));
+        on_host("--batch-invariant", device, advice)?;
     }
     Ok(device.is_host() && (wanted || !team.is_alone()))
+}
+
+/// Refuses an option that means something to products on the CPU alone.
+///
+/// # Errors
+/// [`Error::Invalid`] on a GPU.
+pub fn on_host(option: &str, device: Device, advice: &str) -> Result<()> {
+    match device.is_host() {
+        true => Ok(()),
+        false => Err(Error::invalid(option, "--device cpu", device.to_string(), advice)),
+    }
 }

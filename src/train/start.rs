@@ -83,6 +83,9 @@ impl<'m> Trainer<'m> {
         let invariant = crate::rollout::invariant(config.batch_invariant, model.device(), team)?;
         config.dialogues.check_alone(team, config.batch_invariant)?;
         config.batch_invariant |= samples && invariant;
+        if config.exact_rollouts {
+            crate::rollout::on_host("--exact-rollouts", model.device(), "leave it out")?;
+        }
         vram::wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
@@ -369,10 +372,6 @@ fn source(
             rollouts.keep_experts();
         }
         if settings.exact_rollouts {
-            if !model.device().is_host() {
-                let (got, advice) = (settings.device.to_string(), "leave it out");
-                return Err(Error::invalid("--exact-rollouts", "--device cpu", got, advice));
-            }
             rollouts.set_products(Products::Exact);
         }
         if settings.batch_invariant {
