@@ -58,16 +58,21 @@ def step(question, answer):
     return {"reward": float(right), "done": True, "success": right}
 
 
-answers = {}
-for line in sys.stdin:
-    question = json.loads(line)
-    dialogue = question["dialogue"]
-    if question["op"] == "reset":
-        answers[dialogue] = question["problem"]["answer"]
-        said = {"messages": opening(question["problem"]), "tools": [TOOL]}
-    elif question["op"] == "step":
-        said = step(question, answers[dialogue])
-    else:
-        answers.pop(dialogue, None)
-        said = {}
-    print(json.dumps(said), flush=True)
+def main():
+    answers = {}
+    for line in sys.stdin:
+        question = json.loads(line)
+        dialogue = question["dialogue"]
+        if question["op"] == "reset":
+            answers[dialogue] = question["problem"]["answer"]
+            said = {"messages": opening(question["problem"]), "tools": [TOOL]}
+        elif question["op"] == "step":
+            said = step(question, answers[dialogue])
+        else:
+            answers.pop(dialogue, None)
+            said = {}
+        print(json.dumps(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,8 @@ use crate::{Error, Result};
 /// Settings given beside --resume replace the run's own; those that would break this need --allow-change.
 #[derive(Args)]
 #[command(after_help = "Rows of --data, where they are no problems:
-  sft      {\"prompt\": .., \"completion\": ..} | {\"messages\": [..]} | {\"text\": ..}
+  sft      {\"prompt\": .., \"completion\": ..} | {\"text\": ..}
+           | {\"messages\": [..], \"tools\": [..]}   (the assistant's turns, calls of tools among them)
            | {\"prompt_tokens\": [..], \"completions\": [{\"tokens\": [..]}, ..]}
   dpo, orpo, simpo
            {\"prompt\": .., \"chosen\": .., \"rejected\": ..}

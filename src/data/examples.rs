@@ -1,7 +1,7 @@
 //! Rows to learn from without sampling: completions to imitate, pairs of which one is preferred, labelled completions.
 //!
 //! ```json
-//! {"prompt": .., "completion": ..}  {"messages": [.., {"role": "assistant", ..}]}  {"text": ..}
+//! {"prompt": .., "completion": ..}  {"messages": [.., {"role": "assistant", ..}], "tools": [..]}  {"text": ..}
 //! {"prompt_tokens": [..], "completions": [{"tokens": [..]}, ..]}
 //! {"prompt": .., "chosen": .., "rejected": ..}
 //! {"prompt_tokens": [..], "chosen_tokens": [..], "rejected_tokens": [..]}
@@ -17,7 +17,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{
-    Columns, CompletionContent, Message, Prompt,
+    Chat, Columns, CompletionContent, Message, Prompt, calling,
     jsonl::{Row, kind},
     rows::{completion, finite, message, prompt, tokens},
     table,
@@ -43,7 +43,7 @@ pub enum Example {
     /// Text, all of which is to be imitated.
     Text(String),
     /// A conversation, of which the assistant's turns are.
-    Conversation(Vec<Message>),
+    Conversation(Chat),
     /// A prompt and what may follow it; of a pair the preferred completion and the other one.
     Completions(Prompt, Vec<CompletionContent>),
 }
@@ -77,9 +77,16 @@ fn read(row: &Row, kind: ExampleKind, columns: &Columns) -> Result<ExampleRow> {
     let mut label = None;
     let example = match kind {
         ExampleKind::Imitation => imitation(row, columns)?,
-        ExampleKind::Contexts => contexts(row, columns)?,
-        ExampleKind::Pairs => pair(row, columns)?,
+        ExampleKind::Contexts => {
+            calling::refuse_tools(row)?;
+            contexts(row, columns)?
+        }
+        ExampleKind::Pairs => {
+            calling::refuse_tools(row)?;
+            pair(row, columns)?
+        }
         ExampleKind::Labelled => {
+            calling::refuse_tools(row)?;
             label = Some(read_label(row)?);
             contexts(row, columns)?
         }
@@ -109,8 +116,9 @@ fn imitation(row: &Row, columns: &Columns) -> Result<Example> {
         return Err(row.invalid(wrong, "`completion`, `messages` or `text`", row.keys(), advice));
     }
     if let Some(value) = row.get("messages") {
-        return Ok(Example::Conversation(conversation(row, "messages", value)?));
+        return Ok(Example::Conversation(calling::chat(row, value)?));
     }
+    calling::refuse_tools(row)?;
     if let (Some(value), None) = (row.get("text"), row.get("completion")) {
         return match value {
             Value::String(text) if !text.is_empty() => Ok(Example::Text(text.clone())),
@@ -125,18 +133,13 @@ fn imitation(row: &Row, columns: &Columns) -> Result<Example> {
     }
 }
 
-/// A conversation with an answer in it.
+/// A conversation in plain text with an answer in it.
 fn conversation(row: &Row, name: &str, value: &Value) -> Result<Vec<Message>> {
-    let list = value.as_array().filter(|list| !list.is_empty()).ok_or_else(|| {
-        let advice = "write [{\"role\": \"user\", \"content\": \"..\"}, ..]";
-        row.invalid(name, "messages, not empty", kind(value), advice)
-    })?;
     let one = |(j, value)| message(row, &format!("{name}[{j}]"), value);
-    let messages: Vec<Message> = list.iter().enumerate().map(one).collect::<Result<_>>()?;
+    let messages: Vec<Message> =
+        calling::listed(row, name, value)?.iter().enumerate().map(one).collect::<Result<_>>()?;
     if !messages.iter().any(|m| m.role == "assistant" && !m.content.is_empty()) {
-        let roles: Vec<_> = messages.iter().map(|m| m.role.as_str()).collect();
-        let advice = "give the answer to be learnt, or drop the row";
-        return Err(row.invalid(name, "a turn of the assistant", roles.join(", "), advice));
+        return Err(calling::unanswered(row, name, messages.iter().map(|m| m.role.as_str())));
     }
     Ok(messages)
 }
@@ -286,7 +289,7 @@ mod tests {
         assert_eq!(row.example, Example::Text("all of it".into()));
         let talk = r#"[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]"#;
         let row = read(&format!(r#"{{"messages": {talk}}}"#), Imitation);
-        assert!(matches!(row.example, Example::Conversation(m) if m.len() == 2));
+        assert!(matches!(row.example, Example::Conversation(c) if c.messages.len() == 2));
         let row = read(
             r#"{"prompt_tokens": [1], "completions": [{"tokens": [2, 3]}, {"tokens": [4]}]}"#,
             Imitation,

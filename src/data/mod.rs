@@ -4,6 +4,7 @@
 //! Nothing here knows a model: text and ids go in, text and ids come out.
 
 mod arrow;
+mod calling;
 pub mod chat;
 mod columns;
 mod compressed;
@@ -23,6 +24,7 @@ mod thrift;
 pub mod tokenizer;
 mod usual;
 
+pub use calling::speaks;
 pub use chat::ChatTemplate;
 pub use columns::Columns;
 pub use examples::{Example, ExampleKind, ExampleRow, examples};
@@ -47,6 +49,16 @@ impl Message {
     pub fn user(content: impl Into<String>) -> Message {
         Message { role: "user".into(), content: content.into() }
     }
+}
+
+/// A whole conversation as chat templates take it, and the tools that may be called in it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chat {
+    /// Messages: `role` and `content`, and where they are there `tool_calls` (arguments as objects), `name`,
+    /// `tool_call_id`, thoughts and what else a template may ask for.
+    pub messages: Vec<serde_json::Value>,
+    /// Tools with JSON schemas.
+    pub tools: Vec<serde_json::Value>,
 }
 
 /// What the model is asked to continue.

@@ -158,6 +158,11 @@ pub(super) fn prompt(row: &Row, columns: &Columns) -> Result<Prompt> {
 
 pub(super) fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
     let text = |field| value.get(field).and_then(Value::as_str).map(str::to_owned);
+    let calls = value.get("tool_calls").and_then(Value::as_array);
+    if calls.is_some_and(|calls| !calls.is_empty()) {
+        let advice = "calls of tools are read in `messages` with --algo sft, or made with --env";
+        return Err(row.invalid(name, "plain text", "`tool_calls`", advice));
+    }
     match (text("role"), text("content")) {
         (Some(role), Some(content)) => Ok(Message { role, content }),
         _ => {

@@ -2,7 +2,7 @@
 //!
 //! | written as | read as |
 //! |---|---|
-//! | `conversations` of `{"from": "human", "value": ..}` (ShareGPT) | `messages` |
+//! | `conversations` of `{"from": "human", "value": ..}` (ShareGPT; `function_call`, `observation`) | `messages` |
 //! | `instruction`, `input` (Alpaca), `context` (Dolly) | `prompt` |
 //! | `output` (Alpaca), `response` | `completion`, beside `instruction` |
 
@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::jsonl::Row;
 
 /// Roles of ShareGPT's layout and ours.
-const ROLES: [(&str, &str); 8] = [
+const ROLES: [(&str, &str); 9] = [
     ("human", "user"),
     ("user", "user"),
     ("gpt", "assistant"),
@@ -20,6 +20,7 @@ const ROLES: [(&str, &str); 8] = [
     ("bing", "assistant"),
     ("bard", "assistant"),
     ("system", "system"),
+    ("observation", "tool"),
 ];
 /// A row that has one of these says itself what its prompt is.
 const OWN: [&str; 6] = ["prompt", "question", "problem", "prompt_tokens", "messages", "text"];
@@ -57,6 +58,13 @@ fn conversation(value: &Value) -> Option<Value> {
     let turn = |turn: &Value| {
         let from = turn.get("from").or(turn.get("role"))?.as_str()?;
         let text = turn.get("value").or(turn.get("content"))?.as_str()?;
+        if from == "function_call" {
+            let calls = match serde_json::from_str(text).ok()? {
+                Value::Array(calls) => calls,
+                call => vec![call],
+            };
+            return Some(json!({"role": "assistant", "tool_calls": calls}));
+        }
         let role = ROLES.iter().find(|(name, _)| *name == from).map_or(from, |(_, role)| role);
         Some(json!({"role": role, "content": text}))
     };
@@ -81,6 +89,16 @@ mod tests {
         let roles: Vec<_> =
             chat["messages"].as_array().unwrap().iter().map(|m| m["role"].clone()).collect();
         assert_eq!(roles, ["system", "user", "assistant"]);
+        let calls = read(json!({"conversations": [
+            {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"},
+            {"from": "observation", "value": "2"}]}));
+        assert_eq!(
+            calls["messages"],
+            json!([
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+                {"role": "tool", "content": "2"}
+            ])
+        );
         let alpaca = read(json!({"instruction": "add", "input": "1, 2", "output": "3"}));
         assert_eq!(
             (&alpaca["prompt"], &alpaca["completion"]),

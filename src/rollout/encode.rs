@@ -2,6 +2,7 @@
 
 mod answers;
 mod dialogue;
+mod tools;
 
 use std::path::{Path, PathBuf};
 

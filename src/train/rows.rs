@@ -159,9 +159,9 @@ impl Reader<'_, '_> {
                 let said = self.encoder.plain(text).map_err(named("text"))?;
                 vec![said_group(said, row.weight)]
             }
-            Example::Conversation(messages) => {
+            Example::Conversation(chat) => {
                 let turns = self.config.rows.turns;
-                let runs = self.encoder.conversation(messages, turns).map_err(named("messages"))?;
+                let runs = self.encoder.conversation(chat, turns).map_err(named("messages"))?;
                 runs.into_iter().map(|said| said_group(said, row.weight)).collect()
             }
             Example::Completions(prompt, completions) => {

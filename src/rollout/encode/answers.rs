@@ -2,9 +2,10 @@
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
-use super::Encoder;
-use crate::data::{ChatTemplate, Message, Prompt};
+use super::{Encoder, tools};
+use crate::data::{Chat, ChatTemplate, Prompt, speaks};
 use crate::{Error, Result};
 
 /// Which turns of a conversation are learnt.
@@ -49,15 +50,19 @@ impl Encoder<'_> {
     /// # Errors
     /// Those of [`Encoder::prompt`].
     pub fn answer(&self, prompt: &Prompt, text: &str) -> Result<Vec<i32>> {
-        let messages = match prompt {
-            Prompt::Messages(messages) => messages.clone(),
-            Prompt::Text(text) => vec![Message::user(text.as_str())],
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let messages: Vec<Value> = match prompt {
+            Prompt::Messages(messages) => {
+                messages.iter().map(|m| said(&m.role, &m.content)).collect()
+            }
+            Prompt::Text(text) => vec![said("user", text)],
             Prompt::Tokens(_) => Vec::new(),
         };
         match &self.template {
             Some(template) if !messages.is_empty() => {
-                let answer = Message { role: "assistant".into(), content: text.into() };
-                Ok(self.turn(template, &self.with_system(&messages), &answer)?.tokens)
+                let mut messages = self.under_system(&messages);
+                messages.push(said("assistant", text));
+                Ok(self.turn(template, &messages, &[])?.tokens)
             }
             _ => self.ended(self.tokenize(text, false)?),
         }
@@ -68,7 +73,7 @@ impl Encoder<'_> {
     ///
     /// # Errors
     /// A model without chat template, and those of [`Encoder::prompt`].
-    pub fn conversation(&self, messages: &[Message], turns: Turns) -> Result<Vec<Said>> {
+    pub fn conversation(&self, chat: &Chat, turns: Turns) -> Result<Vec<Said>> {
         let Some(template) = &self.template else {
             return Err(Error::invalid(
                 "messages",
@@ -77,14 +82,13 @@ impl Encoder<'_> {
                 "give the rows as text, or choose a --template",
             ));
         };
-        let messages = self.with_system(messages);
-        let speaks = |m: &Message| m.role == "assistant" && !m.content.is_empty();
+        let messages = self.under_system(&chat.messages);
         let mut answers: Vec<usize> =
             (1..messages.len()).filter(|&i| speaks(&messages[i])).collect();
         if turns == Turns::Last {
             answers.drain(..answers.len().saturating_sub(1));
         }
-        let turns = answers.iter().map(|&i| self.turn(template, &messages[..i], &messages[i]));
+        let turns = answers.iter().map(|&i| self.turn(template, &messages[..=i], &chat.tools));
         let turns: Vec<Turn> = turns.collect::<Result<_>>()?;
         let mut runs: Vec<Said> = Vec::new();
         let mut before: Option<&Turn> = None;
@@ -126,15 +130,26 @@ impl Encoder<'_> {
         Ok(Said::whole(prompt, tokens))
     }
 
-    /// A turn after these messages.
-    fn turn(&self, template: &ChatTemplate, before: &[Message], answer: &Message) -> Result<Turn> {
-        let opened = template.render(before, true)?;
-        let whole = template.render(&[before, std::slice::from_ref(answer)].concat(), false)?;
+    /// The turn that is the last of these messages.
+    fn turn(&self, template: &ChatTemplate, messages: &[Value], given: &[Value]) -> Result<Turn> {
+        let (answer, before) = messages.split_last().expect("a turn");
+        let opened = tools::render(template, before, given, true)?;
+        let whole = tools::render(template, messages, given, false)?;
         // A template need not write an answer as it opens one; then the text alone is what is said.
-        let said = whole.strip_prefix(&opened).unwrap_or(&answer.content);
+        let mut said = match whole.strip_prefix(&opened) {
+            Some(said) => said.to_string(),
+            None if answer.get("tool_calls").is_some() && template.knows_tools() => {
+                return Err(Error::invalid(
+                    "messages",
+                    "a template that writes a turn with calls as it opens one",
+                    "another beginning",
+                    "choose another --template",
+                ));
+            }
+            None => tools::spoken(answer),
+        };
         let vocab = self.model.engine().vocab();
-        let mut tokens = self.tokenize(said, false)?;
-        let mut said = said.to_string();
+        let mut tokens = self.tokenize(&said, false)?;
         // What the template writes after the end of the turn is nobody's.
         if let Some(end) = tokens.iter().rposition(|&t| vocab.is_eog(t)) {
             let spelling = vocab.spelling(tokens[end]);
@@ -166,11 +181,11 @@ impl Encoder<'_> {
     }
 
     /// Messages under the encoder's own system message, where it has one.
-    fn with_system(&self, messages: &[Message]) -> Vec<Message> {
+    pub(super) fn under_system(&self, messages: &[Value]) -> Vec<Value> {
         match &self.system {
             Some(system) => {
-                let first = Message { role: "system".into(), content: system.clone() };
-                let others = messages.iter().filter(|m| m.role != "system").cloned();
+                let first = json!({"role": "system", "content": system});
+                let others = messages.iter().filter(|m| m["role"] != "system").cloned();
                 std::iter::once(first).chain(others).collect()
             }
             None => messages.to_vec(),

@@ -6,16 +6,11 @@
 
 use serde_json::{Value, json};
 
-use super::Encoder;
+use super::{Encoder, tools};
 use crate::data::ChatTemplate;
 use crate::data::jsonl::shorten;
 use crate::rollout::Answer;
 use crate::{Error, Result};
-
-/// What stands before the tools where a template has no place for them, and how they are to be called.
-const TOOLS_INTRODUCED: &str = "You may call one or more functions to assist with the user query. Their signatures:\n<tools>\n";
-const TOOLS_EXPLAINED: &str = "\n</tools>\nFor each call return a JSON object within tags:\n<tool_call>\n\
-     {\"name\": <function-name>, \"arguments\": <args-json-object>}\n</tool_call>";
 
 /// A conversation with tools, and the text that its newest segment's tokens stand for.
 #[derive(Debug, Clone)]
@@ -69,17 +64,8 @@ impl Encoder<'_> {
     /// # Errors
     /// A model without chat template, messages that it refuses, a role that it does not write.
     pub fn open(&self, messages: &[Value], tools: &[Value]) -> Result<(Conversation, Vec<i32>)> {
-        let given = match &self.system {
-            Some(system) => {
-                let others = messages.iter().filter(|m| m["role"] != "system").cloned();
-                std::iter::once(json!({"role": "system", "content": system}))
-                    .chain(others)
-                    .collect()
-            }
-            None => messages.to_vec(),
-        };
         let mut conversation = Conversation {
-            entries: given.into_iter().map(Entry::Given).collect(),
+            entries: self.under_system(messages).into_iter().map(Entry::Given).collect(),
             tools: tools.to_vec(),
             text: String::new(),
             roles: vec!["assistant".into()],
@@ -218,10 +204,7 @@ impl Encoder<'_> {
             (Entry::Said { read, .. }, Style::Read) => read.clone(),
         };
         let messages: Vec<Value> = entries.iter().map(message).collect();
-        match c.tools.is_empty() || template.knows_tools() {
-            true => template.render_chat(&messages, &c.tools, prompt),
-            false => template.render_chat(&without_tools(&messages, &c.tools), &[], prompt),
-        }
+        tools::render(template, &messages, &c.tools, prompt)
     }
 
     /// Refuses roles, of entries from `from` on, that the template passes over without a word.
@@ -256,38 +239,4 @@ impl Encoder<'_> {
 /// A turn as it was said.
 fn said(raw: &str) -> Value {
     json!({"role": "assistant", "content": raw})
-}
-
-/// Messages for a template that has no place for tools: they stand in the system message, results in the user's.
-fn without_tools(messages: &[Value], tools: &[Value]) -> Vec<Value> {
-    let list: Vec<String> = tools.iter().map(Value::to_string).collect();
-    let how = format!("{TOOLS_INTRODUCED}{}{TOOLS_EXPLAINED}", list.join("\n"));
-    let content = |message: &Value| message["content"].as_str().unwrap_or_default().to_string();
-    let mut all = Vec::with_capacity(messages.len() + 1);
-    let mut rest = messages;
-    let system = match messages.first().filter(|first| first["role"] == "system") {
-        Some(first) => {
-            rest = &messages[1..];
-            format!("{}\n\n{how}", content(first))
-        }
-        None => how,
-    };
-    all.push(json!({"role": "system", "content": system}));
-    let mut results: Vec<String> = Vec::new();
-    let flush = |results: &mut Vec<String>, all: &mut Vec<Value>| {
-        if !results.is_empty() {
-            all.push(json!({"role": "user", "content": results.join("\n")}));
-            results.clear();
-        }
-    };
-    for message in rest {
-        if message["role"] == "tool" {
-            results.push(format!("<tool_response>\n{}\n</tool_response>", content(message)));
-            continue;
-        }
-        flush(&mut results, &mut all);
-        all.push(message.clone());
-    }
-    flush(&mut results, &mut all);
-    all
 }
