@@ -111,7 +111,8 @@ pub struct TrainConfig {
     /// How the internal layer was chosen where it was left to the program.
     #[arg(skip)]
     pub internal_layer_why: Option<String>,
-    /// Steps of the internal phase, of bupo and of what learns from rows or a teacher [default: bupo: 10, else 0]
+    /// Steps of the internal phase, of bupo and of what learns from rows or a teacher [default: bupo: a tenth of
+    /// --steps, else 0]
     #[arg(long, value_name = "N", help_heading = "Algorithm")]
     pub internal_steps: Option<u64>,
     /// Apply the final norm before the unembedding in the internal phase (the paper's ablation)
@@ -359,7 +360,8 @@ impl TrainConfig {
     /// Steps of the internal phase; 0 where the algorithm has none.
     pub(super) fn given_internal_steps(&self) -> u64 {
         match self.algo {
-            Algorithm::Bupo => self.internal_steps.unwrap_or(10),
+            // More costs accuracy at the end (docs/EXPERIMENTS.md); the paper's runs have a tenth, too.
+            Algorithm::Bupo => self.internal_steps.unwrap_or((self.steps / 10).max(1)),
             algo if algo.has_internal_phase() => self.internal_steps.unwrap_or(0),
             _ => 0,
         }
