@@ -144,8 +144,8 @@ def turns(*messages):
         own += [role == "assistant" and head <= i < len(tokens) - 1 for i in range(len(tokens))]
     return ids, own
 
-def guessing(rng, wild=0.5, most=8):
-    """A game against a number: half of the guesses are anywhere, half between what is known."""
+def guessing(rng, wild, most=8):
+    """A game against a number: a share of the guesses is anywhere, the others between what is known."""
     number = rng.choice([n for n in range(100) if not held_out(0, n)])
     messages, low, high = [("user", "Guess my number, 0 to 99. I say higher or lower.")], 0, 99
     for _ in range(most):
@@ -157,8 +157,8 @@ def guessing(rng, wild=0.5, most=8):
         low, high = (max(low, guess + 1), high) if guess < number else (low, min(high, guess - 1))
     return turns(*messages)
 
-def computing(rng, tool=0.2):
-    """A product, with the tool or by heart."""
+def computing(rng, tool):
+    """A product, a share of them with the tool, the others by heart."""
     x, y = rng.choice(TRAIN)
     messages = [("system", "Tools: calculator"), ("user", f"{x}*{y}=")]
     if rng.random() < tool:
@@ -189,7 +189,9 @@ def train_dialogues(a):
         for group in optimizer.param_groups:
             group["lr"] = rate
         kind = step % 2
-        examples = [guessing(rng) for _ in range(a.batch // 4)] if kind else [computing(rng) for _ in range(a.batch // 2)]
+        # To copy and to compare is learnt from good dialogues; the last third teaches to do without.
+        wild, tool = (0.2, 0.9) if step < a.steps * 2 // 3 else (0.5, 0.2)
+        examples = [guessing(rng, wild) for _ in range(a.batch // 4)] if kind else [computing(rng, tool) for _ in range(a.batch // 2)]
         ids, target = dialogue_batch(examples)
         loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
         optimizer.zero_grad(); loss.backward()
