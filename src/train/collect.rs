@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::Observer;
 use super::advantage::returns;
 use super::dialogues::{Dialogues, TalkRecord, Talked};
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use super::source::{Batch, With};
 use crate::Result;
 use crate::data::{Problem, ProblemSource};

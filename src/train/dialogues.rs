@@ -7,7 +7,7 @@ use super::Observer;
 use super::advantage::Baseline;
 use super::collect::{Groups, Sample};
 use super::config::TurnCredit;
-use super::learner::{Response, ResponseGroup, TurnReturn};
+use super::response::{Response, ResponseGroup, TurnReturn};
 use super::source::With;
 use crate::Result;
 use crate::data::Problem;

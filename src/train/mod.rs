@@ -47,6 +47,7 @@ mod preset;
 mod probe;
 mod record;
 mod replay;
+mod response;
 mod resume;
 mod row_options;
 mod rows;
@@ -77,7 +78,6 @@ pub use dialogues::{TalkRecord, Talked};
 pub use evaluate::HeldOut;
 pub use facts::{Facts, Lengths};
 pub use layers::LayerChoice;
-pub use learner::{Response, ResponseGroup, TurnReturn};
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };
@@ -88,6 +88,7 @@ pub use preference::{KtoConfig, Likelihood, PairConfig, PairLoss, PairOutcome};
 pub use preset::{Applied, Preset};
 pub use record::{Communication, Phase, RolloutRecord, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
+pub use response::{Response, ResponseGroup, TurnReturn};
 pub use resume::{Change, Effect, Resume};
 pub use row_options::{DpoLoss, Reference, RowOptions};
 pub use run_dir::{RunConfig, RunDir};

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::critic::explained_variance;
 use super::dialogues::TalkRecord;
 use super::evaluate::HeldOut;
-use super::learner::Response;
+use super::response::Response;
 use super::source::{Batch, Source};
 use super::tally::Tally;
 use super::{Sample, Trainer};

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::TrainConfig;
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use crate::data::{
     CompletionContent, Example, ExampleKind, ExampleRow, Prompt, Task, examples, source,
     tasks::is_task,

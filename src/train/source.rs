@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::collect::{By, Judged, Sample};
 use super::dialogues::TalkRecord;
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use super::rows::Rows;
 use super::{Observer, Settings};
 use crate::Result;
