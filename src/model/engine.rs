@@ -8,7 +8,8 @@
 use std::sync::Arc;
 
 use super::lora::Adapter;
-use super::memo::{Activations, Memo, kept_floats};
+use super::measure::kept_of_layer;
+use super::memo::{Activations, Memo};
 use super::shared::Shared;
 use super::tape::{LAYER_NODES, Parts, Tape};
 use super::{Batch, Config, Lora, Model, Policy};
@@ -200,7 +201,7 @@ impl Engine {
         let adapter = Some(Adapter { lora, gradients: None });
         let mut floats = Vec::new();
         if self.activations.is_on() {
-            floats = kept_by_layer(model, adapter, batch, depth);
+            floats = (1..=depth).map(|layer| kept_of_layer(model, adapter, batch, layer)).collect();
             self.activations.reserve(self.executor.device(), &floats)?;
         }
         self.layers(model, adapter, batch, depth, &floats)
@@ -399,21 +400,4 @@ fn compare_experts(said: &[f32], chosen: &[f32], used: usize) -> [usize; 2] {
     let pairs = said.chunks_exact(used).zip(chosen.chunks_exact(used));
     let known = pairs.filter(|(said, _)| said[0] >= 0.0);
     known.fold([0, 0], |[n, others], (said, own)| [n + 1, others + (said != own) as usize])
-}
-
-/// Floats that the kept activations of each layer take for this batch.
-fn kept_by_layer(
-    model: &Model,
-    adapter: Option<Adapter<'_>>,
-    batch: &Batch,
-    depth: usize,
-) -> Vec<usize> {
-    let of_layer = |layer| {
-        let arena = Arena::new(LAYER_NODES);
-        let mut tape = Tape::new(&arena, model.parts(adapter, batch), layer, Memo::record());
-        let x = tape.leaf(arena.tensor(Type::F32, &[model.config().n_embd, batch.len()]));
-        model.layer(&mut tape, x);
-        kept_floats(tape.take_memo().into_noted().iter().map(Tensor::shape))
-    };
-    (1..=depth).map(of_layer).collect()
 }

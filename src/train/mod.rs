@@ -61,7 +61,6 @@ mod state;
 mod tally;
 mod teacher;
 mod together;
-mod vram;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -83,7 +82,7 @@ pub use loss::{
 };
 pub use objective::{Objective, PolicyGradient};
 pub use optimizer::{AdamW, AdamWConfig};
-pub use plan::{Part, Plan};
+pub use plan::{GpuPlan, Part, Plan};
 pub use preference::{KtoConfig, Likelihood, PairConfig, PairLoss, PairOutcome};
 pub use preset::{Applied, Preset};
 pub use record::{Communication, Phase, RolloutRecord, SampledRecord, StepRecord, Summary};
@@ -95,7 +94,6 @@ pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
 pub use settings::Settings;
 pub use state::State;
-pub use vram::GpuPlan;
 
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, Progress};
@@ -133,10 +131,8 @@ pub struct Trainer<'m> {
     encoder: Encoder<'m>,
     /// Held-out rows; of sampled completions the source has its problems.
     held_out: Vec<ResponseGroup>,
-    /// On a GPU.
-    gpu: Option<GpuPlan>,
-    /// What was planned of memory, in one line.
-    memory: String,
+    /// What it may take of memory.
+    plan: Plan,
     /// What is worth saying when a run begins.
     notes: Vec<String>,
     /// What was said on its way.
@@ -205,8 +201,7 @@ impl<'m> Trainer<'m> {
             settings: _,
             encoder: _,
             held_out: _,
-            gpu: _,
-            memory: _,
+            plan: _,
             notes: _,
             // Words alone.
             advice: _,
@@ -248,9 +243,9 @@ impl<'m> Trainer<'m> {
         &mut self.learner.engine
     }
 
-    /// What was planned of memory, in one line.
-    pub fn memory(&self) -> &str {
-        &self.memory
+    /// What was planned of memory.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// What is worth saying before it begins: what was settled and why, what is odd about the data.
@@ -312,7 +307,7 @@ impl<'m> Trainer<'m> {
 
     /// On a GPU rollouts and updates have its memory in turn: theirs goes to updates.
     fn end_rollouts(&mut self) -> Result<()> {
-        if self.gpu.is_some() {
+        if self.plan.gpu.is_some() {
             self.model.engine().look_at_memory()?;
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.release();
@@ -323,7 +318,7 @@ impl<'m> Trainer<'m> {
 
     /// The same the other way round.
     fn end_updates(&mut self) -> Result<()> {
-        if self.gpu.is_some() {
+        if self.plan.gpu.is_some() {
             self.model.engine().look_at_memory()?;
             self.learner.release();
         }
