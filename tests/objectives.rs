@@ -172,6 +172,7 @@ fn options(name: &str) -> Vec<&str> {
         "distill" => "--algo distill --teacher demo --divergence jsd",
         "forward" => "--algo distill --teacher demo --divergence forward",
         "sft" => "--algo sft",
+        "neftune" => "--algo sft --neftune 5",
         "dpo" => "--algo dpo --dpo-loss robust --label-smoothing 0.1",
         "kto" => "--algo kto --undesirable-weight 0.7",
         "orpo" => "--algo orpo",
@@ -196,7 +197,7 @@ fn left(out: &Path, step: u64) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
 
 #[test]
 fn every_objective_goes_on_to_the_same_bytes_after_a_kill() {
-    for name in ["sft", "dpo", "kto", "orpo", "simpo", "distill", "on-policy"] {
+    for name in ["sft", "neftune", "dpo", "kto", "orpo", "simpo", "distill", "on-policy"] {
         let dir = tempfile::tempdir().unwrap();
         let data = write(&dir.path().join("rows.jsonl"), &sums(name, 10, 0));
         let held_out = match name {

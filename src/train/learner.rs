@@ -3,6 +3,7 @@
 use super::advantage::assign;
 use super::critic::Critic;
 use super::micro_batch::{Group, MicroBatch, Mixture, pack};
+use super::noise::Noise;
 use super::objective::{Objective, Scored, Totals};
 use super::optimizer::AdamW;
 use super::response::{Response, ResponseGroup};
@@ -31,6 +32,8 @@ pub struct UpdateConfig {
     pub replay_routes: bool,
     /// Log-probs that sampling gave stand for those before the update, where they are close to them.
     pub old_from_rollout: bool,
+    /// What is added to the embeddings of what is learnt.
+    pub noise: Option<Noise>,
 }
 
 /// Whose log-probs are measured.
@@ -349,6 +352,9 @@ impl Learner<'_> {
         let (policy, depth) = (config.policy, config.policy.depth());
         let (model, batch) = (self.model, &micro.batch);
         let mut share = Share::default();
+        if let (Pass::Train, Some(noise)) = (pass, config.noise) {
+            self.engine.disturb(noise.of(micro, model.config().n_embd));
+        }
         match pass {
             Pass::Train => self.engine.forward_to_train(model, &self.lora, batch, depth)?,
             Pass::Score => self.engine.forward(model, Some(&self.lora), batch, depth)?,

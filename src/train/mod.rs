@@ -39,6 +39,7 @@ mod loss;
 pub mod memory;
 mod metadata;
 mod micro_batch;
+mod noise;
 mod objective;
 mod optimizer;
 mod plan;
@@ -80,6 +81,7 @@ pub use layers::LayerChoice;
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };
+pub use noise::Noise;
 pub use objective::{Objective, PolicyGradient};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use plan::{GpuPlan, Part, Plan};
@@ -348,6 +350,11 @@ impl<'m> Trainer<'m> {
             micro_batch_tokens: c.micro_batch_tokens,
             replay_routes: c.replay_routes,
             old_from_rollout: c.old_from_rollout && phase == Phase::Final,
+            noise: (c.rows.neftune > 0.0).then_some(Noise {
+                alpha: c.rows.neftune,
+                seed: c.seed,
+                update: self.counters.updates + self.counters.skipped,
+            }),
         }
     }
 
@@ -360,7 +367,7 @@ impl<'m> Trainer<'m> {
         learning_rate: f32,
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
-        let config = self.update_config(phase, policy);
+        let mut config = self.update_config(phase, policy);
         let mut tally = Tally::default();
         if let Some(nats) = self.learner.prepare(groups, &config)? {
             tally.note("old_from_rollout_nats", nats);
@@ -382,6 +389,7 @@ impl<'m> Trainer<'m> {
             counters.updates += applied as u64;
             counters.skipped += !applied as u64;
             counters.skipped_in_row = if applied { 0 } else { counters.skipped_in_row + 1 };
+            config.noise.iter_mut().for_each(|noise| noise.update += 1);
         }
         if let Some(path) = self.dump.as_ref().filter(|_| self.team.is_first()) {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;

@@ -311,6 +311,10 @@ fn in_either_case(sizes: &Sizes<'_>) -> Result<Vec<Part>> {
         let what = "value heads, a residual as they read it".into();
         parts.push(part("critic", bytes as u64, what, "lower --micro-batch-tokens"));
     }
+    if sizes.noise() > 0 {
+        let what = "what is added to embeddings (--neftune)".into();
+        parts.push(part("noise", sizes.noise() as u64, what, "lower --micro-batch-tokens"));
+    }
     for judge in &work.judges {
         parts.push(part(
             "judge",

@@ -163,6 +163,17 @@ impl<'s> Sizes<'s> {
         Ok(critic.map(|critic| critic.n_bytes() + 4 * self.model.config().n_embd * tokens))
     }
 
+    /// What is added to the embeddings of a micro batch.
+    pub fn noise(&self) -> usize {
+        match self.settings.rows.neftune > 0.0 {
+            true => {
+                4 * self.model.config().n_embd
+                    * self.largest(self.settings.micro_batch_tokens).trained
+            }
+            false => 0,
+        }
+    }
+
     /// Weights of a model that lie in host memory, and on a card with so many of its layers.
     pub fn weights(&self, model: &Model) -> [usize; 2] {
         let first = model.config().n_layer - self.layers_on_card(model);
