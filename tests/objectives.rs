@@ -670,3 +670,31 @@ fn what_a_teacher_looked_at_is_kept_and_reported() {
         assert!(html.contains("Response length"), "a chart of what was sampled");
     }
 }
+
+#[test]
+fn noise_on_embeddings_is_of_training_alone_and_goes_by_the_seed() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = write(&dir.path().join("rows.jsonl"), &sums("sft", 8, 0));
+    let held_out = write(&dir.path().join("held-out.jsonl"), &sums("sft", 4, 100));
+    let mut n = 0;
+    let mut train = |more: &str| {
+        n += 1;
+        let out = dir.path().join(n.to_string());
+        let fixed = "--algo sft --steps 1 --prompts-per-step 8 --rank 2 --threads 1 --json";
+        let mut args = vec!["train", "demo", "--data", &data, "--eval-data", &held_out];
+        args.extend(fixed.split(' ').chain(more.split_whitespace()));
+        args.extend(["--out", out.to_str().unwrap()]);
+        let output = run(&args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number = |v: &Value| v.as_f64().unwrap();
+        (number(&records(&out)[0]["loss"]), number(&summary["eval_loss_before"]))
+    };
+    let without = train("");
+    let with = train("--neftune 20");
+    let recomputed = train("--neftune 20 --recompute");
+    assert_eq!(with.1, without.1, "what is scored has none");
+    let moved = (with.0 - without.0).abs() / without.0;
+    assert!(moved > 1e-3 && moved < 1.0, "{with:?}, without {without:?}");
+    assert_eq!(with, recomputed, "the backward has the forward's noise");
+}
