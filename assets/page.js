@@ -98,6 +98,8 @@ function steps() {
   select.replaceChildren(new Option('all', ''));
   [...new Set(rows().map(row => row.step))].sort((a, b) => b - a).forEach(step => select.add(new Option(step, step)));
   select.value = chosen;
+  // Nobody rewarded what a teacher alone looked at.
+  table.classList.toggle('unrewarded', rows().every(row => row.reward === null));
 }
 if (table) {
   steps();

@@ -19,8 +19,8 @@ fn main() -> Result<()> {
         let (record, samples) = trainer.step(step, &mut Silent)?;
         let (shown, rollout) = (&samples[0], record.rollout.expect("GRPO samples"));
         println!(
-            "step {step}: reward {:.3}, e.g. {:?} for {}",
-            rollout.reward, shown.completion, shown.answer
+            "step {step}: reward {:.3}, e.g. {:?} to {:?}",
+            rollout.reward, shown.completion, shown.prompt
         );
     }
     println!("accuracy after: {:?}", trainer.evaluate("after", &mut Silent)?);

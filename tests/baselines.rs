@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bupo_gguf::eval::metrics::pass_at_k;
 use bupo_gguf::train::{
-    Aggregation, Algorithm, Gae, LayerChoice, LossConfig, Response, ResponseGroup, Silent,
+    Aggregation, Algorithm, Gae, LayerChoice, LossConfig, Response, ResponseGroup, Sample, Silent,
     TokenContext, assign, response_loss,
 };
 use bupo_gguf::{Model, TrainConfig, Trainer};
@@ -206,12 +206,13 @@ fn groups_without_signal_are_replaced() {
         trainer.step(3, &mut Silent).unwrap()
     };
     let (record, samples) = run();
-    let kept = samples.iter().filter(|s| !s.dropped).count();
+    let verdict = |s: &Sample| s.verdict.clone().expect("judged");
+    let kept = samples.iter().filter(|s| !verdict(s).dropped).count();
     assert_eq!(kept, 6 * 2);
     assert!(samples.len() > kept, "pairs of samples are often equal: {record:?}");
     assert_eq!(record.rollout.as_ref().unwrap().groups_dropped, (samples.len() - kept) / 2);
-    for pair in samples.chunks(2).filter(|pair| pair[0].dropped) {
-        assert_eq!(pair[0].reward, pair[1].reward);
+    for pair in samples.chunks(2).filter(|pair| verdict(&pair[0]).dropped) {
+        assert_eq!(verdict(&pair[0]).reward, verdict(&pair[1]).reward);
     }
     // Nothing but seed and step decides: a resumed run replaces the same groups.
     let again = run().1;

@@ -7,7 +7,7 @@ use clap::Args;
 use super::{print_json, print_line};
 use crate::Result;
 use crate::model::{Description, Model};
-use crate::train::{GpuPlan, Plan, TrainConfig, memory};
+use crate::train::{Plan, TrainConfig, memory};
 
 /// Show what a model file holds, and what memory a training run on it would take.
 ///
@@ -36,15 +36,15 @@ pub struct InspectArgs {
 
 pub fn run(args: InspectArgs) -> Result<()> {
     let description = Description::read(&args.model)?;
-    let (plan, gpu) = match &args.plan {
+    let plan = match &args.plan {
         Some(words) => {
             let config = TrainConfig::from_words(words)?;
             config.check()?;
-            let model = Model::open(&args.model)?;
-            (Some(Plan::new(&model, &config)?), GpuPlan::new(&model, &config)?)
+            Some(Plan::new(&Model::open(&args.model)?, &config)?)
         }
-        None => (None, None),
+        None => None,
     };
+    let gpu = plan.as_ref().and_then(|plan| plan.gpu.as_ref());
     if args.json {
         print_json(&serde_json::json!({
             "model": description, "plan": plan, "gpu_plan": gpu, "available_bytes": memory::available_bytes()}))?;
@@ -52,9 +52,6 @@ pub fn run(args: InspectArgs) -> Result<()> {
         print_line(&description.to_string())?;
         if let Some(plan) = plan {
             print_line(&plan.table())?;
-        }
-        if let Some(gpu) = gpu {
-            print_line(&gpu.line())?;
         }
     }
     match description.refused {

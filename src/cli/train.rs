@@ -140,7 +140,7 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches, team: &Team) -> Result<()> {
         let mut trainer = resume.trainer_in(&model, team)?;
         let show = args.show();
         if !show.quiet {
-            eprintln!("{}", trainer.memory());
+            eprintln!("{}", trainer.plan().lines());
         }
         if args.allow_mixed {
             trainer.allow_mixed();
@@ -174,7 +174,7 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches, team: &Team) -> Result<()> {
         if !team.is_first() {
             return Ok(());
         }
-        eprintln!("{}", trainer.memory());
+        eprintln!("{}", trainer.plan().lines());
         trainer.notes().iter().for_each(|note| eprintln!("{note}"));
         let settings = RunConfig { model: path.into(), train: trainer.settings().written() };
         return match args.json {
@@ -200,7 +200,7 @@ pub fn run(mut args: TrainArgs, given: &ArgMatches, team: &Team) -> Result<()> {
     let show = args.show();
     let mut trainer = Trainer::in_team(&model, args.config, team)?;
     if !show.quiet {
-        eprintln!("{}", trainer.memory());
+        eprintln!("{}", trainer.plan().lines());
     }
     if let Some(path) = &args.dump_gradients {
         trainer.dump_gradients_to(path)?;

@@ -97,26 +97,28 @@ impl Watch {
     /// The completion that teaches most at a glance: the first right one and the first wrong one would do; one is
     /// shown, right and wrong in turn where the step has both.
     fn show_sample(&self) {
-        let right = self.samples.iter().find(|s| s.reward > 0.0);
-        let wrong = self.samples.iter().find(|s| s.reward <= 0.0);
+        let is_right = |s: &&Sample| s.verdict.as_ref().is_some_and(|v| v.reward > 0.0);
+        let right = self.samples.iter().find(is_right);
+        let wrong = self.samples.iter().find(|s| !is_right(s));
         let (first, second) =
             if self.done.is_multiple_of(2) { (right, wrong) } else { (wrong, right) };
         let Some(sample) = first.or(second) else { return };
         let faint = dim();
         let end = if sample.truncated { ", cut off" } else { "" };
-        self.say(&format!(
-            "{}",
-            faint.apply_to(format!(
-                "--- step {}, {}: reward {:.3} ({}), {} tokens{end}",
-                sample.step, sample.problem, sample.reward, sample.reason, sample.tokens
-            ))
-        ));
+        let said = sample.verdict.as_ref();
+        let reward = said.map(|v| format!("reward {:.3} ({}), ", v.reward, v.reason));
+        let (step, problem, tokens) = (sample.step, &sample.problem, sample.tokens);
+        let reward = reward.unwrap_or_default();
+        let heading = format!("--- step {step}, {problem}: {reward}{tokens} tokens{end}");
+        self.say(&faint.apply_to(heading).to_string());
         let line = |name: &str, text: &str, most: usize| {
             self.say(&format!("{} {}", faint.apply_to(name), indented(&clipped(text, most))));
         };
         line("prompt:", &sample.prompt, SHOWN.0);
         line("answer:", &sample.completion, SHOWN.1);
-        line("right: ", &sample.answer, SHOWN.0);
+        if let Some(verdict) = said {
+            line("right: ", &verdict.answer, SHOWN.0);
+        }
     }
 }
 
@@ -194,16 +196,17 @@ impl Watch {
             " step  phase     reward   trend  signal  length  entropy   clip    grad    drift  roll t/s  upd t/s     s",
         );
         let trend = self.trend(rollout.reward);
+        let sampled = r.sampled.as_ref();
         format!(
             "{begin}  {:>6.3}  {trend}  {:>6.2}  {:>6.1}  {:>7}  {:>5}  {:>6}  {:>7}  {:>8.0}  {:>7.0}  {:>4.1}",
             rollout.reward,
             rollout.groups_with_signal,
-            rollout.response_tokens,
+            sampled.map_or(f32::NAN, |s| s.response_tokens),
             number(r.entropy_nats, 3),
             number(rollout.clip_fraction, 3),
             number(r.gradient_norm, 3),
             number(rollout.drift_nats, 4),
-            rollout.rollout_tokens_per_s,
+            sampled.map_or(f32::NAN, |s| s.rollout_tokens_per_s),
             r.update_tokens_per_s,
             r.seconds,
         )
@@ -291,11 +294,11 @@ impl Observer for Watch {
         if self.seconds.len() > RECENT {
             self.seconds.pop_front();
         }
+        if let Some(sampled) = &r.sampled {
+            self.response_tokens = sampled.response_tokens;
+        }
         let mut line = match &r.rollout {
-            Some(rollout) => {
-                self.response_tokens = rollout.response_tokens;
-                self.sampled(r, rollout)
-            }
+            Some(rollout) => self.sampled(r, rollout),
             None => self.given(r),
         };
         if let Some(accuracy) = r.accuracy {

@@ -8,7 +8,8 @@
 use std::sync::Arc;
 
 use super::lora::Adapter;
-use super::memo::{Activations, Memo, kept_floats};
+use super::measure::kept_of_layer;
+use super::memo::{Activations, Memo};
 use super::shared::Shared;
 use super::tape::{LAYER_NODES, Parts, Tape};
 use super::{Batch, Config, Lora, Model, Policy};
@@ -49,9 +50,20 @@ pub struct Engine {
     pub(super) executor: Executor,
     pub(super) kept: Option<Kept>,
     activations: Activations,
+    // To be added to the embeddings of the next forward that trains: [D, T], or empty.
+    noise: Vec<f32>,
     work: Work,
     // Choices of the last forward's layers that were said beforehand, and how many of these were others.
     rerouted: [usize; 2],
+}
+
+/// What a forward that a backward follows does beside.
+#[derive(Default)]
+struct Training {
+    /// Floats that the kept activations of each layer take, from the first; of none, nothing is kept.
+    floats: Vec<usize>,
+    /// Added to the embeddings: `[D, T]`, or empty.
+    noise: Vec<f32>,
 }
 
 /// Activations that outlive a graph.
@@ -124,6 +136,7 @@ impl Engine {
             executor: Executor::new(device, pool)?,
             kept: None,
             activations: Activations::default(),
+            noise: Vec::new(),
             work: Work::default(),
             rerouted: [0; 2],
         })
@@ -133,6 +146,11 @@ impl Engine {
     /// again otherwise; 0 at first. Results are the same bits with any budget.
     pub fn keep_up_to(&mut self, bytes: usize) {
         self.activations.set_budget(bytes);
+    }
+
+    /// Adds this to the embeddings, `[D, T]`, in the next [`Engine::forward_to_train`] alone.
+    pub fn disturb(&mut self, noise: Vec<f32>) {
+        self.noise = noise;
     }
 
     /// What has been computed since the last call.
@@ -184,7 +202,7 @@ impl Engine {
     ) -> Result<()> {
         self.activations.forget();
         let adapter = lora.map(|lora| Adapter { lora, gradients: None });
-        self.layers(model, adapter, batch, depth, &[])
+        self.layers(model, adapter, batch, depth, Training::default())
     }
 
     /// [`Engine::forward`] that also keeps activations for [`Engine::backward`], within the budget. Until
@@ -200,10 +218,11 @@ impl Engine {
         let adapter = Some(Adapter { lora, gradients: None });
         let mut floats = Vec::new();
         if self.activations.is_on() {
-            floats = kept_by_layer(model, adapter, batch, depth);
+            floats = (1..=depth).map(|layer| kept_of_layer(model, adapter, batch, layer)).collect();
             self.activations.reserve(self.executor.device(), &floats)?;
         }
-        self.layers(model, adapter, batch, depth, &floats)
+        let noise = std::mem::take(&mut self.noise);
+        self.layers(model, adapter, batch, depth, Training { floats, noise })
     }
 
     /// The forward, keeping activations of as many of the layers that take `floats` as there is room for.
@@ -213,7 +232,7 @@ impl Engine {
         adapter: Option<Adapter<'_>>,
         batch: &Batch,
         depth: usize,
-        floats: &[usize],
+        training: Training,
     ) -> Result<()> {
         let n = batch.len();
         self.rerouted = [0; 2];
@@ -223,8 +242,16 @@ impl Engine {
         let arena = Arena::new(8);
         let mut graph = Graph::new(&arena);
         let ids = arena.input("tokens", Type::I32, &[n]);
-        graph.store(model.embed(&arena, ids), kept.residual(&arena, 0, n));
-        self.executor.run(&graph, &[(ids, Input::I32(&batch.tokens))])?;
+        let mut inputs = vec![(ids, Input::I32(&batch.tokens))];
+        let mut x = model.embed(&arena, ids); // [D, T]
+        let Training { floats, noise } = training;
+        if !noise.is_empty() {
+            let added = arena.input("noise", Type::F32, &[model.config().n_embd, n]);
+            inputs.push((added, Input::F32(&noise)));
+            x = arena.add(x, added);
+        }
+        graph.store(x, kept.residual(&arena, 0, n));
+        self.executor.run(&graph, &inputs)?;
 
         for layer in 1..=depth {
             let arena = Arena::new(LAYER_NODES);
@@ -399,21 +426,4 @@ fn compare_experts(said: &[f32], chosen: &[f32], used: usize) -> [usize; 2] {
     let pairs = said.chunks_exact(used).zip(chosen.chunks_exact(used));
     let known = pairs.filter(|(said, _)| said[0] >= 0.0);
     known.fold([0, 0], |[n, others], (said, own)| [n + 1, others + (said != own) as usize])
-}
-
-/// Floats that the kept activations of each layer take for this batch.
-fn kept_by_layer(
-    model: &Model,
-    adapter: Option<Adapter<'_>>,
-    batch: &Batch,
-    depth: usize,
-) -> Vec<usize> {
-    let of_layer = |layer| {
-        let arena = Arena::new(LAYER_NODES);
-        let mut tape = Tape::new(&arena, model.parts(adapter, batch), layer, Memo::record());
-        let x = tape.leaf(arena.tensor(Type::F32, &[model.config().n_embd, batch.len()]));
-        model.layer(&mut tape, x);
-        kept_floats(tape.take_memo().into_noted().iter().map(Tensor::shape))
-    };
-    (1..=depth).map(of_layer).collect()
 }

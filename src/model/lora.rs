@@ -152,6 +152,14 @@ impl Targets {
     }
 }
 
+impl Targets {
+    /// Those that any of these maps has.
+    fn that_adapt(maps: &[Map]) -> Targets {
+        let used = |word| maps.iter().any(|map| map.target == Some(word));
+        Targets(Some(words().into_iter().filter(|word| used(word)).collect()))
+    }
+}
+
 impl FromStr for Targets {
     type Err = Error;
 
@@ -233,6 +241,48 @@ impl Lora {
     }
 }
 
+/// What is known of an adapter before there is memory for it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterShape {
+    /// Rank r.
+    pub rank: usize,
+    /// Alpha, where a file says so.
+    pub alpha: Option<f32>,
+    /// What any layer adapts.
+    pub targets: Targets,
+    /// Values of all pairs.
+    pub n_params: usize,
+}
+
+impl AdapterShape {
+    /// Of an adapter to be made.
+    ///
+    /// # Errors
+    /// See [`Targets::of`].
+    pub fn new(model: &Model, targets: &Targets, rank: usize) -> Result<AdapterShape> {
+        let n_params = n_params(&slots(model, targets)?, rank);
+        Ok(AdapterShape { rank, alpha: None, targets: targets.clone(), n_params })
+    }
+
+    /// Of an adapter's file.
+    ///
+    /// # Errors
+    /// Those of [`Lora::load`].
+    pub fn read(model: &Model, path: &Path) -> Result<AdapterShape> {
+        let file = AdapterFile::read(path)?;
+        let alpha = Some(file.alpha);
+        let found = matched(model, file, &path.display().to_string())?;
+        let rank = found.first().map_or(0, |(_, pair)| pair.rank);
+        let maps: Vec<Map> = found.into_iter().map(|(map, _)| map).collect();
+        let (targets, n_params) = (Targets::that_adapt(&maps), n_params(&maps, rank));
+        Ok(AdapterShape { rank, alpha, targets, n_params })
+    }
+}
+
+fn n_params(maps: &[Map], rank: usize) -> usize {
+    maps.iter().map(|map| rank * (map.n_in + map.n_out) * map.n_expert).sum()
+}
+
 /// An adapter with F32 masters.
 pub struct Lora {
     // Dropped before the tensors it borrows.
@@ -279,14 +329,6 @@ impl Lora {
         Ok(lora)
     }
 
-    /// Values that an adapter of this rank has.
-    ///
-    /// # Errors
-    /// See [`Targets::of`].
-    pub fn count_params(model: &Model, targets: &Targets, rank: usize) -> Result<usize> {
-        Ok(slots(model, targets)?.iter().map(|s| rank * (s.n_in + s.n_out) * s.n_expert).sum())
-    }
-
     /// The pairs of one layer alone, zero: what a graph of that layer looks at.
     pub(super) fn of_layer(
         model: &Model,
@@ -313,43 +355,11 @@ impl Lora {
     /// # Errors
     /// [`Error::Invalid`] when a tensor does not fit this model.
     pub fn from_file(model: &Model, file: AdapterFile, place: &str) -> Result<Lora> {
-        let file = file.with_equal_ranks();
-        let arch = model.config().family.name;
-        if file.arch != arch {
-            let advice = "use the model that the adapter was trained on";
-            return Err(Error::invalid(place, format!("an adapter for {arch}"), file.arch, advice));
-        }
-        let mut found: Vec<(Map, AdapterPair)> = Vec::new();
-        for pair in file.pairs {
-            let place = format!("{place}: {}", pair.weight);
-            let Some(slot) = model.maps().iter().find(|map| map.weight() == pair.weight) else {
-                if pair.weight == "output.weight" {
-                    let expected = format!("an unembedding of its own in {}", model.name());
-                    let got = "one that is tied to the token embedding";
-                    let advice =
-                        "an adapter of lm_head would change both: train it without lm_head";
-                    return Err(Error::invalid(place, expected, got, advice));
-                }
-                let expected = "a linear weight of this model";
-                let advice = "use the model that the adapter was trained on";
-                return Err(Error::invalid(place, expected, "an unknown tensor", advice));
-            };
-            let of = |n_in: usize, n_out: usize, n_expert: usize| match n_expert {
-                1 => format!("{n_in} inputs and {n_out} outputs"),
-                n => format!("{n_in} inputs and {n_out} outputs of {n} experts"),
-            };
-            let expected = of(slot.n_in, slot.n_out, slot.n_expert);
-            let got = of(pair.n_in, pair.n_out, pair.n_expert);
-            if expected != got {
-                let advice = "use the model that the adapter was trained on";
-                return Err(Error::invalid(place, expected, got, advice));
-            }
-            found.push((slot.clone(), pair));
-        }
-        found.sort_by_key(|(slot, _)| slot.place());
+        let alpha = file.alpha;
+        let found = matched(model, file, place)?;
         let rank = found.first().map_or(0, |(_, pair)| pair.rank);
         let slots = found.iter().map(|(slot, _)| slot.clone()).collect();
-        let mut lora = Lora::zeros(model.device(), slots, rank, file.alpha)?;
+        let mut lora = Lora::zeros(model.device(), slots, rank, alpha)?;
         for (i, (_, pair)) in found.iter().enumerate() {
             lora.tensors.values_mut(2 * i).copy_from_slice(&pair.a);
             lora.tensors.values_mut(2 * i + 1).copy_from_slice(&pair.b);
@@ -423,8 +433,7 @@ impl Lora {
 
     /// The targets that any layer adapts.
     pub fn targets(&self) -> Targets {
-        let used = |word| self.slots.iter().any(|s| s.target == Some(word));
-        Targets(Some(words().into_iter().filter(|word| used(word)).collect()))
+        Targets::that_adapt(&self.slots)
     }
 
     /// The adapted weights, by layer and in the order of a layer.
@@ -468,6 +477,47 @@ impl Lora {
     pub fn n_params(&self) -> usize {
         (0..self.tensors.len()).map(|i| self.tensors.get(i).len()).sum()
     }
+}
+
+/// The pairs of a file with the maps that they adapt, in the order of a model's layers, all of one rank.
+///
+/// # Errors
+/// [`Error::Invalid`] when one does not fit this model.
+fn matched(model: &Model, file: AdapterFile, place: &str) -> Result<Vec<(Map, AdapterPair)>> {
+    let file = file.with_equal_ranks();
+    let arch = model.config().family.name;
+    if file.arch != arch {
+        let advice = "use the model that the adapter was trained on";
+        return Err(Error::invalid(place, format!("an adapter for {arch}"), file.arch, advice));
+    }
+    let mut found: Vec<(Map, AdapterPair)> = Vec::new();
+    for pair in file.pairs {
+        let place = format!("{place}: {}", pair.weight);
+        let Some(slot) = model.maps().iter().find(|map| map.weight() == pair.weight) else {
+            if pair.weight == "output.weight" {
+                let expected = format!("an unembedding of its own in {}", model.name());
+                let got = "one that is tied to the token embedding";
+                let advice = "an adapter of lm_head would change both: train it without lm_head";
+                return Err(Error::invalid(place, expected, got, advice));
+            }
+            let expected = "a linear weight of this model";
+            let advice = "use the model that the adapter was trained on";
+            return Err(Error::invalid(place, expected, "an unknown tensor", advice));
+        };
+        let of = |n_in: usize, n_out: usize, n_expert: usize| match n_expert {
+            1 => format!("{n_in} inputs and {n_out} outputs"),
+            n => format!("{n_in} inputs and {n_out} outputs of {n} experts"),
+        };
+        let expected = of(slot.n_in, slot.n_out, slot.n_expert);
+        let got = of(pair.n_in, pair.n_out, pair.n_expert);
+        if expected != got {
+            let advice = "use the model that the adapter was trained on";
+            return Err(Error::invalid(place, expected, got, advice));
+        }
+        found.push((slot.clone(), pair));
+    }
+    found.sort_by_key(|(slot, _)| slot.place());
+    Ok(found)
 }
 
 fn tensor_name(slot: &Map, is_b: bool) -> String {

@@ -68,18 +68,32 @@ pub fn kept_bytes(
     depth: usize,
     tokens: usize,
 ) -> Result<Vec<usize>> {
-    let config = model.config();
+    let (config, batch) = (model.config(), batch_of(model, tokens)?);
     let mut of_kind = Vec::new();
     for layer in config.kinds(depth) {
         let lora = Lora::of_layer(model, targets, rank, layer)?;
-        let (_, shapes) = Layer { model, lora: &lora, layer }.forward_bytes(tokens, true)?;
-        of_kind.push((config.layer(layer), 4 * kept_floats(shapes)));
+        let adapter = Some(Adapter { lora: &lora, gradients: None });
+        of_kind.push((config.layer(layer), 4 * kept_of_layer(model, adapter, &batch, layer)));
     }
     let bytes = |layer| {
         let kind = of_kind.iter().find(|(kind, _)| *kind == config.layer(layer));
         kind.expect("each layer is of a kind").1
     };
     Ok((1..=depth).map(bytes).collect())
+}
+
+/// Floats that the kept activations of a layer take for a batch: its forward is built and not computed.
+pub(super) fn kept_of_layer(
+    model: &Model,
+    adapter: Option<Adapter<'_>>,
+    batch: &Batch,
+    layer: usize,
+) -> usize {
+    let arena = Arena::new(LAYER_NODES);
+    let mut tape = Tape::new(&arena, model.parts(adapter, batch), layer, Memo::record());
+    let x = tape.leaf(arena.tensor(Type::F32, &[model.config().n_embd, batch.len()]));
+    model.layer(&mut tape, x);
+    kept_floats(tape.take_memo().into_noted().iter().map(Tensor::shape))
 }
 
 /// A layer whose graphs are reckoned.

@@ -30,7 +30,7 @@ pub use config::{Config, DeltaConfig, Experts, LayerConfig};
 pub use distill::{Divergences, TeacherHidden};
 pub use engine::{Engine, Scores, Work};
 pub use inspect::{Description, runs};
-pub use lora::{Lora, Map, Targets};
+pub use lora::{AdapterShape, Lora, Map, Targets};
 pub use measure::{Activations, Largest, activations, kept_bytes};
 pub use policy::Policy;
 pub(crate) use precheck::check_any as check_values;

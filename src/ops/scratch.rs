@@ -25,6 +25,8 @@ pub struct ScratchShape {
     pub tokens: usize,
     /// Tokens whose log-probs are taken.
     pub scored: usize,
+    /// Width of the residual of a teacher whose distributions are compared; 0 without one.
+    pub n_teacher: usize,
     /// Factors are F32 instead of F16.
     pub precise: bool,
     /// Of the kernels on the host, whose tiles are small.
@@ -58,10 +60,17 @@ pub fn scratch_bytes(s: &ScratchShape) -> usize {
     let logits = width * n * if s.precise { 4 } else { 6 };
     let rows = width * s.n_embd * element * widened;
     let logprob = n * (s.n_embd * (4 + factor) + 32) + rows + logits;
+    // Both models' rows and logits, F32, and two sums of rows (ggml-ext/ops/distill.cu).
+    let widest = s.n_embd.max(s.n_teacher);
+    let width = (tile / (4 * widest.max(n)).max(1)).max(32).min(s.n_vocab);
+    let distill = match s.n_teacher {
+        0 => 0,
+        d => n * (8 * s.n_embd + 16) + 4 * width * (s.n_embd + d + 2 * n),
+    };
     let conv = 4 * s.tokens * s.n_conv;
     // Of each value head some twelve rows of 64 tokens, five triangles and three states (ggml-ext/ops/delta.cu).
     let [n_v, size] = s.delta;
     let delta = 4 * n_v * (14 * 64 * size + 7 * 64 * 64 + 3 * size * size);
     // Each lending ends at a multiple of 256 and leaves room for a super-block.
-    (linear + slots).max(attention).max(logprob).max(conv).max(delta) + 32 * 1280
+    (linear + slots).max(attention).max(logprob).max(distill).max(conv).max(delta) + 32 * 1280
 }

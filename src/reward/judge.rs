@@ -20,7 +20,7 @@ use std::time::Duration;
 use regex::{Regex, RegexBuilder};
 
 use super::http::HttpJudge;
-use super::model::{KV_BYTES, ModelJudge};
+use super::model::ModelJudge;
 use super::{Program, Reward, Verdict, parts, rubric};
 use crate::data::Problem;
 use crate::{Error, Result};
@@ -137,10 +137,10 @@ impl Judge {
         self.parts.iter().any(|part| asks(&part.rule))
     }
 
-    /// Models that judge, and the memory that each takes for keys and values, bytes.
-    pub fn models(&self) -> impl Iterator<Item = (&Path, usize)> {
+    /// Models that judge.
+    pub fn models(&self) -> impl Iterator<Item = &ModelJudge> {
         self.parts.iter().filter_map(|part| match &part.rule {
-            Rule::Model(model) => Some((model.path(), KV_BYTES)),
+            Rule::Model(model) => Some(model),
             _ => None,
         })
     }

@@ -20,6 +20,7 @@ use math::{Mode, Rule};
 
 pub use boxed::last_boxed;
 pub use judge::{Attempt, Judge, JudgeOptions, Judgement};
+pub use model::{JudgeMemory, ModelJudge};
 pub use options::RewardOptions;
 pub use pool::{Fresh, JudgePool, Judged, Sampler};
 pub use program::Program;

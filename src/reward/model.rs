@@ -1,6 +1,6 @@
 //! `judge:MODEL.gguf`: a second local model that scores by a rubric.
 //!
-//! It is opened once and asked by one thread at a time, as many completions together as wait; its answer is greedy, so that
+//! It computes on the CPU, wherever the model that is judged does: it is opened once and asked by one thread at a time, as many completions together as wait; its answer is greedy, so that
 //! the same completion is always judged alike but for last bits.
 
 use std::path::{Path, PathBuf};
@@ -11,24 +11,52 @@ use super::{Attempt, Verdict, rubric};
 use crate::data::Prompt;
 use crate::data::jsonl::shorten;
 use crate::ggml::ThreadPool;
-use crate::model::{DEMO, Model};
-use crate::rollout::{Encoder, Request, RolloutOptions, Rollouts, Sampling};
+use crate::model::{Config, DEMO, Model};
+use crate::rollout::{
+    Decoding, Encoder, Request, RolloutOptions, RolloutSizes, Rollouts, Sampling,
+};
 use crate::{Error, Result};
 
 /// Tokens of a judge's answer.
 const MAX_TOKENS: usize = 256;
 /// Tokens of a question, at most.
 const MAX_QUESTION: usize = 4096;
-/// Memory for its keys and values.
-pub(super) const KV_BYTES: usize = 256 << 20;
+/// Tokens of a rubric with its template, about.
+const RUBRIC_TOKENS: usize = 256;
+/// Memory for its keys and values, at most.
+const KV_BYTES: usize = 256 << 20;
 
 /// A model that judges. All clones ask the same one.
 #[derive(Clone)]
-pub(super) struct ModelJudge {
+pub struct ModelJudge {
     path: PathBuf,
     rubric: Arc<str>,
     batch: usize,
     opened: Arc<Mutex<Option<Opened>>>,
+}
+
+/// What a judging model takes of host memory.
+#[derive(Clone, Debug)]
+pub struct JudgeMemory {
+    /// Where the model lies.
+    pub path: PathBuf,
+    weights_bytes: u64,
+    config: Config,
+    sizes: RolloutSizes,
+    at_once: usize,
+}
+
+impl JudgeMemory {
+    /// Bytes of its weights, of keys, values and decoding, with questions of so many tokens beside the rubric.
+    pub fn bytes(&self, tokens: usize) -> u64 {
+        let asked = self.at_once * (tokens + RUBRIC_TOKENS);
+        let decoding = Decoding {
+            tokens: self.sizes.n_batch.min(asked),
+            keys: self.sizes.n_ctx_seq,
+            logits: 3 * self.at_once,
+        };
+        self.weights_bytes + (self.sizes.bytes() + decoding.host_bytes(&self.config, 1)) as u64
+    }
 }
 
 struct Opened {
@@ -76,15 +104,31 @@ impl ModelJudge {
         if opened.is_none() {
             let model = Model::open(&self.path)?;
             let threads = Arc::new(ThreadPool::new(1)?);
-            let context = model.config().n_ctx_train;
-            let max_question = MAX_QUESTION.min(context.saturating_sub(MAX_TOKENS)).max(1);
-            let n_ctx_seq = max_question + MAX_TOKENS.min(context - max_question);
-            let options = RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES };
-            let options = options.at_most(self.batch, model.engine())?;
-            let rollouts = Rollouts::new(model.engine(), &threads, options)?;
+            let max_question = max_question(&model);
+            let rollouts = Rollouts::new(model.engine(), &threads, self.options(&model)?)?;
             *opened = Some(Opened { model, rollouts, max_question });
         }
         Ok(())
+    }
+
+    /// What it is asked with.
+    fn options(&self, model: &Model) -> Result<RolloutOptions> {
+        let (context, question) = (model.config().n_ctx_train, max_question(model));
+        let n_ctx_seq = question + MAX_TOKENS.min(context - question);
+        RolloutOptions { n_ctx_seq, kv_bytes: KV_BYTES }.at_most(self.batch, model.engine())
+    }
+
+    /// What it takes of host memory. No weights are read for it.
+    ///
+    /// # Errors
+    /// As [`ModelJudge::start`].
+    pub fn memory(&self) -> Result<JudgeMemory> {
+        let model = Model::outline(&self.path)?;
+        let files = model.files().iter().filter_map(|file| std::fs::metadata(file).ok());
+        let sizes = self.options(&model)?.sizes(model.engine())?;
+        let (path, config) = (self.path.clone(), model.config().clone());
+        let weights_bytes = files.map(|file| file.len()).sum();
+        Ok(JudgeMemory { path, weights_bytes, config, sizes, at_once: sizes.n_seq.min(self.batch) })
     }
 
     /// Judges.
@@ -127,4 +171,9 @@ impl ModelJudge {
             })
             .collect()
     }
+}
+
+/// Tokens of a question, at most.
+fn max_question(model: &Model) -> usize {
+    MAX_QUESTION.min(model.config().n_ctx_train.saturating_sub(MAX_TOKENS)).max(1)
 }

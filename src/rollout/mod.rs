@@ -14,7 +14,7 @@ pub use encode::{Conversation, Encoder, PromptOptions, Said, Turns};
 pub use request::{Completion, Finish, Request};
 pub use sampler::{Sampler, Sampling};
 pub use scheduler::Rollouts;
-pub use sizes::{RolloutOptions, RolloutSizes};
+pub use sizes::{Decoding, RolloutOptions, RolloutSizes};
 pub use watch::{Progress, Watcher};
 
 use crate::ggml::Device;

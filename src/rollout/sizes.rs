@@ -1,6 +1,7 @@
 //! How many sequences are sampled at once, and what that takes.
 
 use crate::llama;
+use crate::model::{Config, LayerConfig};
 use crate::{Error, Result};
 
 /// Sequences at once beyond which a decode gains nothing.
@@ -36,6 +37,33 @@ impl RolloutSizes {
     /// Bytes of keys and values, and of states.
     pub fn bytes(&self) -> usize {
         (self.n_seq + self.n_kept) * self.sequence_bytes
+    }
+}
+
+/// Sizes of the largest decode of a context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decoding {
+    /// Tokens of a call.
+    pub tokens: usize,
+    /// Tokens that one of them may see.
+    pub keys: usize,
+    /// Tokens whose logits are there at once.
+    pub logits: usize,
+}
+
+impl Decoding {
+    /// What llama.cpp's graph takes beside keys, values and states, bytes: the FFN is its widest place, the mask has a row of
+    /// each token.
+    pub fn bytes(self, config: &Config) -> usize {
+        let n_ff = config.most(LayerConfig::ffn_width);
+        let graph = 4 * self.tokens * (3 * n_ff + 4 * config.n_embd);
+        graph + 6 * self.tokens * self.keys + 4 * config.n_vocab * self.logits
+    }
+
+    /// The same on the CPU, where the rows of factors are quantised, and each thread that draws tokens sorts a vocabulary.
+    pub fn host_bytes(self, config: &Config, threads: usize) -> usize {
+        let widest = config.most(LayerConfig::ffn_width).max(config.n_embd);
+        self.bytes(config) + 2 * self.tokens * widest + threads * 8 * config.n_vocab
     }
 }
 

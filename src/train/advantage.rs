@@ -15,7 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 
 /// Added to the standard deviation of a group, as in the reference code.
 const STD_EPS: f32 = 1e-6;
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_dialogue_counts_once_and_its_turns_where_they_are_told_apart() {
-        use super::super::learner::TurnReturn;
+        use super::super::response::TurnReturn;
         let gae = Gae { gamma: 1.0, lambda: 1.0 };
         let whole = |reward: f32, prompt: Option<Vec<i32>>, own: &[f32]| Response {
             prompt,

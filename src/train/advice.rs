@@ -21,15 +21,17 @@ pub(super) struct Advice {
 impl Advice {
     /// What is to be said after a step that was the `silent`th in a row without signal (0: it had some).
     pub fn after(&mut self, record: &StepRecord, silent: u64, settings: &Settings) -> Vec<String> {
-        let Some(rollout) = &record.rollout else { return Vec::new() };
+        let (Some(rollout), Some(sampled)) = (&record.rollout, &record.sampled) else {
+            return Vec::new();
+        };
         let mut words = Vec::new();
         let due = self.cut_off == 0 || record.step >= self.cut_off + AGAIN;
-        if rollout.truncated > CUT_OFF && due {
+        if sampled.truncated > CUT_OFF && due {
             self.cut_off = record.step;
             words.push(format!(
                 "warning: {:.0} % of the answers were cut off at --max-response {}, before they could be right: raise it, \
                  or ask for short answers (--system, --reward \"math + overlong:N\")",
-                100.0 * rollout.truncated,
+                100.0 * sampled.truncated,
                 settings.max_response
             ));
         }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use super::Observer;
 use super::advantage::returns;
 use super::dialogues::{Dialogues, TalkRecord, Talked};
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use super::source::{Batch, With};
 use crate::Result;
 use crate::data::{Problem, ProblemSource};
@@ -21,6 +21,23 @@ pub struct Sample {
     pub problem: String,
     /// What was asked: the last message.
     pub prompt: String,
+    /// What was said of it; none where a teacher alone looks at it.
+    #[serde(flatten)]
+    pub verdict: Option<Verdict>,
+    /// Length.
+    pub tokens: usize,
+    /// Whether it hit the length limit.
+    pub truncated: bool,
+    /// Text, control tokens left out; of a dialogue all of it, a line for each message.
+    pub completion: String,
+    /// What is to be said of a dialogue.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub dialogue: Option<Talked>,
+}
+
+/// What a reward said of a completion.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Verdict {
     /// The right answer.
     pub answer: String,
     /// Reward.
@@ -30,18 +47,9 @@ pub struct Sample {
     /// Value of each part of the reward before its weight, where there are several.
     #[serde(skip_serializing_if = "serde_json::Map::is_empty")]
     pub parts: serde_json::Map<String, Value>,
-    /// Length.
-    pub tokens: usize,
-    /// Whether it hit the length limit.
-    pub truncated: bool,
     /// Whether its group was replaced, for all its rewards were equal.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub dropped: bool,
-    /// Text, control tokens left out; of a dialogue all of it, a line for each message.
-    pub completion: String,
-    /// What is to be said of a dialogue.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    pub dialogue: Option<Talked>,
 }
 
 /// Seeds of groups sampled in place of others lie this far apart.
@@ -95,7 +103,8 @@ impl Judged {
             let mut equal = Vec::new();
             for (group, mut rows) in sampled {
                 let drop = rounds > 0 && all_equal(&group);
-                rows.iter_mut().for_each(|s| s.dropped = drop && !last);
+                let verdicts = rows.iter_mut().filter_map(|s| s.verdict.as_mut());
+                verdicts.for_each(|verdict| verdict.dropped = drop && !last);
                 samples.append(&mut rows);
                 if drop { equal.push(group) } else { groups.push(group) }
             }
@@ -117,7 +126,8 @@ impl Judged {
     /// Mean of each part of the reward, where there are several.
     pub fn mean_parts(&self, samples: &[Sample]) -> serde_json::Map<String, Value> {
         let mean = |name: &str| {
-            let values = samples.iter().filter_map(|s| s.parts.get(name)?.as_f64());
+            let values =
+                samples.iter().filter_map(|s| s.verdict.as_ref()?.parts.get(name)?.as_f64());
             values.sum::<f64>() / samples.len() as f64
         };
         let By::Judges(judges) = &self.by else { return serde_json::Map::new() };
@@ -192,13 +202,15 @@ fn sample(step: u64, problem: &Problem, asked: &str, judged: &Answer, names: &[&
         step,
         problem: problem.id.clone(),
         prompt: asked.into(),
-        answer: problem.answer.clone(),
-        reward: judged.judgement.reward,
-        reason: judged.judgement.reason.clone(),
-        parts: parts.map(|(name, &value)| (name.to_string(), value.into())).collect(),
+        verdict: Some(Verdict {
+            answer: problem.answer.clone(),
+            reward: judged.judgement.reward,
+            reason: judged.judgement.reason.clone(),
+            parts: parts.map(|(name, &value)| (name.to_string(), value.into())).collect(),
+            dropped: false,
+        }),
         tokens: judged.completion.tokens.len(),
         truncated: judged.truncated(),
-        dropped: false,
         completion: judged.text.clone(),
         dialogue: None,
     }

@@ -9,7 +9,7 @@
 //! Departures from a full critic (a second model): one linear layer, and no gradient flows from it into
 //! the adapter. Each policy (of the internal layer, of the model) has a head of its own.
 
-use super::learner::ResponseGroup;
+use super::response::ResponseGroup;
 use super::state::State;
 use crate::Result;
 use crate::ggml::{Device, TensorSet};

@@ -5,9 +5,9 @@ use serde_json::Value;
 
 use super::Observer;
 use super::advantage::Baseline;
-use super::collect::{Groups, Sample};
+use super::collect::{Groups, Sample, Verdict};
 use super::config::TurnCredit;
-use super::learner::{Response, ResponseGroup, TurnReturn};
+use super::response::{Response, ResponseGroup, TurnReturn};
 use super::source::With;
 use crate::Result;
 use crate::data::Problem;
@@ -144,13 +144,15 @@ fn sample(step: u64, problem: &Problem, asked: &str, d: &Dialogue, discount: f32
         step,
         problem: problem.id.clone(),
         prompt: asked.into(),
-        answer: problem.answer.clone(),
-        reward: d.returns(discount)[0],
-        reason: d.reason.clone(),
-        parts: serde_json::Map::new(),
+        verdict: Some(Verdict {
+            answer: problem.answer.clone(),
+            reward: d.returns(discount)[0],
+            reason: d.reason.clone(),
+            parts: serde_json::Map::new(),
+            dropped: false,
+        }),
         tokens: d.own_tokens(),
         truncated: d.truncated,
-        dropped: false,
         completion: d.text(),
         dialogue: Some(Talked {
             counts: d.counts(),

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::collect::By;
 use super::dialogues::Dialogues;
-use super::learner::ResponseGroup;
+use super::response::ResponseGroup;
 use super::source::Source;
 use super::tally::Tally;
 use super::{Observer, Phase, TrainConfig, Trainer};

@@ -42,6 +42,8 @@ impl Mixture {
 /// A packed batch and whose tokens it scores.
 #[derive(Clone, Debug, Default)]
 pub struct MicroBatch {
+    /// Which of a mini batch it is, from 0.
+    pub number: usize,
     /// The tokens.
     pub batch: Batch,
     /// (index of the response, number of its scored tokens), in the order of `batch.scored`.
@@ -116,6 +118,7 @@ pub fn pack(
     if !current.batch.is_empty() {
         packed.push(current);
     }
+    packed.iter_mut().enumerate().for_each(|(number, micro)| micro.number = number);
     Ok(packed)
 }
 

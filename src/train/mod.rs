@@ -39,6 +39,7 @@ mod loss;
 pub mod memory;
 mod metadata;
 mod micro_batch;
+mod noise;
 mod objective;
 mod optimizer;
 mod plan;
@@ -47,6 +48,7 @@ mod preset;
 mod probe;
 mod record;
 mod replay;
+mod response;
 mod resume;
 mod row_options;
 mod rows;
@@ -60,7 +62,6 @@ mod state;
 mod tally;
 mod teacher;
 mod together;
-mod vram;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -71,30 +72,30 @@ use std::time::Instant;
 pub use advantage::{Baseline, Gae, advantages, assign, estimate};
 pub use algorithm::{Algorithm, Defaults};
 pub use checkpoint::{Checkpoint, Damaged};
-pub use collect::Sample;
+pub use collect::{Sample, Verdict};
 pub use config::{TrainConfig, TurnCredit};
 pub use dialogues::{TalkRecord, Talked};
 pub use evaluate::HeldOut;
 pub use facts::{Facts, Lengths};
 pub use layers::LayerChoice;
-pub use learner::{Response, ResponseGroup, TurnReturn};
 pub use loss::{
     Aggregation, LossConfig, Ratio, Surrogate, TokenContext, TokenLoss, response_loss, token_loss,
 };
+pub use noise::Noise;
 pub use objective::{Objective, PolicyGradient};
 pub use optimizer::{AdamW, AdamWConfig};
-pub use plan::{Part, Plan};
+pub use plan::{GpuPlan, Part, Plan};
 pub use preference::{KtoConfig, Likelihood, PairConfig, PairLoss, PairOutcome};
 pub use preset::{Applied, Preset};
-pub use record::{Communication, Phase, RolloutRecord, StepRecord, Summary};
+pub use record::{Communication, Phase, RolloutRecord, SampledRecord, StepRecord, Summary};
 pub use replay::{Replay, dump_gradients};
+pub use response::{Response, ResponseGroup, TurnReturn};
 pub use resume::{Change, Effect, Resume};
 pub use row_options::{DpoLoss, Reference, RowOptions};
 pub use run_dir::{RunConfig, RunDir};
 pub use schedule::Schedule;
 pub use settings::Settings;
 pub use state::State;
-pub use vram::GpuPlan;
 
 use crate::model::{Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, Progress};
@@ -132,10 +133,8 @@ pub struct Trainer<'m> {
     encoder: Encoder<'m>,
     /// Held-out rows; of sampled completions the source has its problems.
     held_out: Vec<ResponseGroup>,
-    /// On a GPU.
-    gpu: Option<GpuPlan>,
-    /// What was planned of memory, in one line.
-    memory: String,
+    /// What it may take of memory.
+    plan: Plan,
     /// What is worth saying when a run begins.
     notes: Vec<String>,
     /// What was said on its way.
@@ -204,8 +203,7 @@ impl<'m> Trainer<'m> {
             settings: _,
             encoder: _,
             held_out: _,
-            gpu: _,
-            memory: _,
+            plan: _,
             notes: _,
             // Words alone.
             advice: _,
@@ -247,9 +245,9 @@ impl<'m> Trainer<'m> {
         &mut self.learner.engine
     }
 
-    /// What was planned of memory, in one line.
-    pub fn memory(&self) -> &str {
-        &self.memory
+    /// What was planned of memory.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
     }
 
     /// What is worth saying before it begins: what was settled and why, what is odd about the data.
@@ -311,7 +309,7 @@ impl<'m> Trainer<'m> {
 
     /// On a GPU rollouts and updates have its memory in turn: theirs goes to updates.
     fn end_rollouts(&mut self) -> Result<()> {
-        if self.gpu.is_some() {
+        if self.plan.gpu.is_some() {
             self.model.engine().look_at_memory()?;
             if let Some(rollouts) = self.source.rollouts() {
                 rollouts.release();
@@ -322,7 +320,7 @@ impl<'m> Trainer<'m> {
 
     /// The same the other way round.
     fn end_updates(&mut self) -> Result<()> {
-        if self.gpu.is_some() {
+        if self.plan.gpu.is_some() {
             self.model.engine().look_at_memory()?;
             self.learner.release();
         }
@@ -352,6 +350,11 @@ impl<'m> Trainer<'m> {
             micro_batch_tokens: c.micro_batch_tokens,
             replay_routes: c.replay_routes,
             old_from_rollout: c.old_from_rollout && phase == Phase::Final,
+            noise: (c.rows.neftune > 0.0).then_some(Noise {
+                alpha: c.rows.neftune,
+                seed: c.seed,
+                update: self.counters.updates + self.counters.skipped,
+            }),
         }
     }
 
@@ -364,7 +367,7 @@ impl<'m> Trainer<'m> {
         learning_rate: f32,
         observer: &mut dyn Observer,
     ) -> Result<Tally> {
-        let config = self.update_config(phase, policy);
+        let mut config = self.update_config(phase, policy);
         let mut tally = Tally::default();
         if let Some(nats) = self.learner.prepare(groups, &config)? {
             tally.note("old_from_rollout_nats", nats);
@@ -386,6 +389,7 @@ impl<'m> Trainer<'m> {
             counters.updates += applied as u64;
             counters.skipped += !applied as u64;
             counters.skipped_in_row = if applied { 0 } else { counters.skipped_in_row + 1 };
+            config.noise.iter_mut().for_each(|noise| noise.update += 1);
         }
         if let Some(path) = self.dump.as_ref().filter(|_| self.team.is_first()) {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;

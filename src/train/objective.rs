@@ -13,10 +13,10 @@
 use super::Settings;
 use super::advantage::{Baseline, Gae};
 use super::algorithm::Algorithm;
-use super::learner::{Response, ResponseGroup};
 use super::loss::{Aggregation, LossConfig, TokenContext, response_loss};
 use super::preference::{KtoConfig, Likelihood, PairConfig, PairLoss};
 use super::record::Phase;
+use super::response::{Response, ResponseGroup};
 use super::tally::Tally;
 use crate::ops::DistillSpec;
 

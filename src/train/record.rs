@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::critic::explained_variance;
 use super::dialogues::TalkRecord;
 use super::evaluate::HeldOut;
-use super::learner::Response;
+use super::response::Response;
 use super::source::{Batch, Source};
 use super::tally::Tally;
 use super::{Sample, Trainer};
@@ -37,6 +37,9 @@ pub struct StepRecord {
     /// Of sampled and rewarded completions; none of given rows and teachers.
     #[serde(flatten)]
     pub rollout: Option<RolloutRecord>,
+    /// Of sampled completions, whoever looks at them; none of given rows.
+    #[serde(flatten)]
+    pub sampled: Option<SampledRecord>,
     /// Mean entropy of the optimised policy on the tokens that were trained on, nats.
     pub entropy_nats: Option<f32>,
     /// Mean loss of the mini batches.
@@ -90,6 +93,17 @@ pub struct Communication {
     pub comm_bytes: u64,
 }
 
+/// What a step says of the completions that it sampled.
+#[derive(Clone, Debug, Serialize)]
+pub struct SampledRecord {
+    /// Mean length of completions, tokens.
+    pub response_tokens: f32,
+    /// Share of completions that hit the length limit.
+    pub truncated: f32,
+    /// Sampled tokens per second of rollout.
+    pub rollout_tokens_per_s: f32,
+}
+
 /// What a step says of the completions that it sampled and judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct RolloutRecord {
@@ -102,10 +116,6 @@ pub struct RolloutRecord {
     pub groups_with_signal: f32,
     /// Groups that were replaced because their rewards were equal, with --resample.
     pub groups_dropped: usize,
-    /// Mean length of completions, tokens.
-    pub response_tokens: f32,
-    /// Share of completions that hit the length limit.
-    pub truncated: f32,
     /// Share of tokens whose ratio was clipped.
     pub clip_fraction: Option<f32>,
     /// Mean |logp_rollout - logp_train| of the final policy, nats; none in the internal phase, where
@@ -119,8 +129,6 @@ pub struct RolloutRecord {
     /// Share of the variance of returns that the value head explains, before the step's updates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explained_variance: Option<f32>,
-    /// Sampled tokens per second of rollout.
-    pub rollout_tokens_per_s: f32,
     /// What dialogues were like, with --env.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub talk: Option<TalkRecord>,
@@ -153,6 +161,7 @@ impl Trainer<'_> {
             phase: done.phase,
             layer: done.policy.depth(),
             rollout: self.rollout_record(&done),
+            sampled: sampled_record(&done),
             entropy_nats: per_token(tally, tally.entropy),
             loss: per_update(tally.loss),
             objective: objective.collect(),
@@ -179,19 +188,16 @@ impl Trainer<'_> {
     /// What is said of completions that were sampled and judged.
     fn rollout_record(&self, done: &Done<'_>) -> Option<RolloutRecord> {
         let Source::Judged(judged) = &self.source else { return None };
-        let (tally, Batch { groups, samples, sampled_tokens, talk }) = (done.tally, done.batch);
-        let mean =
-            |f: &dyn Fn(&Sample) -> f32| samples.iter().map(f).sum::<f32>() / samples.len() as f32;
+        let (tally, Batch { groups, samples, talk, .. }) = (done.tally, done.batch);
+        let verdicts = || samples.iter().filter_map(|s| s.verdict.as_ref());
         let per_update =
             |sum: f64| (tally.updates > 0).then(|| (sum / tally.updates as f64) as f32);
         let with_signal = groups.iter().filter(|g| g.responses.iter().any(Response::has_signal));
         Some(RolloutRecord {
-            reward: mean(&|s| s.reward),
+            reward: verdicts().map(|v| v.reward).sum::<f32>() / samples.len() as f32,
             reward_parts: judged.mean_parts(samples),
             groups_with_signal: with_signal.count() as f32 / groups.len() as f32,
-            groups_dropped: samples.iter().filter(|s| s.dropped).count() / self.settings.group,
-            response_tokens: mean(&|s| s.tokens as f32),
-            truncated: mean(&|s| s.truncated as u8 as f32),
+            groups_dropped: verdicts().filter(|v| v.dropped).count() / self.settings.group,
             clip_fraction: per_token(tally, tally.clipped as f64),
             drift_nats: match done.phase {
                 Phase::Final => {
@@ -206,10 +212,20 @@ impl Trainer<'_> {
             },
             value_loss: self.learner.critic.as_ref().and_then(|_| per_update(tally.value_loss)),
             explained_variance: explained_variance(groups),
-            rollout_tokens_per_s: *sampled_tokens as f32 / done.rollout_seconds,
             talk: *talk,
         })
     }
+}
+
+/// What is said of completions that were sampled.
+fn sampled_record(done: &Done<'_>) -> Option<SampledRecord> {
+    let Batch { samples, sampled_tokens, .. } = done.batch;
+    let mean = |of: fn(&Sample) -> f32| samples.iter().map(of).sum::<f32>() / samples.len() as f32;
+    (!samples.is_empty()).then(|| SampledRecord {
+        response_tokens: mean(|s| s.tokens as f32),
+        truncated: mean(|s| s.truncated as u8 as f32),
+        rollout_tokens_per_s: *sampled_tokens as f32 / done.rollout_seconds,
+    })
 }
 
 /// The mean over the tokens of a step; none where there were none.

@@ -5,8 +5,9 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::Trainer;
-use super::learner::{Response, ResponseGroup, UpdateConfig};
+use super::learner::UpdateConfig;
 use super::objective::{Objective, PolicyGradient};
+use super::response::{Response, ResponseGroup};
 use super::tally::Tally;
 use crate::data::{CompletionContent, RolloutRow};
 use crate::ggml::TensorSet;

@@ -53,6 +53,10 @@ pub struct RowOptions {
     /// sft: the assistant's turns of a conversation that are learnt
     #[arg(long, value_enum, default_value = "all", help_heading = "Rows and teachers")]
     pub turns: Turns,
+    /// sft: noise on the embeddings in training, uniform in (-1, 1) times this over the root of tokens times width
+    /// (NEFTune; 5 is usual, 0 is none)
+    #[arg(long, default_value_t = 0.0, value_name = "ALPHA", help_heading = "Rows and teachers")]
+    pub neftune: f32,
     /// dpo: loss of a pair
     #[arg(long, value_enum, default_value = "sigmoid", help_heading = "Rows and teachers")]
     pub dpo_loss: DpoLoss,
@@ -114,6 +118,7 @@ impl RowOptions {
         for (option, value, ok, expected) in [
             ("--beta", beta, beta > 0.0, "above 0"),
             ("--label-smoothing", smoothing, (0.0..0.5).contains(&smoothing), "0 to below 0.5"),
+            ("--neftune", self.neftune, self.neftune >= 0.0, "at least 0"),
             ("--simpo-gamma", self.simpo_gamma, self.simpo_gamma >= 0.0, "at least 0"),
             ("--desirable-weight", self.desirable_weight, self.desirable_weight > 0.0, "above 0"),
             (
@@ -217,7 +222,7 @@ const MEANINGS: [Meaning; 9] = [
         |algo| algo.is_rewarded() || algo == Algorithm::Distill,
     ),
     (&["epochs", "max-length", "strict"], |algo| !algo.is_rewarded()),
-    (&["turns"], |algo| algo == Algorithm::Sft),
+    (&["turns", "neftune"], |algo| algo == Algorithm::Sft),
     (&["dpo-loss", "label-smoothing"], |algo| algo == Algorithm::Dpo),
     (&["beta"], |algo| {
         matches!(algo, Algorithm::Dpo | Algorithm::Kto | Algorithm::Orpo | Algorithm::Simpo)
@@ -307,6 +312,7 @@ mod tests {
             ("--algo sft --reward math", "--reward"),
             ("--algo sft --kl-coef 0.1", "--kl-coef"),
             ("--algo dpo --group 4", "--group"),
+            ("--algo dpo --neftune 5", "--neftune"),
             ("--algo kto --dpo-loss ipo", "--dpo-loss"),
             ("--algo grpo --teacher t.gguf", "--teacher"),
             ("--algo bupo --epochs 2", "--epochs"),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::TrainConfig;
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use crate::data::{
     CompletionContent, Example, ExampleKind, ExampleRow, Prompt, Task, examples, source,
     tasks::is_task,
@@ -33,13 +33,19 @@ pub(super) struct Reader<'r, 'm> {
 impl Rows {
     /// The group at a position of the run.
     pub fn at(&mut self, position: u64) -> ResponseGroup {
+        let place = self.place(position);
+        self.groups[place].clone()
+    }
+
+    /// Which of the groups is at a position of the run, in the order of the files.
+    pub fn place(&mut self, position: u64) -> usize {
         let n = self.groups.len() as u64;
         let (epoch, place) = (position / n, (position % n) as usize);
         if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
             self.order = Some((epoch, source::permutation(n as usize, self.seed, epoch)));
         }
         let order = &self.order.as_ref().expect("just made").1;
-        self.groups[order[place]].clone()
+        order[place]
     }
 
     /// `n` groups without repetition, the same for the same seed; all in the order of the files where there are no more.

@@ -109,7 +109,7 @@ impl Trainer<'_> {
             Err(Error::Interrupted) => (None, true),
             Err(error) => return Err(self.with_way_on(error, &keeper)),
         };
-        let gpu = self.gpu.as_ref().zip(self.model.engine().gpu_peak_bytes());
+        let gpu = self.plan.gpu.as_ref().zip(self.model.engine().gpu_peak_bytes());
         if let Some(word) = gpu.and_then(|(plan, used)| plan.verdict(used)) {
             observer.note(&word);
         }
@@ -338,7 +338,11 @@ impl Trainer<'_> {
         let judges = match c.algo.is_rewarded() {
             true => {
                 let judge = c.rewards.judge(&c.data, c.max_response)?;
-                judge.models().map(|(path, _)| path.to_path_buf()).filter(|p| p.is_file()).collect()
+                judge
+                    .models()
+                    .map(|model| model.path().to_path_buf())
+                    .filter(|p| p.is_file())
+                    .collect()
             }
             false => Vec::new(),
         };

@@ -14,6 +14,7 @@ use super::{Algorithm, TrainConfig};
 use crate::data::source;
 use crate::ggml::usable_cores;
 use crate::model::{Model, Policy};
+use crate::rollout::RolloutOptions;
 use crate::{Error, Result};
 
 /// Lengths of the demo model's problems and answers, tokens.
@@ -326,6 +327,12 @@ impl Settings {
         let evaluates = self.algo.is_rewarded() && (self.eval_data.is_some() || is_task);
         let evaluated = if evaluates { self.eval_problems * self.eval_samples } else { 0 };
         evaluated.max(self.prompts_per_step * self.group)
+    }
+
+    /// What completions are sampled with.
+    pub(super) fn rollouts(&self) -> RolloutOptions {
+        let n_ctx_seq = self.max_prompt + self.max_response;
+        RolloutOptions { n_ctx_seq, kv_bytes: self.kv_mib << 20 }
     }
 
     /// Refuses lengths that the model's context has no room for.

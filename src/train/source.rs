@@ -5,12 +5,12 @@ use std::sync::atomic::AtomicBool;
 
 use super::collect::{By, Judged, Sample};
 use super::dialogues::TalkRecord;
-use super::learner::{Response, ResponseGroup};
+use super::response::{Response, ResponseGroup};
 use super::rows::Rows;
 use super::{Observer, Settings};
 use crate::Result;
 use crate::data::ProblemSource;
-use crate::rollout::{Encoder, Request, Rollouts};
+use crate::rollout::{Encoder, Finish, Request, Rollouts};
 use crate::team::Team;
 
 /// Where groups come from.
@@ -39,7 +39,7 @@ pub(super) enum Prompts {
 #[derive(Default)]
 pub(super) struct Batch {
     pub groups: Vec<ResponseGroup>,
-    /// Completions that were judged, those of dropped groups among them.
+    /// Completions that were sampled, those of dropped groups among them.
     pub samples: Vec<Sample>,
     /// Tokens that were sampled.
     pub sampled_tokens: usize,
@@ -137,6 +137,20 @@ impl Sampled {
         }
     }
 
+    /// The name of the prompt at a position, and what it asks, for people.
+    fn asked(&mut self, with: With<'_, '_>, position: u64) -> [String; 2] {
+        match &mut self.prompts {
+            Prompts::Task(task) => {
+                let problem = task.problem(position);
+                [problem.id.clone(), with.encoder.asked(&problem.prompt)]
+            }
+            Prompts::Rows(rows) => {
+                let prompt = with.encoder.text(&rows.at(position).prompt);
+                [format!("prompt {}", rows.place(position) + 1), prompt]
+            }
+        }
+    }
+
     fn collect(
         &mut self,
         with: With<'_, '_>,
@@ -148,8 +162,9 @@ impl Sampled {
             Prompts::Rows(rows) => Some(rows.len()),
             Prompts::Task(_) => None,
         };
-        let mut requests = Vec::new();
+        let (mut requests, mut asked) = (Vec::new(), Vec::new());
         for position in positions(c, step, rows) {
+            asked.push(self.asked(with, position));
             requests.push(Request {
                 prompt_tokens: self.prompt(with, position)?,
                 n: c.group,
@@ -161,7 +176,18 @@ impl Sampled {
         let sampled =
             self.rollouts.generate(&requests, &c.sampling, c.seed, progress, with.stop)?;
         let mut batch = Batch::default();
-        for (request, completions) in requests.into_iter().zip(sampled) {
+        for ((request, completions), asked) in requests.into_iter().zip(sampled).zip(asked) {
+            let [problem, prompt] = asked;
+            batch.samples.extend(completions.iter().map(|completion| Sample {
+                step,
+                problem: problem.clone(),
+                prompt: prompt.clone(),
+                verdict: None,
+                tokens: completion.tokens.len(),
+                truncated: completion.finish == Finish::Length,
+                completion: with.encoder.text(&completion.tokens),
+                dialogue: None,
+            }));
             let responses: Vec<Response> = completions
                 .into_iter()
                 .map(|c| Response { tokens: c.tokens, rollout: c.logprobs, ..Response::default() })

@@ -12,21 +12,21 @@ use super::critic::Critic;
 use super::dialogues::Dialogues;
 use super::layers::LayerChoice;
 use super::learner::Learner;
-use super::plan::{Plan, Workload};
+use super::plan::{Plan, Workload, wants_a_gpu};
 use super::row_options::refuse_sampling;
 use super::rows::{Reader, Rows};
 use super::source::{Prompts, Sampled, Source, With};
 use super::teacher::{Teacher, TeacherModel, refuse_head};
 use super::{
-    AdamW, Algorithm, Baseline, Counters, Facts, GpuPlan, Reference, ResponseGroup, Settings,
-    State, TrainConfig, Trainer, evaluate, layers, vram,
+    AdamW, Algorithm, Baseline, Counters, Facts, Reference, ResponseGroup, Settings, State,
+    TrainConfig, Trainer, evaluate, layers,
 };
 use crate::data::{Problem, ProblemSource};
 use crate::env::EnvPool;
 use crate::ggml::ThreadPool;
 use crate::llama::Products;
-use crate::model::{Engine, Lora, Model, Policy};
-use crate::rollout::{Encoder, RolloutOptions, Rollouts};
+use crate::model::{AdapterShape, Engine, Lora, Model, Policy};
+use crate::rollout::{Encoder, Rollouts};
 use crate::team::Team;
 use crate::{Error, Result};
 
@@ -86,21 +86,19 @@ impl<'m> Trainer<'m> {
         if config.exact_rollouts {
             crate::rollout::on_host("--exact-rollouts", model.device(), "leave it out")?;
         }
-        vram::wants_a_gpu(config.vram, model.device())?;
+        wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
         encoder.set_now(began as i64);
-        if config.algo == Algorithm::Distill && !model.device().is_host() {
-            let expected = "--device cpu: the memory of a teacher is not planned for on a GPU yet";
-            let got = config.device.clone();
-            return Err(Error::invalid("--algo distill", expected, got, "leave --device out"));
-        }
+        let shape = take_adapter(&mut config, model, adapter)?;
         let teacher = TeacherModel::open(model, &config)?;
         let mut notes = Vec::new();
         let (config, Data { mut read, held_out, mut facts }) =
             read_data(model, config, &encoder, &mut notes)?;
         facts.ranks = team.size();
-        let (mut settings, gpu) = settle(model, config, &mut facts, teacher.as_ref())?;
+        // Before anything that a plan counts is taken.
+        let work = Workload::new(model, &config, shape, teacher.as_ref())?;
+        let (mut settings, plan) = settle(model, config, &mut facts, &work)?;
         notes.extend(settings.reasons.iter().cloned());
         notes.extend(facts.cut(settings.max_prompt, settings.drop_long_prompts));
         if let Read::Problems(problems, ..) = &mut read
@@ -113,19 +111,11 @@ impl<'m> Trainer<'m> {
             // As llama.cpp sizes the contexts of rollouts.
             model.set_context(needs.next_multiple_of(256));
         }
-        let mut lora = begin_from(model, &mut settings, adapter)?;
-        // Before anything that a plan counts is taken.
-        let plan = Plan::of(model, &settings, &Workload::of(&settings, &facts, teacher.as_ref()))?;
-        let on_gpu = gpu.as_ref().filter(|_| !model.device().is_host());
-        if on_gpu.is_none() {
-            plan.check()?;
-        }
-        let memory = on_gpu.map_or_else(|| plan.line(), GpuPlan::line);
-        let kept_bytes = gpu.as_ref().map_or(plan.kept_bytes(), |gpu| gpu.kept_bytes as usize);
+        let mut lora = begin_from(model, &settings, adapter)?;
         let pool = Arc::new(ThreadPool::with(Some(settings.threads))?);
         let mut source = source(model, &settings, read, &pool, &mut lora, team)?;
         let mut engine = Engine::on(model.device(), pool.clone())?;
-        engine.keep_up_to(kept_bytes);
+        engine.keep_up_to(plan.kept_bytes());
         let stop: Arc<AtomicBool> = Arc::default();
         if settings.options.internal_layer == Some(LayerChoice::Auto) {
             let with = With { settings: &settings, encoder: &encoder, stop: &stop, team };
@@ -151,8 +141,7 @@ impl<'m> Trainer<'m> {
             source,
             encoder,
             held_out,
-            gpu,
-            memory,
+            plan,
             notes,
             advice: Advice::default(),
             dump: None,
@@ -319,39 +308,23 @@ fn settle(
     model: &Model,
     config: TrainConfig,
     facts: &mut Facts,
-    teacher: Option<&TeacherModel<'_>>,
-) -> Result<(Settings, Option<GpuPlan>)> {
+    work: &Workload<'_>,
+) -> Result<(Settings, Plan)> {
     loop {
         let mut settings = config.clone().resolve(model, facts)?;
         check_layers(&settings, model.config().n_layer)?;
         if facts.samples {
             settings.check_context(model)?;
         }
-        match fit(model, &mut settings, facts, teacher) {
-            Ok(gpu) => return Ok((settings, gpu)),
+        let plan = Plan::of(model, &mut settings, facts, work);
+        match plan.and_then(|plan| plan.check().map(|()| plan)) {
+            Ok(plan) => return Ok((settings, plan)),
             Err(_) if facts.samples && settings.may_shorten() => {
                 facts.room = Some(settings.max_response / 2);
             }
             Err(error) => return Err(error),
         }
     }
-}
-
-/// Plans the memory, and on a GPU what depends on it.
-fn fit(
-    model: &Model,
-    settings: &mut Settings,
-    facts: &Facts,
-    teacher: Option<&TeacherModel<'_>>,
-) -> Result<Option<GpuPlan>> {
-    let gpu = GpuPlan::of(model, settings, &Workload::of(settings, facts, teacher))?;
-    if let Some(plan) = &gpu {
-        plan.apply(settings);
-    }
-    if gpu.is_none() || model.device().is_host() {
-        Plan::of(model, settings, &Workload::of(settings, facts, teacher))?.check()?;
-    }
-    Ok(gpu)
 }
 
 /// Where groups come from, with the rollout engine where completions are sampled, under the adapter.
@@ -363,10 +336,8 @@ fn source(
     lora: &mut Lora,
     team: &Team,
 ) -> Result<Source> {
-    let n_ctx_seq = settings.max_prompt + settings.max_response;
     let mut rollouts = || -> Result<Rollouts> {
-        let options = RolloutOptions { n_ctx_seq, kv_bytes: settings.kv_mib << 20 }
-            .at_most(settings.sequences(), model.engine())?;
+        let options = settings.rollouts().at_most(settings.sequences(), model.engine())?;
         let mut rollouts = Rollouts::new(model.engine(), pool, options)?;
         if model.config().is_mixture() {
             rollouts.keep_experts();
@@ -424,10 +395,27 @@ fn check_layers(settings: &Settings, n_layer: usize) -> Result<()> {
     ))
 }
 
-/// The adapter of a file, whose sizes become the settings', or a new one.
-fn begin_from(model: &Model, settings: &mut Settings, adapter: Option<&Path>) -> Result<Lora> {
+/// What is known of the adapter that a run begins from, whose rank, alpha and targets become the settings'.
+///
+/// # Errors
+/// A file that cannot be read, or does not fit the model.
+pub(super) fn take_adapter(
+    config: &mut TrainConfig,
+    model: &Model,
+    adapter: Option<&Path>,
+) -> Result<AdapterShape> {
     let Some(path) = adapter else {
-        let (c, alpha) = (&settings, settings.file_alpha());
+        return AdapterShape::new(model, &config.targets, config.rank);
+    };
+    let shape = AdapterShape::read(model, path)?;
+    (config.rank, config.alpha, config.targets) = (shape.rank, shape.alpha, shape.targets.clone());
+    Ok(shape)
+}
+
+/// The adapter of a file, or a new one.
+fn begin_from(model: &Model, settings: &Settings, adapter: Option<&Path>) -> Result<Lora> {
+    let Some(path) = adapter else {
+        let (c, alpha) = (settings, settings.file_alpha());
         return Lora::new(model, &c.targets, c.rank, alpha, c.seed);
     };
     let lora = Lora::load(model, path)?;
@@ -441,8 +429,6 @@ fn begin_from(model: &Model, settings: &mut Settings, adapter: Option<&Path>) ->
     if settings.algo == Algorithm::Distill {
         refuse_head(&lora, path)?;
     }
-    (settings.options.rank, settings.alpha) = (lora.rank(), lora.alpha());
-    settings.options.targets = lora.targets();
     Ok(lora)
 }
 

@@ -1,4 +1,4 @@
-//! The completions of a run as a table that a reader sorts and filters.
+//! The completions of a run as a table that a reader sorts and filters: judged ones, or such as a teacher looked at.
 
 use serde_json::{Value, json};
 
@@ -86,11 +86,15 @@ fn number(c: &Value, key: &str) -> f64 {
     c.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN)
 }
 
-/// Of each problem the first completion of the highest reward, and the first of the lowest.
+/// Of each problem the first completion of the highest reward, and the first of the lowest; all where nobody rewarded them.
 pub(super) fn ends(of_step: &[Value]) -> Vec<&Value> {
     let reward = |c: &Value| number(c, "reward");
     let mut shown = Vec::new();
     for group in of_step.chunk_by(|a, b| a.get("problem") == b.get("problem")) {
+        if group.iter().all(|c| c.get("reward").is_none()) {
+            shown.extend(group);
+            continue;
+        }
         let best = group.iter().rev().max_by(|a, b| reward(a).total_cmp(&reward(b)));
         let worst = group.iter().min_by(|a, b| reward(a).total_cmp(&reward(b)));
         shown.extend(best);
@@ -134,6 +138,15 @@ mod tests {
         ];
         let texts: Vec<_> = shown(&all).iter().map(|r| r["completion"].clone()).collect();
         assert_eq!(texts, ["u", "y", "x", "z"]);
+    }
+
+    #[test]
+    fn completions_that_nobody_rewarded_are_all_shown() {
+        let all =
+            [0, 1, 2].map(|i| json!({"step": 1, "problem": "a", "completion": i.to_string()}));
+        let rows = shown(&all);
+        assert_eq!(rows.len(), 3);
+        assert!(rows.iter().all(|row| row["reward"].is_null() && row["right answer"] == ""));
     }
 
     #[test]

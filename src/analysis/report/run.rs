@@ -67,7 +67,7 @@ impl TrainingRun {
         path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// All completions that were judged, in their order; none of given rows.
+    /// All completions that were sampled, in their order; none of given rows.
     ///
     /// # Errors
     /// The file is damaged.

@@ -204,12 +204,17 @@ fn texts(completions: &[&Value]) -> Entry {
     };
     let indented = |text: &str| text.lines().map(|l| format!("    {l}\n")).collect::<String>();
     let one = |c: &&Value| -> Vec<u8> {
+        let heading = match c.get("reward") {
+            Some(reward) => format!(
+                "**{}: reward {reward}** ({}); right: {}",
+                text(c, "problem"),
+                text(c, "reason"),
+                text(c, "answer")
+            ),
+            None => format!("**{}**", text(c, "problem")),
+        };
         format!(
-            "**{}: reward {}** ({}); right: {}\n\n{}\n{}",
-            text(c, "problem"),
-            text(c, "reward"),
-            text(c, "reason"),
-            text(c, "answer"),
+            "{heading}\n\n{}\n{}",
             indented(&text(c, "prompt")),
             indented(&format!("=> {}", text(c, "completion"))),
         )

@@ -2,7 +2,7 @@
 //! parallel sequences may be.
 //!
 //! ```text
-//! peak = weights + adapter + libraries + max(rollouts, updates)
+//! peak = weights + adapter + teacher's weights + libraries + max(rollouts, updates)
 //! ```
 //!
 //! Rollouts (keys and values, llama.cpp's graph) and updates (residuals, one layer's graph, tiles) take turns: each
@@ -10,13 +10,10 @@
 
 use serde::Serialize;
 
-use super::plan::{Workload, fitting};
-use super::{Facts, Settings, TrainConfig};
+use super::sizes::{Sizes, fitting};
 use crate::ggml::{ByteSize, Device, DeviceChoice};
-use crate::gguf::AdapterFile;
-use crate::model::{Largest, LayerConfig, Lora, Model, activations, kept_bytes};
-use crate::ops::{ScratchShape, scratch_bytes};
-use crate::rollout::{RolloutOptions, RolloutSizes};
+use crate::rollout::Decoding;
+use crate::train::Settings;
 use crate::{Error, Result};
 
 /// Tokens of a planned micro batch beyond which a GPU gains nothing: memory left is for kept activations.
@@ -35,13 +32,15 @@ pub struct GpuPlan {
     pub budget_bytes: u64,
     /// Weights that lie there.
     pub weights_bytes: u64,
-    /// Masters, gradients of two, two moments.
+    /// Masters, gradients of two, two moments; the adapter that log-ratios are taken to.
     pub adapter_bytes: u64,
+    /// Weights of a teacher, and its adapter; 0 without one of its own.
+    pub teacher_bytes: u64,
     /// An allowance for CUDA's libraries.
     pub library_bytes: u64,
     /// Keys and values, llama.cpp's graph.
     pub rollout_bytes: u64,
-    /// Residuals, one layer's graph, tiles.
+    /// Residuals, one layer's graph, tiles; those of a teacher's forward beside them.
     pub update_bytes: u64,
     /// Activations that an update need not compute again: what is left.
     pub kept_bytes: u64,
@@ -60,19 +59,9 @@ impl GpuPlan {
     /// # Errors
     /// [`Error::Invalid`] where the budget is more than the GPU has free, or too little: what is needed for what, and
     /// which option would fit.
-    pub fn new(model: &Model, config: &TrainConfig) -> Result<Option<GpuPlan>> {
-        let facts = Facts::unread(config);
-        let settings = config.clone().resolve(model, &facts)?;
-        GpuPlan::of(model, &settings, &Workload::of(&settings, &facts, None))
-    }
-
-    pub(super) fn of(
-        model: &Model,
-        settings: &Settings,
-        workload: &Workload<'_>,
-    ) -> Result<Option<GpuPlan>> {
-        let free = model.engine().free_before();
-        let Some(budget) = settings.vram.map(|size| size.0).or(free) else { return Ok(None) };
+    pub(super) fn of(sizes: &Sizes<'_>) -> Result<Option<GpuPlan>> {
+        let free = sizes.model.engine().free_before();
+        let Some(budget) = sizes.settings.vram.map(|size| size.0).or(free) else { return Ok(None) };
         if let Some(free) = free.filter(|free| budget > *free) {
             let expected = format!("at most {} MiB, which nobody uses", mib(free));
             let got = format!("{} MiB", mib(budget));
@@ -83,7 +72,7 @@ impl GpuPlan {
                 "leave it out to take all of that",
             ));
         }
-        let demand = Demand::new(model, settings, workload)?;
+        let demand = Demand(*sizes);
         match demand.fit(budget)? {
             Ok(plan) => Ok(Some(plan)),
             Err(least) => {
@@ -97,31 +86,32 @@ impl GpuPlan {
     /// The most that is taken at once.
     pub fn peak_bytes(&self) -> u64 {
         let turns = self.rollout_bytes.max(self.update_bytes + self.kept_bytes);
-        self.weights_bytes + self.adapter_bytes + self.library_bytes + turns
-    }
-
-    /// Puts into the settings what was chosen.
-    pub(super) fn apply(&self, settings: &mut Settings) {
-        settings.micro_batch_tokens = self.micro_batch_tokens;
-        settings.kv_mib = self.kv_mib;
+        self.weights_bytes + self.adapter_bytes + self.teacher_bytes + self.library_bytes + turns
     }
 
     /// The plan in one line.
     pub fn line(&self) -> String {
         format!(
-            "GPU memory: {} of {} MiB planned (weights {}, adapter {}, libraries {}, then in turn rollouts of {} sequences \
-             {}, updates of {} tokens {} and kept activations {})",
+            "GPU memory: {} of {} MiB planned ({}, then in turn rollouts of {} sequences {}, updates of {} tokens {} and \
+             kept activations {})",
             mib(self.peak_bytes()),
             mib(self.budget_bytes),
-            mib(self.weights_bytes),
-            mib(self.adapter_bytes),
-            mib(self.library_bytes),
+            self.fixed().words(),
             self.n_seq,
             mib(self.rollout_bytes),
             self.micro_batch_tokens,
             mib(self.update_bytes),
             mib(self.kept_bytes)
         )
+    }
+
+    fn fixed(&self) -> Fixed {
+        Fixed {
+            weights: self.weights_bytes,
+            adapter: self.adapter_bytes,
+            teacher: self.teacher_bytes,
+            libraries: self.library_bytes,
+        }
     }
 
     /// What is to be said of the memory that was used in the end; nothing where it is as planned.
@@ -143,9 +133,32 @@ fn mib(bytes: u64) -> u64 {
     bytes.div_ceil(1 << 20)
 }
 
+/// What stays where it is as long as the run goes on, bytes.
+struct Fixed {
+    weights: u64,
+    adapter: u64,
+    teacher: u64,
+    libraries: u64,
+}
+
+impl Fixed {
+    fn bytes(&self) -> u64 {
+        self.weights + self.adapter + self.teacher + self.libraries
+    }
+
+    fn words(&self) -> String {
+        let teacher = match self.teacher {
+            0 => String::new(),
+            bytes => format!("teacher {}, ", mib(bytes)),
+        };
+        let [weights, adapter, libraries] = [self.weights, self.adapter, self.libraries].map(mib);
+        format!("weights {weights}, adapter {adapter}, {teacher}libraries {libraries}")
+    }
+}
+
 /// The least that a run can do with, bytes.
 struct Least {
-    fixed: [u64; 3],
+    fixed: Fixed,
     longest: usize,
     rollout: u64,
     update: u64,
@@ -153,17 +166,14 @@ struct Least {
 
 impl Least {
     fn bytes(&self) -> u64 {
-        self.fixed.iter().sum::<u64>() + self.rollout.max(self.update)
+        self.fixed.bytes() + self.rollout.max(self.update)
     }
 
     fn words(&self) -> String {
         format!(
-            "{} MiB at least (weights {}, adapter {}, libraries {}, then in turn one sequence of {} tokens {} and an update \
-             of as many {})",
+            "{} MiB at least ({}, then in turn one sequence of {} tokens {} and an update of as many {})",
             mib(self.bytes()),
-            mib(self.fixed[0]),
-            mib(self.fixed[1]),
-            mib(self.fixed[2]),
+            self.fixed.words(),
             self.longest,
             mib(self.rollout),
             mib(self.update)
@@ -171,122 +181,63 @@ impl Least {
     }
 }
 
-/// What a run of these settings wants of a GPU.
-struct Demand<'m> {
-    model: &'m Model,
-    settings: Settings,
-    rank: usize,
-    samples: bool,
-    /// Tokens of the longest given row.
-    longest_row: Option<usize>,
-}
+/// What a run of these sizes wants of a GPU.
+struct Demand<'s>(Sizes<'s>);
 
-impl<'m> Demand<'m> {
-    fn new(model: &'m Model, settings: &Settings, workload: &Workload<'_>) -> Result<Demand<'m>> {
-        let rank = match &settings.adapter {
-            Some(path) => AdapterFile::read(path)?.pairs.first().map_or(settings.rank, |p| p.rank),
-            None => settings.rank,
-        };
-        let samples = workload.samples;
-        let longest_row = (!samples).then_some(workload.group_tokens);
-        Ok(Demand { model, settings: settings.clone(), rank, samples, longest_row })
-    }
-
-    fn longest(&self) -> usize {
-        self.longest_row.unwrap_or(self.settings.max_prompt + self.settings.max_response)
-    }
-
-    /// Layers whose weights lie on the GPU; llama.cpp counts the output as one more, the first to go there.
-    fn gpu_layers(&self) -> usize {
-        let n_layer = self.model.config().n_layer;
-        self.settings.gpu_layers.map_or(n_layer, |n| n.saturating_sub(1).min(n_layer))
-    }
-
-    /// Weights, adapter, libraries.
-    fn fixed(&self) -> Result<[u64; 3]> {
-        let first = self.model.config().n_layer - self.gpu_layers();
-        let has_output = self.settings.gpu_layers != Some(0);
-        let mut weights = 0;
-        let mut tied = true;
-        let mut names = std::collections::HashSet::new();
-        for tensor in self.model.engine().tensors().filter(|t| names.insert(t.name())) {
-            let layer = tensor.name().strip_prefix("blk.").and_then(|rest| rest.split('.').next());
-            tied &= tensor.name() != "output.weight";
-            weights += match layer.and_then(|layer| layer.parse::<usize>().ok()) {
-                Some(layer) if layer >= first => tensor.n_bytes(),
-                None if tensor.name() != "token_embd.weight" && has_output => tensor.n_bytes(),
-                _ => 0,
-            };
+impl Demand<'_> {
+    fn fixed(&self) -> Fixed {
+        let Demand(sizes) = self;
+        let own = |teacher: &&super::TeacherModel<'_>| !teacher.own_files().is_empty();
+        let teacher = sizes.work.teacher.filter(own).map_or(0, |t| sizes.weights(t)[1]);
+        Fixed {
+            weights: sizes.weights(sizes.model)[1] as u64,
+            adapter: (sizes.adapter() + sizes.reference()) as u64,
+            teacher: teacher as u64,
+            libraries: LIBRARIES,
         }
-        if tied && has_output {
-            // Its second copy, for the unembedding.
-            weights += self.model.weights().embedding().n_bytes();
-        }
-        let params = Lora::count_params(self.model, &self.settings.targets, self.rank)?;
-        Ok([weights as u64, 20 * params as u64, LIBRARIES])
     }
 
-    fn sizes(&self, kv_bytes: usize) -> Result<RolloutSizes> {
-        let options = RolloutOptions { n_ctx_seq: self.longest(), kv_bytes };
-        options.sizes(self.model.engine())
-    }
-
-    /// Keys and values of `n_seq` sequences, and llama.cpp's graph: the FFN is its widest place, logits of all
-    /// sequences stand in it, and once more for drawing.
+    /// Keys and values of `n_seq` sequences, and llama.cpp's graph; logits of all sequences stand in it, and once more for
+    /// drawing.
     fn rollout(&self, n_seq: usize) -> Result<u64> {
-        if !self.samples {
+        let Demand(sizes) = self;
+        if !sizes.facts.samples {
             return Ok(0);
         }
-        let m = self.model.config();
-        let sizes = self.sizes(usize::MAX)?;
-        let n_batch = sizes.n_batch.max(n_seq);
-        let graph = 4 * n_batch * (3 * m.most(LayerConfig::ffn_width) + 4 * m.n_embd);
-        let mask = 6 * n_batch * sizes.n_ctx_seq;
+        let m = sizes.model.config();
+        let most = sizes.sequences(usize::MAX)?;
+        let tokens = most.n_batch.max(n_seq);
+        let decoding = Decoding { tokens, keys: most.n_ctx_seq, logits: 2 * n_seq };
         // One more sequence for prompts.
-        let kv = (n_seq + 1) * sizes.sequence_bytes * self.gpu_layers() / m.n_layer;
-        Ok((kv + graph + mask + 8 * m.n_vocab * n_seq) as u64)
+        let kv = (n_seq + 1) * most.sequence_bytes * sizes.layers_on_card(sizes.model) / m.n_layer;
+        Ok((kv + decoding.bytes(m)) as u64)
     }
 
-    fn depth(&self) -> usize {
-        let (c, n_layer) = (&self.settings, self.model.config().n_layer);
-        let internal_only = c.steps <= c.internal_steps;
-        if internal_only { c.internal_layer } else { n_layer }
-    }
-
-    /// Residuals, one layer's graph and the kernels' scratch memory of a micro batch.
+    /// Residuals, one layer's graph and the kernels' scratch memory of a micro batch; of a teacher the same for its forward,
+    /// and its hidden states before and after the norm.
     fn update(&self, tokens: usize) -> Result<u64> {
-        let (c, m) = (&self.settings, self.model.config());
-        let largest = Largest { tokens, trained: tokens, scored: tokens };
-        let acts = activations(self.model, &c.targets, self.rank, self.depth(), largest, false)?;
-        let scratch = scratch_bytes(&ScratchShape {
-            n_embd: m.n_embd,
-            n_ff: m.most(LayerConfig::ffn_width),
-            mixture: m.is_mixture(),
-            n_q: m.most(LayerConfig::q_width),
-            n_kv: m.most(LayerConfig::kv_width),
-            n_conv: m.most(|l| l.delta.map_or(0, |d| d.spec(m.rms_eps).width())),
-            delta: [
-                m.most(|l| l.delta.map_or(0, |d| d.n_v)),
-                m.most(|l| l.delta.map_or(0, |d| d.size)),
-            ],
-            n_vocab: m.n_vocab,
-            tokens,
-            scored: tokens,
-            precise: c.precise,
-            emulated: matches!(self.model.device(), Device::Emulated { .. }),
-        });
-        // While an op asks for more than those before, what they had is still there.
-        Ok((acts.kept + acts.scratch + 2 * scratch) as u64)
+        let Demand(sizes) = self;
+        let largest = sizes.largest(tokens);
+        let acts = sizes.activations(largest, false)?;
+        let n_teacher = sizes.work.teacher.map_or(0, |teacher| teacher.config().n_embd);
+        let mut bytes =
+            acts.kept + acts.scratch + sizes.device_scratch(sizes.model, largest, n_teacher);
+        if let Some(teacher) = sizes.work.teacher {
+            let acts = sizes.teacher_forward(teacher, largest)?;
+            let hidden = 8 * n_teacher * largest.scored;
+            bytes += acts.kept + acts.scratch + sizes.device_scratch(teacher, largest, 0) + hidden;
+        }
+        Ok(bytes as u64)
     }
 
     fn least(&self) -> Result<Least> {
-        let (c, longest) = (&self.settings, self.longest());
+        let (sizes, c, longest) = (&self.0, self.0.settings, self.0.longest());
         let n_seq = match c.options.kv_mib {
-            Some(mib) => self.sizes(mib << 20)?.n_seq,
-            None => 1,
+            Some(mib) if sizes.facts.samples => sizes.sequences(mib << 20)?.n_seq,
+            _ => 1,
         };
         Ok(Least {
-            fixed: self.fixed()?,
+            fixed: self.fixed(),
             longest,
             rollout: self.rollout(n_seq)?,
             update: self.update(c.options.micro_batch_tokens.unwrap_or(longest))?,
@@ -295,24 +246,23 @@ impl<'m> Demand<'m> {
 
     /// The largest sizes within the budget; what is needed where not even the least fits.
     fn fit(&self, budget: u64) -> Result<Result<GpuPlan, Least>> {
-        let c = &self.settings;
+        let (sizes, c) = (&self.0, self.0.settings);
         let least = self.least()?;
         if least.bytes() > budget {
             return Ok(Err(least));
         }
-        let room = budget - least.fixed.iter().sum::<u64>();
-        let most = self.sizes(usize::MAX)?.n_seq.min(c.prompts_per_step * c.group);
+        let room = budget - least.fixed.bytes();
+        let all = sizes.sequences(usize::MAX)?;
+        let most = all.n_seq.min(c.prompts_per_step * c.group);
         let n_seq = match c.options.kv_mib {
-            Some(mib) => self.sizes(mib << 20)?.n_seq,
-            None => largest(1, most, 1, |n| Ok(self.rollout(n)? <= room))?,
+            Some(mib) if sizes.facts.samples => sizes.sequences(mib << 20)?.n_seq,
+            _ => largest(1, most, 1, |n| Ok(self.rollout(n)? <= room))?,
         };
-        let groups = c.mini_batch.max(c.prompts_per_step - c.mini_batch);
-        let sampled = c.max_prompt + c.group * c.max_response;
-        let all = groups * self.longest_row.unwrap_or(sampled);
-        let longest = self.longest();
+        let longest = sizes.longest();
         let micro_batch_tokens = match c.options.micro_batch_tokens {
             Some(tokens) => tokens,
             None => {
+                let all = sizes.groups() * sizes.group()[0];
                 let most = all.min(MOST_TOKENS).max(longest);
                 largest(longest, most, TOKEN_STEP, |n| Ok(self.update(n)? <= room))?
             }
@@ -320,16 +270,14 @@ impl<'m> Demand<'m> {
         let (rollout_bytes, update_bytes) =
             (self.rollout(n_seq)?, self.update(micro_batch_tokens)?);
         let left = if c.recompute { 0 } else { room.saturating_sub(update_bytes) };
-        let layers =
-            kept_bytes(self.model, &c.targets, self.rank, self.depth(), micro_batch_tokens)?;
-        let kept: usize = fitting(&layers, left).iter().sum();
-        let sizes = self.sizes(usize::MAX)?;
-        let kv_bytes = (n_seq + sizes.n_kept) * sizes.sequence_bytes;
+        let kept: usize = fitting(&sizes.kept(micro_batch_tokens)?, left).iter().sum();
+        let kv_bytes = (n_seq + all.n_kept) * all.sequence_bytes;
         Ok(Ok(GpuPlan {
             budget_bytes: budget,
-            weights_bytes: least.fixed[0],
-            adapter_bytes: least.fixed[1],
-            library_bytes: least.fixed[2],
+            weights_bytes: least.fixed.weights,
+            adapter_bytes: least.fixed.adapter,
+            teacher_bytes: least.fixed.teacher,
+            library_bytes: least.fixed.libraries,
             rollout_bytes,
             update_bytes,
             kept_bytes: kept as u64,
@@ -342,14 +290,13 @@ impl<'m> Demand<'m> {
     /// Options, each of which alone would make the run fit.
     fn what_would_fit(&self, budget: u64) -> Result<String> {
         let fits = |change: &dyn Fn(&mut Settings)| -> Result<bool> {
-            let mut other = Demand { settings: self.settings.clone(), ..*self };
-            change(&mut other.settings);
-            let adapter = other.settings.adapter.is_some();
-            other.rank = if adapter { self.rank } else { other.settings.rank };
+            let mut settings = self.0.settings.clone();
+            change(&mut settings);
+            let other = Demand(Sizes { settings: &settings, ..self.0 });
             Ok(other.least()?.bytes() <= budget)
         };
         let mut options = Vec::new();
-        let given = &self.settings.options;
+        let (sizes, given) = (&self.0, &self.0.settings.options);
         if given.micro_batch_tokens.is_some() || given.kv_mib.is_some() {
             let planned = |c: &mut Settings| {
                 (c.options.micro_batch_tokens, c.options.kv_mib) = (None, None);
@@ -358,7 +305,7 @@ impl<'m> Demand<'m> {
                 options.push("leave out --micro-batch-tokens and --kv-mib".to_string());
             }
         }
-        let shorter = std::iter::successors(Some(self.settings.max_response / 2), |n| Some(n / 2));
+        let shorter = std::iter::successors(Some(sizes.settings.max_response / 2), |n| Some(n / 2));
         for n in shorter.take_while(|n| *n >= 16) {
             let cut = |c: &mut Settings| {
                 c.max_response = n;
@@ -369,7 +316,7 @@ impl<'m> Demand<'m> {
                 break;
             }
         }
-        for n in (0..=self.gpu_layers()).rev() {
+        for n in (0..=sizes.layers_on_card(sizes.model)).rev() {
             if fits(&|c| c.options.gpu_layers = Some(n))? {
                 options.push(format!("--gpu-layers {n} would fit"));
                 break;
@@ -407,7 +354,7 @@ fn largest(
 }
 
 /// Refuses `--vram` where no GPU computes.
-pub(super) fn wants_a_gpu(vram: Option<ByteSize>, device: Device) -> Result<()> {
+pub(in crate::train) fn wants_a_gpu(vram: Option<ByteSize>, device: Device) -> Result<()> {
     match (vram, device) {
         (Some(_), Device::Cpu) => {
             let got = DeviceChoice::Cpu.to_string();
@@ -424,7 +371,10 @@ pub(super) fn wants_a_gpu(vram: Option<ByteSize>, device: Device) -> Result<()> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Plan, Workload};
     use super::*;
+    use crate::model::{AdapterShape, Lora, Model};
+    use crate::train::{Facts, TrainConfig};
 
     #[test]
     fn the_largest_that_fits_is_found() {
@@ -444,7 +394,7 @@ mod tests {
         let words = format!("train --vram {vram} {words}");
         let words: Vec<String> = words.split_whitespace().map(str::to_string).collect();
         let config = TrainConfig::from_words(&words).unwrap();
-        GpuPlan::new(&model, &config).map(|plan| plan.expect("with --vram"))
+        Plan::new(&model, &config).map(|plan| plan.gpu.expect("with --vram"))
     }
 
     #[test]
@@ -493,8 +443,10 @@ mod tests {
             let config = TrainConfig { precise, ..TrainConfig::default() };
             let facts = Facts::unread(&config);
             let settings = config.clone().resolve(&model, &facts).unwrap();
-            let workload = Workload::of(&settings, &facts, None);
-            let demand = Demand::new(&model, &settings, &workload).unwrap();
+            let shape = AdapterShape::new(&model, &config.targets, config.rank).unwrap();
+            let work = Workload::new(&model, &config, shape, None).unwrap();
+            let (settings, facts) = (&settings, &facts);
+            let demand = Demand(Sizes { model: &model, settings, facts, work: &work });
             let lora = Lora::new(&model, &config.targets, config.rank, 32.0, 1).unwrap();
             let mut gradients = lora.zeros_like().unwrap();
             let pool = std::sync::Arc::new(crate::ggml::ThreadPool::new(1).unwrap());
