@@ -89,7 +89,7 @@ fn talk(
     let sampling = Sampling::default();
     let watch = &mut |_| Ok(());
     let segments = rollouts.converse(&requests, &sampling, 7, &stop, &mut session, watch)?;
-    Ok(session.dialogues(segments))
+    Ok(session.dialogues(segments).into_iter().map(|(_, group)| group).collect())
 }
 
 fn tokens(all: &[Vec<Dialogue>]) -> Vec<Vec<i32>> {

@@ -1,12 +1,16 @@
-//! With invariant rollouts a completion does not depend on who is decoded beside it.
+//! With invariant rollouts a completion does not depend on who is decoded beside it, nor does a dialogue.
 
 mod common;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use bupo_gguf::ggml::ThreadPool;
-use bupo_gguf::rollout::{Completion, Request, RolloutOptions, Rollouts, Sampling};
+use bupo_gguf::rollout::{
+    Answer, Completion, Finish, Partner, Request, RolloutOptions, Rollouts, Sampling, Segment,
+    Which,
+};
 use common::Golden;
 
 /// Prompts of several lengths, with so many completions each.
@@ -61,4 +65,93 @@ fn completions_do_not_depend_on_who_is_decoded_beside_them() {
         }
     }
     assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Answers three turns, with tokens that depend on what was said; now and then it rewrites what stands before.
+struct Talker {
+    lag: u64,
+    n_vocab: usize,
+    /// Number of the first request among all.
+    first: usize,
+    prompts: Vec<Vec<i32>>,
+    said: HashMap<Which, (usize, i64)>,
+}
+
+impl Partner for Talker {
+    fn lag(&self) -> u64 {
+        self.lag
+    }
+
+    fn max_turn(&self, which: Which) -> usize {
+        let turn = self.said.get(&which).map_or(0, |(turn, _)| *turn);
+        1 + (3 * which.index + self.first + which.request + turn) % 4
+    }
+
+    fn said(&mut self, which: Which, tokens: &[i32], _: Finish) -> bupo_gguf::Result<()> {
+        let (turn, sum) = self.said.entry(which).or_default();
+        (*turn, *sum) = (*turn + 1, *sum + tokens.iter().map(|&t| t as i64).sum::<i64>());
+        Ok(())
+    }
+
+    fn answer(&mut self, which: Which) -> bupo_gguf::Result<Answer> {
+        let (turn, sum) = self.said[&which];
+        let number = sum as usize + self.first + which.request + which.index + turn;
+        if turn == 3 {
+            return Ok(Answer::Over);
+        }
+        let tokens: Vec<i32> =
+            (0..1 + number % 5).map(|i| ((number + 7 * i) % self.n_vocab) as i32).collect();
+        let prompt = &self.prompts[which.request];
+        Ok(match number % 4 {
+            0 => Answer::Anew([&prompt[..prompt.len() / 2], &tokens].concat()),
+            1 => Answer::Anew([prompt.as_slice(), &tokens].concat()),
+            _ => Answer::Append(tokens),
+        })
+    }
+
+    fn cut(&mut self, _: Which) {}
+}
+
+#[test]
+fn nor_do_dialogues_whenever_their_partners_answer() {
+    let first = ["qwen3-q8_0", "llama-q4_0", "qwen3-q4_k", "llama-f32"];
+    let names = first.into_iter().chain(common::ARCHS);
+    let mut failed = Vec::new();
+    let (mut all, mut several) = (0, 0);
+    for name in names {
+        let golden = Golden::load(name);
+        let n_vocab = golden.model.config().n_vocab;
+        let mut lora = golden.lora();
+        let pool = Arc::new(ThreadPool::new(1).unwrap());
+        let mut requests = requests(n_vocab, 4);
+        requests.iter_mut().for_each(|request| request.max_tokens = 24);
+        let mut talk = |n_seq: usize, lag: u64, first: usize, requests: &[Request]| {
+            let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 30 };
+            let options = options.at_most(n_seq, golden.model.engine()).unwrap();
+            let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+            rollouts.set_adapter(Some(lora.live(&golden.model).unwrap())).unwrap();
+            rollouts.make_invariant();
+            let prompts = requests.iter().map(|request| request.prompt_tokens.clone()).collect();
+            let mut partner = Talker { lag, n_vocab, first, prompts, said: HashMap::new() };
+            let (stop, sampling) = (AtomicBool::new(false), Sampling::default());
+            let talked =
+                rollouts.converse(requests, &sampling, 1, &stop, &mut partner, &mut |_| Ok(()));
+            talked.unwrap().into_iter().map(|(_, group)| group).collect::<Vec<_>>()
+        };
+        let together: Vec<Vec<Vec<Segment>>> = talk(64, 0, 0, &requests);
+        for (n_seq, lag) in [(64, 3), (5, 2), (2, 1), (16, 9)] {
+            if talk(n_seq, lag, 0, &requests) != together {
+                failed.push(format!("{name}: {n_seq} sequences at once, lag {lag}"));
+            }
+        }
+        let one = |(i, request)| talk(64, 4, i, std::slice::from_ref(request)).remove(0);
+        let alone: Vec<_> = requests.iter().enumerate().map(one).collect();
+        if alone != together {
+            failed.push(format!("{name}: one prompt at a time"));
+        }
+        all += together.iter().flatten().count();
+        several += together.iter().flatten().filter(|segments| segments.len() > 1).count();
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+    assert!(several > all / 4 && several < all, "{several} of {all} have several segments");
 }

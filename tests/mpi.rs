@@ -1,6 +1,7 @@
 //! A run shared by several ranks gives the very bytes of a process alone, and ends cleanly whatever ends one of them.
 //!
-//! `cargo test --release --features mpi --test mpi`, with Open MPI's `mpirun` on the path.
+//! `cargo test --release --features mpi --test mpi`, with Open MPI's `mpirun` on the path, or another launcher in
+//! `BUPO_MPIRUN`.
 #![cfg(feature = "mpi")]
 
 use std::fs;
@@ -34,23 +35,27 @@ fn alone(args: &[String]) -> Output {
     Command::new(BINARY).args(args).output().unwrap()
 }
 
+/// The launcher: Open MPI's, or the one of `BUPO_MPIRUN`, with its options.
 fn mpirun() -> Command {
-    let mut command = Command::new("mpirun");
+    let launcher = std::env::var("BUPO_MPIRUN");
+    let launcher = launcher.unwrap_or_else(|_| "mpirun --oversubscribe --bind-to none".into());
+    let launcher = words(&launcher);
+    let mut command = Command::new(&launcher[0]);
     command
-        .args(["--oversubscribe", "--bind-to", "none"])
+        .args(&launcher[1..])
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command
 }
 
 fn ranks(n: usize, args: &[String]) -> Output {
-    mpirun().args(["-n", &n.to_string(), BINARY]).args(args).output().expect("mpirun of Open MPI")
+    mpirun().args(["-n", &n.to_string(), BINARY]).args(args).output().expect("a launcher")
 }
 
 fn start(n: usize, args: &[String]) -> Child {
     let mut command = mpirun();
     command.args(["-n", &n.to_string(), BINARY]).args(args);
-    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("mpirun of Open MPI")
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("a launcher")
 }
 
 fn said(output: &Output) -> String {
@@ -135,6 +140,8 @@ fn same_bytes(name: &str, options: &str, numbers: &[usize]) {
     let out = |n: usize| folder.path().join(format!("{n}"));
     succeeded(alone(&train(options, &out(1))), name);
     let expected = Learnt::of(&out(1), 4);
+    let learns = |line: &Map<String, Value>| line["gradient_norm"].as_f64() > Some(0.0);
+    assert!(expected.metrics.iter().any(learns), "{name}: nothing was learnt");
     for &n in numbers {
         let output = ranks(n, &train(options, &out(n)));
         succeeded(output, name);
@@ -167,6 +174,10 @@ fn any_number_of_ranks_gives_the_bytes_of_one_process() {
 fn so_does_every_other_objective() {
     let folder = tempfile::tempdir().unwrap();
     let of = |kind: &str| rows(folder.path(), kind);
+    // A student that is not its teacher.
+    let student = folder.path().join("student");
+    succeeded(alone(&train(&format!("{ROWS} --algo sft --data {}", of("sft")), &student)), "sft");
+    let student = format!("--adapter {}", student.join("adapter.gguf").display());
     let cases = [
         ("dapo", format!("{ROWS} {SAMPLED} --algo dapo --resample 2 --entropy-every 2")),
         ("kto", format!("{ROWS} --algo kto --data {}", of("kto"))),
@@ -176,12 +187,63 @@ fn so_does_every_other_objective() {
         ),
         (
             "distill",
-            format!("{ROWS} {SAMPLED} --algo distill --teacher demo --data {}", of("prompts")),
+            format!(
+                "{ROWS} {SAMPLED} --algo distill --teacher demo {student} --data {}",
+                of("prompts")
+            ),
         ),
         ("auto", format!("{ROWS} {SAMPLED} --internal-steps 2 --internal-layer auto")),
     ];
     for (name, options) in cases {
         same_bytes(name, &options, &[2]);
+    }
+}
+
+/// An environment program whose answers and rewards depend on what the model says. `sh -c` makes a blank of `${IFS}`.
+fn partner(folder: &Path) -> String {
+    let script = r#"while IFS= read -r line; do
+case $line in *'"op":"step"'*) text=${line#*\"text\":} ;; esac
+case $line in
+*'"op":"reset"'*) echo '{"messages": [{"role": "user", "content": "go"}]}' ;;
+*'"op":"step"'*) echo "{\"messages\": [{\"role\": \"user\", \"content\": \"more $((${#text} % 7))\"}], \"reward\": $((${#text} % 5))}" ;;
+*) echo '{}' ;;
+esac
+done
+"#;
+    let path = folder.join("partner.sh");
+    fs::write(&path, script).unwrap();
+    format!("cmd:sh${{IFS}}{}", path.display())
+}
+
+/// Dialogues of a few turns.
+const TALKS: &str = "--max-turns 3 --max-turn-tokens 14 --env-workers 2";
+
+#[test]
+fn so_do_dialogues() {
+    let folder = tempfile::tempdir().unwrap();
+    let partner = partner(folder.path());
+    // Openings have room in a micro batch.
+    let rows = ROWS.replace("tokens 160", "tokens 512");
+    let of = |more: &str| format!("{rows} {SAMPLED} {TALKS} {more}");
+    // The calculator's opening is most of the demo model's context; what is rewarded is brevity.
+    let few = |options: String| {
+        options
+            .replace("prompts-per-step 4", "prompts-per-step 2")
+            .replace("problems 4", "problems 1")
+    };
+    let tools = "--max-prompt 454 --max-response 58 --reward overlong:50";
+    let cases = [
+        ("bupo", of(&format!("--internal-steps 2 --env {partner}")), vec![2, 3]),
+        (
+            "grpo",
+            few(of(&format!("--algo grpo --kl-coef 0.02 --env env:calculator {tools}"))),
+            vec![2],
+        ),
+        ("ppo", of(&format!("--algo ppo --turn-credit to-go --env {partner}")), vec![2]),
+        ("dapo", of("--algo dapo --resample 1 --reward exact --env env:guess"), vec![2]),
+    ];
+    for (name, options, numbers) in cases {
+        same_bytes(&format!("{name} of dialogues"), &options, &numbers);
     }
 }
 
@@ -195,25 +257,31 @@ fn wait_for(path: &Path, child: &mut Child) {
     }
 }
 
-/// The processes of the program that `mpirun` started, by number.
+/// The processes of the program that `mpirun`, or a process of its own, started, by number.
 fn processes(mpirun: &Child) -> Vec<(u64, i32)> {
+    let own = fs::canonicalize(BINARY).unwrap();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let after = stat.rsplit(')').next().unwrap_or_default();
-        if after.split_whitespace().nth(1) != Some(&mpirun.id().to_string()) {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        let is_its = |parent: Option<u32>| parent == Some(mpirun.id());
+        let is_program = fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == own);
+        if !is_program || !is_its(parent(pid)) && !is_its(parent(pid).and_then(parent)) {
             continue;
         }
         let environ = fs::read(entry.path().join("environ")).unwrap_or_default();
         let rank = environ.split(|&b| b == 0).find_map(|variable| {
-            let text = std::str::from_utf8(variable).ok()?;
-            text.strip_prefix("OMPI_COMM_WORLD_RANK=")?.parse().ok()
+            let (name, value) = std::str::from_utf8(variable).ok()?.split_once('=')?;
+            ["OMPI_COMM_WORLD_RANK", "PMI_RANK"].contains(&name).then(|| value.parse().ok())?
         });
-        found.extend(rank.map(|rank| (rank, pid)));
+        found.extend(rank.map(|rank| (rank, pid as i32)));
     }
     found.sort_unstable();
     found
+}
+
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit(')').next()?.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn signal(pid: i32, name: &str) {
@@ -246,9 +314,29 @@ fn a_run_whose_rank_was_killed_goes_on_with_another_number_of_ranks() {
     let whole = folder.path().join("whole");
     succeeded(alone(&train(LONG, &whole)), "alone");
     let expected = Learnt::of(&whole, 8);
-    for (ranks_before, victim, ranks_after) in [(3, 2, 2), (2, 0, 1), (2, 1, 3)] {
-        let out = folder.path().join(format!("{ranks_before}-{victim}-{ranks_after}"));
-        let mut child = start(ranks_before, &train(LONG, &out));
+    killed_and_resumed(LONG, &expected, &[(3, 2, 2), (2, 0, 1), (2, 1, 3)], folder.path());
+}
+
+#[test]
+fn so_does_one_of_dialogues() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = format!("{LONG} {TALKS} --env {}", partner(folder.path()));
+    let whole = folder.path().join("whole");
+    succeeded(alone(&train(&options, &whole)), "alone");
+    let expected = Learnt::of(&whole, 8);
+    killed_and_resumed(&options, &expected, &[(2, 1, 3), (3, 0, 2)], folder.path());
+}
+
+/// Kills a rank of runs and goes on with another number of ranks: (ranks before, victim, ranks after).
+fn killed_and_resumed(
+    options: &str,
+    expected: &Learnt,
+    cases: &[(usize, usize, usize)],
+    folder: &Path,
+) {
+    for &(ranks_before, victim, ranks_after) in cases {
+        let out = folder.join(format!("{ranks_before}-{victim}-{ranks_after}"));
+        let mut child = start(ranks_before, &train(options, &out));
         wait_for(&out.join("checkpoints/step-3"), &mut child);
         let running = processes(&child);
         assert_eq!(running.len(), ranks_before, "{running:?}");
@@ -261,7 +349,7 @@ fn a_run_whose_rank_was_killed_goes_on_with_another_number_of_ranks() {
             n => ranks(n, &resume(&out)),
         };
         succeeded(output, "resume");
-        Learnt::of(&out, 8).assert_is(&expected, &format!("{ranks_before} to {ranks_after} ranks"));
+        Learnt::of(&out, 8).assert_is(expected, &format!("{ranks_before} to {ranks_after} ranks"));
     }
 }
 
@@ -368,7 +456,7 @@ fn an_error_of_one_rank_is_told_once_and_ends_all() {
     let judge = folder.path().join("judge.sh");
     fs::write(
         &judge,
-        "#!/bin/sh\nwhile read -r line; do\n  [ \"$OMPI_COMM_WORLD_RANK\" = 1 ] && exit 3\n  echo '{\"reward\": 1}'\ndone\n",
+        "#!/bin/sh\nwhile read -r line; do\n  [ \"${OMPI_COMM_WORLD_RANK:-$PMI_RANK}\" = 1 ] && exit 3\n  echo '{\"reward\": 1}'\ndone\n",
     )
     .unwrap();
     options.extend(["--reward".into(), format!("cmd:sh {}", judge.display())]);
@@ -417,6 +505,19 @@ fn evaluation_and_entropy_are_those_of_one_process() {
     assert_eq!(String::from_utf8_lossy(&one.stdout), String::from_utf8_lossy(&three.stdout));
     assert_eq!(sorted("e1"), sorted("e2"));
 
+    let talks = |out: &str| {
+        let mut args =
+            words("eval demo --problems 9 --samples 2 --threads 1 --json --batch-invariant");
+        args.extend(words(&format!("{TALKS} --env {} --data task:add", partner(folder.path()))));
+        args.extend(["--out".into(), path(out)]);
+        args
+    };
+    let (one, two) = (alone(&talks("t1")), ranks(2, &talks("t2")));
+    assert!(one.status.success() && two.status.success(), "{} {}", said(&one), said(&two));
+    assert_eq!(String::from_utf8_lossy(&one.stdout), String::from_utf8_lossy(&two.stdout));
+    assert_eq!(sorted("t1"), sorted("t2"));
+    assert_eq!(sorted("t1").len(), 18);
+
     let data = rows(folder.path(), "prompts");
     let entropy = |out: &str| {
         let mut args = words(
@@ -432,6 +533,79 @@ fn evaluation_and_entropy_are_those_of_one_process() {
         let read = |out: &str| fs::read(folder.path().join(out).join(file)).unwrap();
         assert!(read("h1") == read("h3"), "{file}");
     }
+}
+
+#[test]
+fn hidden_states_are_those_of_one_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    // Rows for several windows, of which a batch holds a few.
+    let all: String =
+        (0..8).map(|_| fs::read_to_string(rows(folder.path(), "sft")).unwrap()).collect();
+    fs::write(folder.path().join("rows.jsonl"), all).unwrap();
+    let of = |data: &str, file: &str, more: &str| {
+        let mut args = words("entropy demo --threads 1 --batch-tokens 64 --batch-invariant --data");
+        args.extend([path(data), "--hidden".into(), path(file)]);
+        args.extend(words(more));
+        args
+    };
+    let read = |file: &str| fs::read(folder.path().join(file)).unwrap();
+    let more = "--hidden-taps layer_out,attn_out,final --hidden-type f16 --hidden-positions all";
+    let out = |n: usize| format!("--top-k 2 --out {}", path(&format!("figures-{n}")));
+    succeeded(alone(&of("rows.jsonl", "one.safetensors", more)), "alone");
+    succeeded(ranks(3, &of("rows.jsonl", "three.safetensors", more)), "3 ranks");
+    assert!(read("one.safetensors") == read("three.safetensors"));
+    assert!(!folder.path().join("three.safetensors.partial").exists());
+    rows(folder.path(), "prompts");
+    for n in [1, 2] {
+        let args =
+            of("prompts.jsonl", &format!("{n}.npy"), &format!("--hidden-taps ffn_out {}", out(n)));
+        succeeded(if n == 1 { alone(&args) } else { ranks(n, &args) }, "with figures");
+    }
+    for file in [".npy", ".rows.npy"] {
+        assert!(read(&format!("1{file}")) == read(&format!("2{file}")), "{file}");
+    }
+    let figures = |n: usize| read(&format!("figures-{n}/entropy.jsonl"));
+    assert!(figures(1) == figures(2));
+    // A name that is taken is refused once, by the first rank.
+    let output = ranks(2, &of("rows.jsonl", "one.safetensors", more));
+    assert!(!output.status.success());
+    let text = said(&output);
+    assert!(text.contains("a name that is free") && text.matches("error:").count() == 1, "{text}");
+}
+
+#[test]
+fn a_killed_evaluation_has_kept_what_any_rank_had_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("log");
+    let judge = folder.path().join("judge.sh");
+    let script = "while read -r line; do echo x >> LOG; sleep 0.1; echo '{\"reward\": 1}'; done\n";
+    fs::write(&judge, script.replace("LOG", &log.display().to_string())).unwrap();
+    let out = folder.path().join("out");
+    let mut args =
+        words("eval demo --data task:add --problems 80 --threads 1 --reward-workers 2 --out");
+    args.extend([out.display().to_string(), "--reward".into()]);
+    args.push(format!("cmd:sh {}", judge.display()));
+    let mut child = start(2, &args);
+    let n_lines = |path: &Path| fs::read_to_string(path).unwrap_or_default().lines().count();
+    let kept = out.join("completions.jsonl");
+    let start = Instant::now();
+    while n_lines(&kept) < 30 {
+        assert!(start.elapsed() < Duration::from_secs(120), "nothing is kept");
+        assert!(child.try_wait().unwrap().is_none(), "it ended early");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    signal(processes(&child)[1].1, "-KILL");
+    let (output, _) = end_within_a_minute(child);
+    assert!(!output.status.success());
+    let (judged, lines) = (n_lines(&log), n_lines(&kept));
+    assert!(judged < 80, "all were judged before it was killed");
+    // Under judgement: 2 of each rank; besides, what was on its way.
+    assert!(lines >= 30 && judged <= lines + 12, "{lines} of {judged} were kept");
+    args.push("--resume".into());
+    succeeded(ranks(3, &args), "resume");
+    assert_eq!(n_lines(&kept), 80);
+    assert!(n_lines(&log) <= 80 + 12, "{} were judged", n_lines(&log));
 }
 
 #[test]

@@ -4,6 +4,8 @@
 //! `entropy.jsonl` is the one truth: `progress.json` says how many rows and bytes of it are whole, and a
 //! resumed run cuts it there and reads the sums back from it. Everything else is made of it at the end.
 
+mod share;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -179,12 +181,6 @@ pub fn dump<'m>(
 ) -> Result<Findings> {
     let Run { pool, stop, team, watcher } = run;
     let model = sides[0].model;
-    if settings.hidden.is_some() && !team.is_alone() {
-        let got = format!("{} ranks", team.size());
-        let advice = "ranks do not share the writing of hidden states: start it without mpirun";
-        let refused = Error::invalid("--hidden", "one process", got, advice);
-        return Err(team.shared_by_all(refused));
-    }
     check_comparable(sides)?;
     for side in sides.iter() {
         settings.look.check(side.model.config().n_vocab)?;
@@ -214,8 +210,10 @@ pub fn dump<'m>(
     };
     let mut size = hidden::Size::default();
     if let Some(hidden) = &settings.hidden {
-        size = hidden::size(model, settings, conduct, hidden)?;
-        HiddenFiles::check_free(hidden, conduct.resume)?;
+        size = team.from_first(|| {
+            let size = hidden::size(model, settings, conduct, hidden)?;
+            HiddenFiles::check_free(hidden, conduct.resume).map(|()| size)
+        })?;
         watcher.note(&size.to_string());
     }
     let measured = sides.iter().filter(|_| conduct.figures);
@@ -232,14 +230,19 @@ pub fn dump<'m>(
         written = done.hidden;
         files = Some(open);
     }
-    (findings.samples, findings.rows) =
-        team.from_first(|| Ok((findings.samples, findings.rows)))?;
+    (findings.samples, findings.rows, written) =
+        team.from_first(|| Ok((findings.samples, findings.rows, written)))?;
     let hidden = match &settings.hidden {
         None => None,
         Some(hidden) => {
             let of = (n_layer, model.config().n_embd);
-            match HiddenFiles::open(hidden, of, size.bytes, findings.rows > 0, written) {
-                Ok(hidden) => Some(hidden),
+            let mut own = HiddenFiles::elsewhere(hidden, of, written);
+            let opened = team.from_first(|| {
+                own = HiddenFiles::open(hidden, of, size.bytes, findings.rows > 0, written)?;
+                Ok(())
+            });
+            match opened {
+                Ok(()) => Some(own),
                 Err(error) => {
                     if let Some(files) = files.filter(|_| findings.rows == 0) {
                         files.discard()?;
@@ -430,24 +433,6 @@ impl<'m> Dump<'_, 'm> {
         Ok(())
     }
 
-    /// The figures of all batches, of which the ranks measure one after another.
-    fn shared_figures(&mut self, batches: &[Vec<Vec<Sample>>]) -> Result<Vec<Figures>> {
-        if self.team.stops(self.stop)? {
-            return Err(Error::Interrupted);
-        }
-        let team = self.team;
-        let mut queue = team.queue(batches.len());
-        let mut own = Vec::new();
-        let measured: Result<()> = (|| {
-            while let Some(i) = queue.take()? {
-                let packed = self.packed(batches[i].clone())?;
-                own.push((i, self.figures(&packed)?));
-            }
-            Ok(())
-        })();
-        team.join(batches.len(), measured.map(|()| own))
-    }
-
     fn packed(&self, runs: Vec<Vec<Sample>>) -> Result<Packed> {
         close(runs, self.settings.pick, self.sides[0].model.config().n_vocab)
     }
@@ -478,12 +463,15 @@ impl<'m> Dump<'_, 'm> {
         }
     }
 
-    /// One batch: hidden states to their streams, figures, measured by whoever took it, to the records.
+    /// One batch: hidden states to their streams, figures to the records; both may have been measured by whoever took it.
     fn batch(&mut self, runs: Vec<Vec<Sample>>, measured: Option<Figures>) -> Result<()> {
         if let Some(hidden) = &mut self.hidden {
             let (side, pick) = (&self.sides[0], self.settings.pick);
-            let samples: Vec<&Sample> = runs.iter().flatten().collect();
-            hidden.take(&mut self.engine, (side.model, side.lora.as_ref()), &samples, pick)?;
+            if measured.is_none() {
+                let (at, under) = (hidden.written(), (side.model, side.lora.as_ref()));
+                hidden.take(at, &mut self.engine, under, &runs, pick)?;
+            }
+            hidden.advance(hidden.count(&runs, pick));
         }
         if !self.conduct.figures {
             self.findings.samples += runs.iter().map(|run| run.len() as u64).sum::<u64>();

@@ -31,7 +31,8 @@ pub(super) fn begin_together(
     let files = sides.iter().flat_map(|side| side.model.files().iter().cloned());
     let files = files.chain(adapters.into_iter().flatten().map(PathBuf::from));
     let sums = files.map(|file| crate::gguf::sha256(&file)).collect::<Result<Vec<_>>>()?;
-    let how = (settings, conduct.samples, conduct.strict, conduct.batch_tokens);
+    let what = (settings, conduct.figures);
+    let how = (what, conduct.samples, conduct.strict, conduct.batch_tokens);
     let how = serde_json::to_string(&how).unwrap_or_default();
     let options = "start all ranks with the same options";
     team.alike(&[

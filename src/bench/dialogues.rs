@@ -96,7 +96,8 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
                 rollouts.converse(&requests, &sampling, 1, &stop, &mut partner, &mut |_| Ok(()))
             });
             let segments = out?;
-            let tokens = segments.iter().flatten().flatten().map(|s| s.completion.tokens.len());
+            let segments = segments.iter().flat_map(|(_, group)| group).flatten();
+            let tokens = segments.map(|s| s.completion.tokens.len());
             let seconds = time.as_secs_f64();
             Ok((tokens.sum::<usize>() as f64 / seconds, partner.waited.as_secs_f64() / seconds))
         };

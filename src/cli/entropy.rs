@@ -263,6 +263,9 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         }
         None => {
             let written = hidden_states(&mut sides, &settings, &conduct, run)?;
+            if !team.is_first() {
+                return Ok(());
+            }
             watch.bar.finish_and_clear();
             if args.json {
                 print_json(&written)?;

@@ -253,7 +253,7 @@ fn talk(args: &GenerateArgs, model: &Model, mut lora: Option<Lora>) -> Result<()
     };
     let segments =
         rollouts.converse(&requests, &args.sampling, args.seed, &stop, &mut session, &mut watch)?;
-    let dialogues = session.dialogues(segments).remove(0);
+    let dialogues = session.dialogues(segments).remove(0).1;
     if args.json {
         let segment = |s: &Segment| {
             json!({"prompt_tokens": s.prompt, "tokens": s.completion.tokens, "sampled": s.own,

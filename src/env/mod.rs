@@ -13,6 +13,7 @@ mod program;
 pub mod protocol;
 mod talk;
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::Result;
@@ -21,7 +22,7 @@ use crate::reward::JudgePool;
 
 pub use calls::{CallFormat, ToolCall, Turn};
 pub use options::EnvOptions;
-pub use pool::{EnvPool, Session};
+pub use pool::{Ended, EnvPool, Session};
 pub use program::ProgramEnv;
 pub use talk::{Counts, Dialogue, Heard, Talk, TurnEnd};
 
@@ -45,20 +46,24 @@ pub fn task_seed(seed: u64, stream: u64) -> u64 {
     (x ^ (x >> 31)) >> 33
 }
 
-/// Judges the last turn of each dialogue; what the judges give is added to its reward, and decides whether it succeeded.
+/// Judges the last turn of each dialogue, in groups with the number of their problem; what the judges give is added to its
+/// reward, and decides whether it succeeded.
 ///
 /// # Errors
 /// A reward that cannot judge.
 pub fn judge_ends(
     judges: &mut JudgePool,
     problems: &[Problem],
-    dialogues: &mut [Vec<Dialogue>],
+    groups: &mut [(usize, Vec<Dialogue>)],
 ) -> Result<()> {
-    let ends = problems.iter().zip(dialogues.iter()).flat_map(|(problem, group)| {
-        group.iter().map(|d| (problem.clone(), d.last_words(), d.own_tokens(), d.is_cut()))
+    let ends = groups.iter().flat_map(|(problem, group)| {
+        let end =
+            |d: &Dialogue| (problems[*problem].clone(), d.last_words(), d.own_tokens(), d.is_cut());
+        group.iter().map(end)
     });
     let judged = judges.judge_all(ends.collect())?;
-    for (dialogue, judgement) in dialogues.iter_mut().flatten().zip(judged) {
+    let dialogues = groups.iter_mut().flat_map(|(_, group)| group);
+    for (dialogue, judgement) in dialogues.zip(judged) {
         if let Some(last) = dialogue.turns.last_mut() {
             last.reward += judgement.reward;
         }
@@ -69,11 +74,13 @@ pub fn judge_ends(
 }
 
 /// How a dialogue begins.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Opening {
     /// Messages, at least one: objects with `role` and `content`.
+    #[serde(with = "talk::as_text")]
     pub messages: Vec<Value>,
     /// Tools: `{"type": "function", "function": {"name": .., "description": .., "parameters": SCHEMA}}`.
+    #[serde(with = "talk::as_text")]
     pub tools: Vec<Value>,
 }
 

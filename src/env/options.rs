@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 
 use super::builtin::{Builtin, SUPPORTED};
 use super::{CallFormat, Environment, ProgramEnv};
-use crate::team::Team;
 use crate::{Error, Result};
 
 /// With whom a model talks, and for how long.
@@ -61,35 +60,6 @@ enum Kind {
 }
 
 impl EnvOptions {
-    /// Refuses dialogues that ranks would share, or that are not to depend on who is decoded beside them.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] with what to leave out.
-    pub fn check_alone(&self, team: &Team, invariant: bool) -> Result<()> {
-        let refuse = |expected: &str, got: String, advice: &str| {
-            Err(team.shared_by_all(Error::invalid("--env", expected, got, advice)))
-        };
-        match self.is_some() {
-            true if !team.is_alone() => {
-                let got = format!("{} ranks", team.size());
-                refuse(
-                    "one process",
-                    got,
-                    "dialogues are not shared among ranks yet: start it without mpirun",
-                )
-            }
-            true if invariant => {
-                let (expected, got) = ("no --batch-invariant beside it", "both".into());
-                refuse(
-                    expected,
-                    got,
-                    "leave one out: answers of several dialogues are read together",
-                )
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Whether there are dialogues.
     pub fn is_some(&self) -> bool {
         self.env.is_some()

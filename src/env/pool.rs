@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::talk::{Dialogue, Heard, TurnEnd};
 use super::{CallFormat, EnvOptions, Environment, Opening, Step, Task, Turn};
 use crate::rollout::{Answer, Conversation, Encoder, Finish, Partner, Request, Segment, Which};
+use crate::team::Team;
 use crate::{Error, Result};
 
 /// Threads with an environment each. A dialogue stays with one of them.
@@ -93,26 +94,45 @@ impl EnvPool {
         n: usize,
         name: &str,
     ) -> Result<Session<'s, 'm>> {
+        let named = (0..).zip(tasks).map(|(i, task)| (format!("{name}.{i}"), task)).collect();
+        self.session_in(&Team::alone(), encoder, named, n)
+    }
+
+    /// [`EnvPool::session`] of a team, with a name for each task's dialogues; all ranks make the same one. A rank opens its
+    /// share of the tasks, and all know all openings.
+    ///
+    /// # Errors
+    /// Those of any rank.
+    pub fn session_in<'s, 'm>(
+        &'s mut self,
+        team: &Team,
+        encoder: &'s Encoder<'m>,
+        tasks: Vec<(String, Task)>,
+        n: usize,
+    ) -> Result<Session<'s, 'm>> {
         self.calls += 1;
         let format = self.options.tool_format;
         let format = format.unwrap_or_else(|| CallFormat::of_template(encoder.template_source()));
+        let (names, tasks) = tasks.into_iter().unzip();
         let mut session = Session {
             pool: self,
             encoder,
             format,
             n,
-            name: name.into(),
+            names,
             tasks,
             openings: Vec::new(),
             talks: HashMap::new(),
             open: BTreeSet::new(),
             arrived: HashMap::new(),
             watcher: None,
+            ended: None,
+            groups: HashMap::new(),
             waited_s: 0.0,
             worked_s: 0.0,
             anew: 0,
         };
-        session.open()?;
+        session.open(team)?;
         Ok(session)
     }
 
@@ -174,13 +194,16 @@ struct Talk {
     truncated: bool,
 }
 
+/// What becomes of a task's dialogues when all of them are over.
+pub type Ended<'e> = dyn FnMut(usize, Vec<Dialogue>) -> Result<()> + 'e;
+
 /// The dialogues of one call.
 pub struct Session<'s, 'm> {
     pool: &'s mut EnvPool,
     encoder: &'s Encoder<'m>,
     format: CallFormat,
     n: usize,
-    name: String,
+    names: Vec<String>,
     tasks: Vec<Task>,
     openings: Vec<Opened>,
     talks: HashMap<Which, Talk>,
@@ -189,6 +212,9 @@ pub struct Session<'s, 'm> {
     /// Replies that nobody has waited for yet.
     arrived: HashMap<Which, Vec<Reply>>,
     watcher: Option<&'s mut dyn FnMut(Heard<'_>)>,
+    ended: Option<&'s mut Ended<'s>>,
+    /// Of groups that are not over yet the dialogues that are, where groups are handed on.
+    groups: HashMap<usize, Vec<(usize, Dialogue)>>,
     /// Time that sampling stood still, and that environments worked.
     waited_s: f64,
     worked_s: f64,
@@ -197,25 +223,39 @@ pub struct Session<'s, 'm> {
 
 impl<'s> Session<'s, '_> {
     /// Opens each task's first dialogue.
-    fn open(&mut self) -> Result<()> {
-        for request in 0..self.tasks.len() {
-            self.ask(
-                Which { request, index: 0 },
-                Ask::Reset(Box::new(self.tasks[request].clone())),
-            )?;
-        }
-        for request in 0..self.tasks.len() {
-            let reply = self.reply(Which { request, index: 0 })?;
-            let Reply::Opened(opening) = reply else { return Err(lost()) };
-            let (conversation, prompt) = self.encoder.open(&opening.messages, &opening.tools)?;
+    fn open(&mut self, team: &Team) -> Result<()> {
+        let n = self.tasks.len();
+        let own: Vec<usize> = (team.rank()..n).step_by(team.size()).collect();
+        for opening in team.join(n, self.open_these(&own))? {
+            let encoded = self.encoder.open(&opening.messages, &opening.tools);
+            let (conversation, prompt) = encoded.map_err(|e| team.shared_by_all(e))?;
             self.openings.push(Opened { opening, conversation, prompt });
         }
         Ok(())
     }
 
+    fn open_these(&mut self, requests: &[usize]) -> Result<Vec<(usize, Opening)>> {
+        for &request in requests {
+            let task = Box::new(self.tasks[request].clone());
+            self.ask(Which { request, index: 0 }, Ask::Reset(task))?;
+        }
+        let mut opened = Vec::with_capacity(requests.len());
+        for &request in requests {
+            let reply = self.reply(Which { request, index: 0 })?;
+            let Reply::Opened(opening) = reply else { return Err(lost()) };
+            opened.push((request, opening));
+        }
+        Ok(opened)
+    }
+
     /// Shows what environments say, of a session with one dialogue.
     pub fn watch(&mut self, watcher: &'s mut dyn FnMut(Heard<'_>)) {
         self.watcher = Some(watcher);
+    }
+
+    /// Hands each group of dialogues on as it ends, with the number of its task; [`Session::dialogues`] then has none.
+    pub fn hand_on(&mut self, ended: &'s mut Ended<'s>) {
+        self.ended = Some(ended);
     }
 
     /// Tokens of each opening.
@@ -265,29 +305,33 @@ impl<'s> Session<'s, '_> {
         self.anew
     }
 
-    /// The dialogues, of the segments that [`crate::rollout::Rollouts::converse`] gave.
-    pub fn dialogues(mut self, segments: Vec<Vec<Vec<Segment>>>) -> Vec<Vec<Dialogue>> {
-        let mut dialogue = |request: usize, index: usize, segments: Vec<Segment>| {
-            let talk = self.talks.remove(&Which { request, index }).expect("it was sampled");
-            let sum: f32 = talk.ends.iter().map(|end| end.reward).sum();
-            Dialogue {
-                segments,
-                messages: talk.conversation.messages().cloned().collect(),
-                success: talk.success.unwrap_or(sum >= 1.0),
-                turns: talk.ends,
-                calls: talk.calls,
-                failed: talk.failed,
-                reason: talk.reason,
-                truncated: talk.truncated,
-            }
+    /// The dialogues, of the segments that [`crate::rollout::Rollouts::converse`] gave, with the numbers of their tasks.
+    pub fn dialogues(
+        mut self,
+        segments: Vec<(usize, Vec<Vec<Segment>>)>,
+    ) -> Vec<(usize, Vec<Dialogue>)> {
+        let mut group = |request: usize, group: Vec<Vec<Segment>>| {
+            let all = group.into_iter().enumerate();
+            let talk = |(index, segments)| self.dialogue(Which { request, index }, segments);
+            (request, all.map(talk).collect())
         };
-        let groups = segments.into_iter().enumerate();
-        groups
-            .map(|(request, group)| {
-                let all = group.into_iter().enumerate();
-                all.map(|(index, segments)| dialogue(request, index, segments)).collect()
-            })
-            .collect()
+        segments.into_iter().map(|(request, segments)| group(request, segments)).collect()
+    }
+
+    /// One that is over.
+    fn dialogue(&mut self, which: Which, segments: Vec<Segment>) -> Dialogue {
+        let talk = self.talks.remove(&which).expect("it was sampled");
+        let sum: f32 = talk.ends.iter().map(|end| end.reward).sum();
+        Dialogue {
+            segments,
+            messages: talk.conversation.messages().cloned().collect(),
+            success: talk.success.unwrap_or(sum >= 1.0),
+            turns: talk.ends,
+            calls: talk.calls,
+            failed: talk.failed,
+            reason: talk.reason,
+            truncated: talk.truncated,
+        }
     }
 
     fn ask(&mut self, which: Which, ask: Ask) -> Result<()> {
@@ -296,7 +340,7 @@ impl<'s> Session<'s, '_> {
             Ask::Close => drop(self.open.remove(&which)),
             Ask::Step(_) => {}
         }
-        let dialogue = format!("{}.{}.{}", self.name, which.request, which.index);
+        let dialogue = format!("{}.{}", self.names[which.request], which.index);
         self.pool.send(Job { call: self.pool.calls, which, dialogue, ask })
     }
 
@@ -377,7 +421,7 @@ impl Partner for Session<'_, '_> {
         let talk = Talk {
             conversation: self.openings[which.request].conversation.clone(),
             begun: Instant::now(),
-            is_open: which.index == 0,
+            is_open: self.open.contains(&which),
             turn: Turn::default(),
             tokens: Vec::new(),
             asked: false,
@@ -455,5 +499,21 @@ impl Partner for Session<'_, '_> {
             talk.reason = "no room for the environment's answer".into();
         }
         let _ = self.ask(which, Ask::Close);
+    }
+
+    fn finished(&mut self, which: Which, segments: &[Segment]) -> Result<()> {
+        if self.ended.is_none() {
+            return Ok(());
+        }
+        let dialogue = self.dialogue(which, segments.to_vec());
+        let group = self.groups.entry(which.request).or_default();
+        group.push((which.index, dialogue));
+        if group.len() < self.n {
+            return Ok(());
+        }
+        let mut group = self.groups.remove(&which.request).unwrap_or_default();
+        group.sort_by_key(|(index, _)| *index);
+        let group = group.into_iter().map(|(_, dialogue)| dialogue).collect();
+        self.ended.as_mut().map_or(Ok(()), |ended| ended(which.request, group))
     }
 }

@@ -6,18 +6,19 @@ use serde_json::Value;
 use crate::rollout::{Finish, Segment};
 
 /// The end of a turn of the model.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TurnEnd {
     /// Its reward.
     pub reward: f32,
 }
 
 /// A dialogue as it was sampled.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Dialogue {
     /// Tokens; a new segment where the chat template rewrote what was said before.
     pub segments: Vec<Segment>,
     /// All messages, the model's as they were read.
+    #[serde(with = "as_text")]
     pub messages: Vec<Value>,
     /// The model's turns, in their order.
     pub turns: Vec<TurnEnd>,
@@ -31,6 +32,23 @@ pub struct Dialogue {
     pub reason: String,
     /// Whether a limit of turns, tokens or time ended it.
     pub truncated: bool,
+}
+
+/// JSON within what is no JSON, for a form that does not say of a value what it is.
+pub(super) mod as_text {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use serde_json::Value;
+
+    pub fn serialize<S: Serializer>(messages: &[Value], to: S) -> Result<S::Ok, S::Error> {
+        serde_json::to_string(messages).map_err(S::Error::custom)?.serialize(to)
+    }
+
+    pub fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<Vec<Value>, D::Error> {
+        let text = String::deserialize(from)?;
+        serde_json::from_str(&text).map_err(D::Error::custom)
+    }
 }
 
 /// What a dialogue's environment said, while it is under way.

@@ -151,7 +151,6 @@ impl EvalConfig {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Report> {
         self.check()?;
-        self.dialogues.check_alone(team, self.batch_invariant)?;
         let batch_invariant =
             crate::rollout::invariant(self.batch_invariant, model.device(), team)?;
         let options = SourceOptions {

@@ -4,24 +4,30 @@
 
 mod config;
 mod dialogues;
+mod keeper;
 pub mod metrics;
 mod report;
 mod store;
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
+use crate::Result;
 use crate::data::Problem;
 use crate::env::Counts;
 use crate::reward::{Fresh, Judge, JudgePool, Sampler};
 use crate::rollout::{Encoder, Progress, Request, Rollouts, Sampling};
-use crate::{Error, Result};
+use crate::team::Team;
 
 pub use config::EvalConfig;
 pub use dialogues::DialogueEvaluator;
 pub use report::{ByDifficulty, Intervals, Report};
 pub use store::{Settings, Store};
+
+use keeper::{Keeper, from_text, to_text};
 
 /// How an evaluation samples.
 #[derive(Debug, Clone, Copy)]
@@ -38,8 +44,8 @@ pub struct EvalOptions {
     pub seed: u64,
 }
 
-/// Problems of each rank that are evaluated before what was found is kept.
-const KEPT_TOGETHER: usize = 64;
+/// Problems that are shared out at a time, for each rank.
+const TOGETHER: usize = 64;
 /// Keeps the random numbers of evaluations apart from those of training.
 const EVAL_STREAM: u64 = 1 << 48;
 
@@ -137,7 +143,7 @@ pub struct Evaluator<'e, 'm> {
 
 impl Evaluator<'_, '_> {
     /// Samples and judges every problem. With a store, problems that it holds already are taken from it,
-    /// and each one that is done goes there at once.
+    /// and each one that is done goes there at once, also from another rank.
     ///
     /// # Errors
     /// A prompt that the model cannot take, a reward that cannot judge, a file that cannot be written;
@@ -152,72 +158,98 @@ impl Evaluator<'_, '_> {
         let judge = self.pool.judge().clone();
         let mut outcomes: Vec<Option<Outcome>> = vec![None; problems.len()];
         let team = self.rollouts.team().clone();
-        let mut done = store.as_deref_mut().map(Store::take_done).unwrap_or_default();
-        if !team.is_alone() {
-            let fault = |e: serde_json::Error| {
-                Error::engine("sharing what was evaluated", e.to_string(), "report it")
-            };
-            // As JSON, like the store: a sample leaves fields out, and has some of any kind.
-            let text = team.from_first(|| serde_json::to_string(&done).map_err(fault))?;
-            done = serde_json::from_str(&text).map_err(fault)?;
-        }
+        let (done, keeps) = begun(&team, store.as_deref_mut())?;
         for (problem, samples) in done {
             outcomes[problem] = Some(Outcome::new(&problems[problem], &samples, &judge));
         }
         let missing: Vec<usize> = (0..problems.len()).filter(|&p| outcomes[p].is_none()).collect();
-        // Of a team the first rank learns at the end of a call what the others sampled, and keeps it then.
-        let at_once = if team.is_alone() { missing.len() } else { team.size() * KEPT_TOGETHER };
+        // Every rank has the completions that were sampled together, until they are counted.
+        let at_once = if team.is_alone() { missing.len() } else { team.size() * TOGETHER };
         for some in missing.chunks(at_once.max(1)) {
-            let mut asked = Vec::with_capacity(some.len());
-            let mut requests = Vec::with_capacity(some.len());
-            for &p in some {
-                requests.push(Request {
-                    prompt_tokens: self.encoder.prompt(&problems[p].prompt, options.max_prompt)?,
-                    n: options.samples,
-                    // By position in the data: a resumed evaluation samples what the first would have.
-                    seed_stream: EVAL_STREAM + p as u64,
-                    max_tokens: options.max_response,
-                });
-                asked.push(problems[p].clone());
+            let keeper = RefCell::new(Keeper::new(&team, store.as_deref_mut(), keeps));
+            let mut look = |now: Progress| {
+                keeper.borrow_mut().look();
+                progress(now);
+            };
+            let outcome = self.some((problems, some), options, &judge, &keeper, &mut look);
+            let found = keeper.into_inner().finish(some.len(), outcome)?;
+            for (&p, samples) in some.iter().zip(&found) {
+                outcomes[p] = Some(Outcome::new(&problems[p], samples, &judge));
             }
-            let mut sampler = Sampler {
-                rollouts: self.rollouts,
-                encoder: self.encoder,
-                sampling: options.sampling,
-                seed: options.seed,
-                stop: self.stop,
-            };
-            let mut open: Vec<Vec<Option<EvalSample>>> =
-                some.iter().map(|_| vec![None; options.samples]).collect();
-            let mut each = |fresh: &Fresh<'_>| -> Result<()> {
-                let p = some[fresh.request];
-                let samples = &mut open[fresh.request];
-                samples[fresh.index] = Some(EvalSample {
-                    problem: p,
-                    id: problems[p].id.clone(),
-                    sample: fresh.index,
-                    right: fresh.judgement.right,
-                    reward: fresh.judgement.reward,
-                    reason: fresh.judgement.reason.clone(),
-                    answer: problems[p].answer.clone(),
-                    extracted: judge.answer(fresh.opening, fresh.text),
-                    tokens: fresh.tokens,
-                    truncated: fresh.truncated,
-                    completion: fresh.text.into(),
-                    talk: None,
-                    messages: Vec::new(),
-                });
-                if samples.iter().all(Option::is_some) {
-                    let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();
-                    outcomes[p] = Some(Outcome::new(&problems[p], &samples, &judge));
-                    if let Some(store) = store.as_deref_mut() {
-                        store.append(&samples)?;
-                    }
-                }
-                Ok(())
-            };
-            self.pool.sample(&mut sampler, &asked, &requests, progress, &mut each)?;
         }
         Ok(outcomes.into_iter().flatten().collect())
     }
+
+    /// Those of the problems at these places that this rank takes.
+    fn some(
+        &mut self,
+        (problems, some): (&[Problem], &[usize]),
+        options: &EvalOptions,
+        judge: &Judge,
+        keeper: &RefCell<Keeper<'_>>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<()> {
+        let mut asked = Vec::with_capacity(some.len());
+        let mut requests = Vec::with_capacity(some.len());
+        for &p in some {
+            requests.push(Request {
+                prompt_tokens: self.encoder.prompt(&problems[p].prompt, options.max_prompt)?,
+                n: options.samples,
+                // By position in the data: a resumed evaluation samples what the first would have.
+                seed_stream: EVAL_STREAM + p as u64,
+                max_tokens: options.max_response,
+            });
+            asked.push(problems[p].clone());
+        }
+        let mut sampler = Sampler {
+            rollouts: self.rollouts,
+            encoder: self.encoder,
+            sampling: options.sampling,
+            seed: options.seed,
+            stop: self.stop,
+        };
+        let mut open: Vec<Vec<Option<EvalSample>>> =
+            some.iter().map(|_| vec![None; options.samples]).collect();
+        let mut each = |fresh: &Fresh<'_>| -> Result<()> {
+            let p = some[fresh.request];
+            let samples = &mut open[fresh.request];
+            samples[fresh.index] = Some(EvalSample {
+                problem: p,
+                id: problems[p].id.clone(),
+                sample: fresh.index,
+                right: fresh.judgement.right,
+                reward: fresh.judgement.reward,
+                reason: fresh.judgement.reason.clone(),
+                answer: problems[p].answer.clone(),
+                extracted: judge.answer(fresh.opening, fresh.text),
+                tokens: fresh.tokens,
+                truncated: fresh.truncated,
+                completion: fresh.text.into(),
+                talk: None,
+                messages: Vec::new(),
+            });
+            match samples.iter().all(Option::is_some) {
+                true => {
+                    let samples: Vec<_> = std::mem::take(samples).into_iter().flatten().collect();
+                    keeper.borrow_mut().done(fresh.request, &samples)
+                }
+                false => Ok(()),
+            }
+        };
+        self.pool.sample_own(&mut sampler, &asked, &requests, progress, &mut each).map(drop)
+    }
+}
+
+/// The problems that were done before, and whether the first rank keeps what is done.
+fn begun(
+    team: &Team,
+    store: Option<&mut Store>,
+) -> Result<(BTreeMap<usize, Vec<EvalSample>>, bool)> {
+    let keeps = store.is_some();
+    let done = store.map(Store::take_done).unwrap_or_default();
+    if team.is_alone() {
+        return Ok((done, keeps));
+    }
+    let (text, keeps) = team.from_first(|| Ok((to_text(&done)?, keeps)))?;
+    Ok((from_text(text.as_bytes())?, keeps))
 }

@@ -315,13 +315,8 @@ impl Side<'_> {
             seed: config.seed,
             stop,
         };
-        let judged = JudgePool::new(judge, 2)?.sample(
-            &mut sampler,
-            problems,
-            &requests,
-            &mut |_| (),
-            &mut |_| Ok(()),
-        )?;
+        let judged =
+            JudgePool::new(judge, 2)?.sample(&mut sampler, problems, &requests, &mut |_| ())?;
         let n = (problems.len() * config.samples) as f64;
         let all = || judged.iter().flatten();
         let right = all().filter(|one| one.judgement.right).count() as f64 / n;

@@ -4,8 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 
 use super::thoughts::opening;
 use super::{Attempt, Judge, Judgement};
@@ -143,19 +144,34 @@ impl JudgePool {
         Ok(judged.into_iter().flatten().collect())
     }
 
-    /// Samples all requests and judges each completion as it ends, on the workers. `each` sees them in the
-    /// order in which they were judged, those of other ranks at the end.
+    /// Samples all requests and judges each completion as it ends, on the workers; a team shares them.
     ///
     /// # Errors
-    /// Those of sampling, of a reward that cannot judge, and of `each`.
+    /// Those of sampling, and of a reward that cannot judge.
     pub fn sample(
         &mut self,
         sampler: &mut Sampler<'_, '_>,
         problems: &[Problem],
         requests: &[Request],
         progress: &mut dyn FnMut(Progress),
-        each: &mut dyn FnMut(&Fresh<'_>) -> Result<()>,
     ) -> Result<Vec<Vec<Judged>>> {
+        let own = self.sample_own(sampler, problems, requests, progress, &mut |_| Ok(()));
+        sampler.rollouts.team().join(requests.len(), own)
+    }
+
+    /// [`JudgePool::sample`] of the requests that this rank took; no call that all ranks end together: a
+    /// [`crate::team::Team::join`] has to follow. `each` sees completions in the order in which they were judged.
+    ///
+    /// # Errors
+    /// Those of it, and of `each`.
+    pub fn sample_own(
+        &mut self,
+        sampler: &mut Sampler<'_, '_>,
+        problems: &[Problem],
+        requests: &[Request],
+        progress: &mut dyn FnMut(Progress),
+        each: &mut dyn FnMut(&Fresh<'_>) -> Result<()>,
+    ) -> Result<Vec<(usize, Vec<Judged>)>> {
         self.calls += 1;
         let mut judging = Judging {
             pool: self,
@@ -164,21 +180,11 @@ impl JudgePool {
             openings: requests.iter().map(|r| opened(sampler.encoder, r)).collect(),
             verdicts: requests.iter().map(|r| vec![None; r.n]).collect(),
             open: 0,
+            sampled: Progress::default(),
             progress,
             each,
         };
-        let own = judging.own(sampler, requests);
-        let team = sampler.rollouts.team();
-        let all = team.join_by(requests.len(), own)?;
-        for (request, (rank, group)) in all.iter().enumerate() {
-            if *rank != team.rank() {
-                group
-                    .iter()
-                    .enumerate()
-                    .try_for_each(|(index, judged)| judging.show(request, index, judged))?;
-            }
-        }
-        Ok(all.into_iter().map(|(_, group)| group).collect())
+        judging.own(sampler, requests)
     }
 }
 
@@ -213,6 +219,8 @@ fn judge_all(judge: &mut Judge, jobs: &[Job]) -> Vec<Result<Judgement>> {
     }
 }
 
+/// Time between two looks at the progress, while judges are waited for.
+const LOOK: Duration = Duration::from_millis(100);
 /// Tokens at the end of a prompt that are looked at for thoughts begun there.
 const OPENING_TOKENS: usize = 64;
 
@@ -235,6 +243,8 @@ struct Judging<'j, 'm> {
     openings: Vec<Arc<str>>,
     verdicts: Vec<Vec<Option<(String, Judgement)>>>,
     open: usize,
+    /// How far sampling is.
+    sampled: Progress,
     progress: &'j mut dyn FnMut(Progress),
     each: &'j mut dyn FnMut(&Fresh<'_>) -> Result<()>,
 }
@@ -250,8 +260,11 @@ impl Judging<'_, '_> {
         let completions =
             sampler.rollouts.generate_watched(requests, &sampling, seed, stop, self)?;
         while self.open > 0 {
-            let done = self.pool.results.recv().map_err(|_| lost())?;
-            self.take(done)?;
+            match self.pool.results.recv_timeout(LOOK) {
+                Ok(done) => self.take(done)?,
+                Err(RecvTimeoutError::Timeout) => (self.progress)(self.sampled),
+                Err(RecvTimeoutError::Disconnected) => return Err(lost()),
+            }
         }
         let judged = |(completion, verdict): (Completion, Option<(String, Judgement)>)| {
             let (text, judgement) = verdict.ok_or_else(lost)?;
@@ -265,19 +278,6 @@ impl Judging<'_, '_> {
                 Ok((request, group))
             })
             .collect()
-    }
-
-    /// Shows a completion that another rank judged.
-    fn show(&mut self, request: usize, index: usize, judged: &Judged) -> Result<()> {
-        (self.each)(&Fresh {
-            request,
-            index,
-            text: &judged.text,
-            opening: &self.openings[request],
-            tokens: judged.completion.tokens.len(),
-            truncated: judged.truncated(),
-            judgement: &judged.judgement,
-        })
     }
 
     fn take(&mut self, (job, outcome): (Job, Result<Judgement>)) -> Result<()> {
@@ -303,6 +303,7 @@ impl Judging<'_, '_> {
 
 impl Watcher for Judging<'_, '_> {
     fn progress(&mut self, progress: Progress) -> Result<()> {
+        self.sampled = progress;
         (self.progress)(progress);
         while let Ok(done) = self.pool.results.try_recv() {
             self.take(done)?;

@@ -2,7 +2,8 @@
 //!
 //! A sequence keeps its cache, so a dialogue costs its new tokens alone. While one waits for its partner the others
 //! decode; its answer is taken in a fixed number of rounds later ([`Partner::lag`]) and waited for where it has not come by
-//! then. Who is decoded together thus depends on no clock, and the same partner gives the same tokens to the last bit.
+//! then. Who is decoded together thus depends on no clock, and the same partner gives the same tokens to the last bit. Where
+//! nothing depends on who is decoded together ([`super::Rollouts::make_invariant`]), each answer is read by itself.
 
 use super::request::{Completion, Finish};
 use crate::Result;
@@ -52,10 +53,18 @@ pub trait Partner {
 
     /// There was no room for the answer: the dialogue is over.
     fn cut(&mut self, which: Which);
+
+    /// A dialogue is over, with these segments; the others go on.
+    ///
+    /// # Errors
+    /// What ends the run.
+    fn finished(&mut self, _which: Which, _segments: &[Segment]) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// A run of tokens after a prompt, some of which the model said.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Segment {
     /// What they go on from; of a dialogue's first segment the request's prompt.
     pub prompt: Vec<i32>,

@@ -14,8 +14,8 @@
 //! Nothing here depends on time: the same requests and seed give the same completions, for any number of threads. With
 //! another number of sequences at once last bits of logits differ, for who is decoded together decides which kernel
 //! computes a product ([`Products`]), and with them now and then a token. [`Rollouts::make_invariant`] ends that: kernels
-//! are chosen by the weight's type alone, each prompt is decoded by itself, and a token that would be decoded alone gets
-//! company, for ggml has another kernel for one column.
+//! are chosen by the weight's type alone, each prompt and each answer of a dialogue's partner is decoded by itself, and a
+//! token that would be decoded alone gets company, for ggml has another kernel for one column.
 //!
 //! In a [`Team`] a rank samples the requests that it takes, one after another as slots become free.
 
@@ -217,8 +217,9 @@ impl Rollouts {
         Ok(done.into_iter().map(|(request, g)| (request, group(g))).collect())
     }
 
-    /// Dialogues from all requests with a partner, in their order: of each its segments. A request's `max_tokens` are
-    /// those that may follow its prompt in all, the partner's among them. Of a process alone.
+    /// Dialogues from requests with a partner: of each its segments. A request's `max_tokens` are those that may follow
+    /// its prompt in all, the partner's among them. Of a team it gives the requests that this rank took, and is no call
+    /// that all ranks end together: a [`Team::join`] has to follow.
     ///
     /// # Errors
     /// Those of [`Rollouts::generate`] and of the partner.
@@ -230,10 +231,9 @@ impl Rollouts {
         stop: &AtomicBool,
         partner: &mut dyn Partner,
         watch: &mut dyn FnMut(Progress) -> Result<()>,
-    ) -> Result<Vec<Vec<Vec<Segment>>>> {
+    ) -> Result<Vec<(usize, Vec<Vec<Segment>>)>> {
         let watcher = &mut ProgressOnly(watch);
-        let done = self.run(requests, sampling, seed, stop, Some(partner), watcher)?;
-        Ok(done.into_iter().map(|(_, group)| group).collect())
+        self.run(requests, sampling, seed, stop, Some(partner), watcher)
     }
 
     /// The requests that this process took, and of every completion of them its segments.

@@ -4,12 +4,13 @@
 //! ([`Queue`]). What was made of them every rank gets, in the order of the items ([`Team::join`]), and sums of gradients
 //! are added up in that order ([`Team::sum`]). So nothing depends on who did what, on when, or on how many ranks there are.
 //!
-//! All calls but [`Queue::take`] are collective: every rank makes the same ones in the same order, and whatever decides
+//! All calls but [`Queue::take`] and those of a [`Post`] are collective: every rank makes the same ones in the same order, and whatever decides
 //! about them is the same everywhere. An error of one rank inside of [`Team::join`] becomes one of every rank.
 
 mod alike;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod post;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use serde::de::DeserializeOwned;
 use crate::{Error, Result};
 
 pub use alike::Fact;
+pub use post::Post;
 
 /// The ranks of a run. A clone is the same team.
 #[derive(Clone, Default)]
@@ -52,6 +54,12 @@ pub(crate) trait Link: Send + Sync {
     fn gather(&self, own: &[u8]) -> Result<Vec<Vec<u8>>>;
     /// Sends `counts[r]` of `values` to each rank r, one after another, and receives `expected[r]` of each.
     fn exchange(&self, values: &[f32], counts: &[usize], expected: &[usize]) -> Result<Vec<f32>>;
+    /// Sends a letter to the first rank; none is the last one.
+    fn post(&self, letter: Option<&[u8]>) -> Result<()>;
+    /// The letters that have come since, on the first rank.
+    fn posted(&self) -> Vec<Option<Vec<u8>>>;
+    /// A moment in which one may come.
+    fn wait_for_post(&self);
     /// Sets the flag when it is set on any rank.
     fn share_stop(&self, flag: Arc<AtomicBool>);
     fn take_cost(&self) -> Cost;

@@ -34,6 +34,14 @@ const TAKE: i32 = 1;
 const GIVEN: i32 = 2;
 /// A rank lives; not 0: the run is to stop.
 const ALIVE: i32 = 3;
+/// A part of a letter to the first rank, behind a byte that says which.
+const POST: i32 = 4;
+
+/// Bytes of letters that the first rank takes in before they are read.
+const POST_BYTES: usize = 64 << 20;
+const MORE_FOLLOWS: u8 = 0;
+const WHOLE: u8 = 1;
+const NO_MORE: u8 = 2;
 
 static STARTED: OnceLock<Option<Arc<World>>> = OnceLock::new();
 
@@ -67,7 +75,18 @@ struct Shared {
     /// Next item of each queue, on the first rank.
     next: Mutex<BTreeMap<u64, u64>>,
     stop: Mutex<Option<Arc<AtomicBool>>>,
+    posted: Mutex<Posted>,
     done: AtomicBool,
+}
+
+/// Letters on the first rank.
+#[derive(Default)]
+struct Posted {
+    letters: Vec<Option<Vec<u8>>>,
+    /// Bytes of them.
+    bytes: usize,
+    /// Of each rank what has come of its next one.
+    begun: BTreeMap<i32, Vec<u8>>,
 }
 
 impl World {
@@ -95,6 +114,7 @@ impl World {
             names,
             next: Mutex::default(),
             stop: Mutex::default(),
+            posted: Mutex::default(),
             done: AtomicBool::new(false),
         });
         let speaker = {
@@ -256,6 +276,37 @@ impl Link for World {
         Ok(got)
     }
 
+    fn post(&self, letter: Option<&[u8]>) -> Result<()> {
+        let (world, most) = (world(), MOST - 1);
+        let first = world.process_at_rank(0);
+        let send = |kind: u8, part: &[u8]| {
+            let bytes = [&[kind], part].concat();
+            counted(&self.cost, bytes.len(), || {
+                scope(|s| wait(first.immediate_send_with_tag(s, &bytes[..], POST)));
+            });
+        };
+        match letter {
+            None => send(NO_MORE, &[]),
+            Some(bytes) => {
+                let last = bytes.len().saturating_sub(1) / most * most;
+                (0..last).step_by(most).for_each(|at| send(MORE_FOLLOWS, &bytes[at..][..most]));
+                send(WHOLE, &bytes[last..]);
+            }
+        }
+        Ok(())
+    }
+
+    fn posted(&self) -> Vec<Option<Vec<u8>>> {
+        let mut posted = locked(&self.shared.posted);
+        let letters = std::mem::take(&mut posted.letters);
+        locked(&self.cost).bytes += std::mem::take(&mut posted.bytes) as u64;
+        letters
+    }
+
+    fn wait_for_post(&self) {
+        waited(&self.cost, 0, || std::thread::sleep(Duration::from_millis(2)));
+    }
+
     fn share_stop(&self, flag: Arc<AtomicBool>) {
         // mpirun hands this one on to all ranks, and Slurm sends it when it is asked to (--signal=USR1@60).
         #[cfg(unix)]
@@ -338,7 +389,7 @@ impl<'s> Speaker<'s> {
         let mut active = Instant::now();
         let mut before = Instant::now();
         while !self.shared.done.load(Ordering::Relaxed) {
-            if first && self.hand_out(&world) {
+            if first && (self.hand_out(&world) | self.take_post(&world)) {
                 active = Instant::now();
             }
             self.hear(&world);
@@ -366,6 +417,34 @@ impl<'s> Speaker<'s> {
             any = true;
         }
         any
+    }
+
+    /// Whether a letter came.
+    fn take_post(&self, world: &SimpleCommunicator) -> bool {
+        let mut any = false;
+        // Who sends more than is read waits.
+        loop {
+            if locked(&self.shared.posted).bytes >= POST_BYTES {
+                return any;
+            }
+            let probe = world.any_process().immediate_matched_probe_with_tag(POST);
+            let Some(message) = probe else { return any };
+            let from = message.1.source_rank();
+            let (part, _) = message.matched_receive_vec::<u8>();
+            let mut posted = locked(&self.shared.posted);
+            posted.bytes += part.len();
+            match part[0] {
+                NO_MORE => posted.letters.push(None),
+                kind => {
+                    posted.begun.entry(from).or_default().extend_from_slice(&part[1..]);
+                    if kind == WHOLE {
+                        let letter = posted.begun.remove(&from);
+                        posted.letters.push(letter);
+                    }
+                }
+            }
+            any = true;
+        }
     }
 
     fn hear(&mut self, world: &SimpleCommunicator) {

@@ -173,8 +173,7 @@ impl Judged {
             stop: with.stop,
         };
         let mut progress = |progress| observer.rollout("rollout", progress);
-        let judged =
-            judges.sample(&mut sampler, problems, &requests, &mut progress, &mut |_| Ok(()))?;
+        let judged = judges.sample(&mut sampler, problems, &requests, &mut progress)?;
         let names: Vec<&str> = judges.judge().names().collect();
         let groups = problems.iter().zip(requests).zip(judged);
         let groups = groups

@@ -30,9 +30,9 @@ pub struct TalkRecord {
     /// Means.
     #[serde(flatten)]
     pub talk: Talk,
-    /// Seconds that environments worked, added up over their threads.
+    /// Seconds that environments worked, added up over their threads and ranks.
     pub env_seconds: f32,
-    /// Seconds that sampling stood still, for nothing could be decoded before an answer came.
+    /// Seconds that sampling stood still, for nothing could be decoded before an answer came; of the rank that waited most.
     pub env_wait_seconds: f32,
 }
 
@@ -85,12 +85,14 @@ impl Dialogues {
             seed: task_seed(c.seed, stream),
             held_out: false,
         });
-        let name = format!("train-{stream}");
-        let mut session = self.pool.session(with.encoder, tasks.collect(), c.group, &name)?;
-        let requests = session.requests(c.max_prompt, c.max_response, stream..)?;
+        let named = tasks.enumerate().map(|(i, task)| (format!("train-{stream}.{i}"), task));
+        let team = with.team;
+        let mut session = self.pool.session_in(team, with.encoder, named.collect(), c.group)?;
+        let requests = session.requests(c.max_prompt, c.max_response, stream..);
+        let requests = requests.map_err(|e| team.shared_by_all(e))?;
         let asked: Vec<String> =
             (0..problems.len()).map(|i| last_words(session.opening(i))).collect();
-        let segments = rollouts.converse(
+        let own = rollouts.converse(
             &requests,
             &c.sampling,
             c.seed,
@@ -100,17 +102,26 @@ impl Dialogues {
                 observer.rollout("rollout", progress);
                 Ok(())
             },
-        )?;
+        );
         let ((waited, worked), rewritten) = (session.seconds(), session.rewritten());
-        let mut dialogues = session.dialogues(segments);
+        let judges = &mut self.judges;
+        let own = own.and_then(|segments| {
+            let mut groups = session.dialogues(segments);
+            if let Some(judges) = judges {
+                crate::env::judge_ends(judges, problems, &mut groups)?;
+            }
+            Ok(groups)
+        });
+        let dialogues = team.join(problems.len(), own)?;
+        let by_rank = team.each((waited, worked, rewritten as u64))?;
+        let waited = by_rank.iter().map(|rank| rank.0).fold(0.0, f64::max);
+        let worked: f64 = by_rank.iter().map(|rank| rank.1).sum();
+        let rewritten: u64 = by_rank.iter().map(|rank| rank.2).sum();
         if rewritten > 0 && !std::mem::replace(&mut self.told, true) {
             observer.note(&format!(
                 "the chat template writes what was said before otherwise (thoughts left out, say): {rewritten} times in \
                  this step a new segment began, which reads its dialogue again"
             ));
-        }
-        if let Some(judges) = &mut self.judges {
-            crate::env::judge_ends(judges, problems, &mut dialogues)?;
         }
         let record = TalkRecord {
             talk: Talk::of(dialogues.iter().flatten().map(Dialogue::counts)),

@@ -81,7 +81,6 @@ impl<'m> Trainer<'m> {
         config.data = config.dialogues.data(&config.data, DEFAULT_DATA);
         let samples = config.algo.is_rewarded() || config.algo == Algorithm::Distill;
         let invariant = crate::rollout::invariant(config.batch_invariant, model.device(), team)?;
-        config.dialogues.check_alone(team, config.batch_invariant)?;
         config.batch_invariant |= samples && invariant;
         if config.exact_rollouts {
             crate::rollout::on_host("--exact-rollouts", model.device(), "leave it out")?;

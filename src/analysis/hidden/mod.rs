@@ -1,12 +1,12 @@
 //! Hidden states themselves, in files that NumPy, PyTorch and whoever reads safetensors opens.
 //!
-//! A walk through the model gives one layer after the other; each layer's tap has a stream of its own in `FILE.partial/`, to
-//! which batches are appended, so that memory holds one layer of one batch. At the end the streams are put together
+//! A walk through the model gives one layer after the other; each layer's tap has a stream of its own in `FILE.partial/`, into
+//! which batches are written, so that memory holds one layer of one batch. Other ranks send theirs to the first one's. At the end the streams are put together
 //! behind their headers and the file gets its name.
 //!
 //! ```text
 //! choice    what is written
-//! streams   FILE.partial/<tap>.<layer>, appended, cut to what is whole
+//! streams   FILE.partial/<tap>.<layer>, a batch at its place, cut to what is whole
 //! assemble  streams -> FILE
 //! ```
 
@@ -15,7 +15,7 @@ mod choice;
 mod streams;
 
 pub use choice::{Element, Hidden, Positions, Ranges};
-pub use streams::{HiddenFiles, partial};
+pub use streams::{HiddenFiles, Writer, partial};
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ use crate::model::{LayerTaps, Walk};
 use crate::{Error, Result};
 
 /// What hidden states take on the disk, counted before any is computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Size {
     /// Rows of the data that can be used.
     pub rows: u64,
@@ -100,19 +100,28 @@ pub fn size(
 }
 
 impl HiddenFiles {
-    /// Computes the states of samples, neighbours of one row sharing their prompt, and appends them.
+    /// Positions of samples whose states are written.
+    pub(super) fn count(&self, runs: &[Vec<Sample>], pick: Pick) -> u64 {
+        let of = |s: &Sample| {
+            self.positions().of(s.prompt.len(), pick.cut(&s.tokens).len(), pick.every).len() as u64
+        };
+        runs.iter().flatten().map(of).sum()
+    }
+
+    /// Computes the states of samples, those of one row sharing their prompt, and writes them from position `at` on.
     ///
     /// # Errors
     /// Those of the engine and the system; a number that the type cannot hold.
     pub(super) fn take(
-        &mut self,
+        &self,
+        at: u64,
         engine: &mut Engine,
         (model, lora): (&Model, Option<&Lora>),
-        samples: &[&Sample],
+        runs: &[Vec<Sample>],
         pick: Pick,
     ) -> Result<()> {
         self.check_open()?;
-        let (batch, places) = self.places(samples, pick, model.config().n_vocab)?;
+        let (batch, places) = self.places(runs, pick, model.config().n_vocab)?;
         if places.is_empty() {
             return Ok(());
         }
@@ -121,16 +130,16 @@ impl HiddenFiles {
         let mut input = walk.hidden(); // [D, S]
         for layer in 1..=self.deepest() {
             let taps = walk.next(engine)?.expect("a layer of the model");
-            self.layer(layer, &input, &taps)?;
+            self.layer(at, layer, &input, &taps)?;
             input = taps.layer_out;
         }
         if self.wants(Tap::Final) {
-            self.append(Tap::Final, None, &engine.final_norm(model, &input)?)?;
+            self.write(at, Tap::Final, None, &engine.final_norm(model, &input)?)?;
         }
-        self.index(&places)
+        self.index(at, &places)
     }
 
-    fn layer(&mut self, layer: usize, input: &[f32], taps: &LayerTaps) -> Result<()> {
+    fn layer(&self, at: u64, layer: usize, input: &[f32], taps: &LayerTaps) -> Result<()> {
         for (tap, values) in [
             (Tap::LayerIn, input),
             (Tap::AttnIn, &taps.attn_in),
@@ -140,7 +149,7 @@ impl HiddenFiles {
             (Tap::LayerOut, &taps.layer_out),
         ] {
             if self.wants(tap) && self.wants_layer(layer) {
-                self.append(tap, Some(layer), values)?;
+                self.write(at, tap, Some(layer), values)?;
             }
         }
         Ok(())
@@ -150,11 +159,12 @@ impl HiddenFiles {
     /// too: the token that stands behind it is any.
     fn places(
         &self,
-        samples: &[&Sample],
+        runs: &[Vec<Sample>],
         pick: Pick,
         n_vocab: usize,
     ) -> Result<(Batch, Vec<Place>)> {
         let (mut batch, mut places) = (Batch::default(), Vec::new());
+        let samples: Vec<&Sample> = runs.iter().flatten().collect();
         for run in samples.chunk_by(|a, b| a.row == b.row) {
             let prompt = &run[0].prompt;
             let tokens = |sample: &Sample| [pick.cut(&sample.tokens), &[0]].concat();

@@ -1,7 +1,7 @@
 //! The streams of a file of hidden states in the making.
 
 use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -11,6 +11,7 @@ use super::choice::Form;
 use super::{Element, Hidden, Place, Positions};
 use crate::analysis::Tap;
 use crate::gguf::check_space;
+use crate::team::Post;
 use crate::{Error, Result};
 
 /// What says of each position which it is, in the order of the arrays.
@@ -27,6 +28,15 @@ pub struct HiddenFiles {
     n_embd: usize,
     partial: PathBuf,
     written: u64,
+    /// Whether the streams are the first rank's, and this is another.
+    elsewhere: bool,
+    /// The way there.
+    pub(in crate::analysis) post: Option<Post>,
+}
+
+/// Writes into streams.
+pub struct Writer {
+    partial: PathBuf,
 }
 
 impl HiddenFiles {
@@ -61,12 +71,8 @@ impl HiddenFiles {
         whole: u64,
     ) -> Result<HiddenFiles> {
         let files = HiddenFiles {
-            hidden: hidden.clone(),
-            layers: hidden.layers_of(n_layer),
-            n_layer,
-            n_embd,
-            partial: partial(&hidden.file),
-            written: whole,
+            elsewhere: false,
+            ..HiddenFiles::elsewhere(hidden, (n_layer, n_embd), whole)
         };
         if resume && !files.begun() {
             let place = format!("--hidden {}", hidden.file);
@@ -85,10 +91,33 @@ impl HiddenFiles {
         }
         if !files.begun() {
             let layers: Vec<i64> = files.layers.iter().map(|&l| l as i64).collect();
-            files.write(LAYERS, &bytes_of(&layers))?;
+            files.put(LAYERS, 0, &bytes_of(&layers))?;
         }
         files.cut(whole)?;
         Ok(files)
+    }
+
+    /// Those of another rank than the first, which has the streams.
+    pub fn elsewhere(
+        hidden: &Hidden,
+        (n_layer, n_embd): (usize, usize),
+        written: u64,
+    ) -> HiddenFiles {
+        HiddenFiles {
+            hidden: hidden.clone(),
+            layers: hidden.layers_of(n_layer),
+            n_layer,
+            n_embd,
+            partial: partial(&hidden.file),
+            written,
+            elsewhere: true,
+            post: None,
+        }
+    }
+
+    /// Writes what other ranks send; none where the streams are elsewhere.
+    pub fn writer(&self) -> Option<Writer> {
+        (!self.elsewhere).then(|| Writer { partial: self.partial.clone() })
     }
 
     /// Positions whose states are in the streams.
@@ -96,13 +125,18 @@ impl HiddenFiles {
         self.written
     }
 
+    /// Says that the states of so many further positions are there.
+    pub(in crate::analysis) fn advance(&mut self, positions: u64) {
+        self.written += positions;
+    }
+
     pub(super) fn wants(&self, tap: Tap) -> bool {
         self.hidden.taps.contains(&tap)
     }
 
     /// Refuses further states once the file is being put together.
-    pub(super) fn check_open(&self) -> Result<()> {
-        if !assemble::begun(&self.partial) {
+    pub(in crate::analysis) fn check_open(&self) -> Result<()> {
+        if self.elsewhere || !assemble::begun(&self.partial) {
             return Ok(());
         }
         let place = format!("--hidden {}", self.hidden.file);
@@ -127,8 +161,14 @@ impl HiddenFiles {
         }
     }
 
-    /// Appends `[D, S]` of a tap.
-    pub(super) fn append(&mut self, tap: Tap, layer: Option<usize>, values: &[f32]) -> Result<()> {
+    /// Writes `[D, S]` of a tap, from position `at` on.
+    pub(super) fn write(
+        &self,
+        at: u64,
+        tap: Tap,
+        layer: Option<usize>,
+        values: &[f32],
+    ) -> Result<()> {
         let name = stream(tap, layer);
         let element = self.hidden.element;
         let fits = |x: &f32| match element {
@@ -156,11 +196,16 @@ impl HiddenFiles {
             Element::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
             Element::Bf16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
         };
-        self.write(&name, &bytes)
+        self.put(&name, at * self.width(), &bytes)
     }
 
-    /// Says which positions the states of the batch are.
-    pub(super) fn index(&mut self, places: &[Place]) -> Result<()> {
+    /// Bytes of a position in a stream of states.
+    fn width(&self) -> u64 {
+        (self.n_embd * self.hidden.element.bytes()) as u64
+    }
+
+    /// Says which positions the states of the batch are that begins at `at`.
+    pub(super) fn index(&self, at: u64, places: &[Place]) -> Result<()> {
         let column = |of: fn(&Place) -> i64| places.iter().map(of).collect::<Vec<i64>>();
         let columns = [
             column(|p| p.row as i64),
@@ -169,16 +214,18 @@ impl HiddenFiles {
             column(|p| p.token as i64),
         ];
         for (name, column) in INDEX.iter().zip(columns) {
-            self.write(name, &bytes_of(&column))?;
+            self.put(name, 8 * at, &bytes_of(&column))?;
         }
-        self.written += places.len() as u64;
         Ok(())
     }
 
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.partial.join(name);
-        let file = OpenOptions::new().create(true).append(true).open(&path);
-        file.and_then(|mut file| file.write_all(bytes)).map_err(Error::io("write", &path))
+    /// Bytes to their place in a stream, here or on the first rank.
+    fn put(&self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
+        match (&self.post, self.writer()) {
+            (Some(post), _) => post.send(&letter(name, at, bytes)),
+            (None, Some(writer)) => writer.write(name, at, bytes),
+            (None, None) => Err(Error::engine("sharing hidden states", "no way", "report it")),
+        }
     }
 
     /// Names of the streams of a tap, layer after layer.
@@ -194,7 +241,7 @@ impl HiddenFiles {
         if assemble::begun(&self.partial) {
             return Ok(()); // all was computed; what is missing of the streams is in the file already
         }
-        let width = (self.n_embd * self.hidden.element.bytes()) as u64;
+        let width = self.width();
         let states = self.hidden.taps.iter().flat_map(|&tap| self.streams(tap));
         let all = states.map(|name| (name, n * width));
         for (name, bytes) in all.chain(INDEX.map(|name| (name.to_string(), 8 * n))) {
@@ -271,6 +318,36 @@ impl HiddenFiles {
     }
 }
 
+impl Writer {
+    fn write(&self, name: &str, at: u64, bytes: &[u8]) -> Result<()> {
+        let path = self.partial.join(name);
+        let file = OpenOptions::new().create(true).write(true).truncate(false).open(&path);
+        let written = file.and_then(|mut file| {
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(bytes)
+        });
+        written.map_err(Error::io("write", &path))
+    }
+
+    /// Writes what another rank sent.
+    pub fn write_letter(&self, letter: &[u8]) -> Result<()> {
+        let parts = letter.split_first().and_then(|(&n, rest)| {
+            let (name, rest) = rest.split_at_checked(n as usize)?;
+            let (at, bytes) = rest.split_first_chunk()?;
+            Some((std::str::from_utf8(name).ok()?, u64::from_le_bytes(*at), bytes))
+        });
+        match parts {
+            Some((name, at, bytes)) => self.write(name, at, bytes),
+            None => Err(Error::engine("sharing hidden states", "a letter was cut", "report it")),
+        }
+    }
+}
+
+/// Bytes for a place in a stream, on their way.
+fn letter(name: &str, at: u64, bytes: &[u8]) -> Vec<u8> {
+    [&[name.len() as u8], name.as_bytes(), &at.to_le_bytes(), bytes].concat()
+}
+
 /// Where the streams of a file are while it is in the making.
 pub fn partial(file: &str) -> PathBuf {
     PathBuf::from(format!("{}.partial", file.trim_end_matches('/')))
@@ -301,13 +378,13 @@ mod tests {
             let hidden = Hidden { file, taps, layers: None, positions, element };
             HiddenFiles::open(&hidden, (2, 2), 0, false, 0).unwrap()
         };
-        let mut half = open("a.safetensors", Element::F16);
-        half.append(Tap::LayerOut, Some(1), &[1.0, 65504.0]).unwrap();
-        let error = half.append(Tap::LayerOut, Some(2), &[1.0, 7e4]).unwrap_err().to_string();
+        let half = open("a.safetensors", Element::F16);
+        half.write(0, Tap::LayerOut, Some(1), &[1.0, 65504.0]).unwrap();
+        let error = half.write(0, Tap::LayerOut, Some(2), &[1.0, 7e4]).unwrap_err().to_string();
         assert!(error.contains("layer_out.2") && error.contains("70000"), "{error}");
-        let mut brain = open("b.safetensors", Element::Bf16);
-        brain.append(Tap::LayerOut, Some(1), &[1.0, 7e4]).unwrap();
-        let error = brain.append(Tap::LayerOut, Some(2), &[f32::NAN, 0.0]).unwrap_err();
+        let brain = open("b.safetensors", Element::Bf16);
+        brain.write(0, Tap::LayerOut, Some(1), &[1.0, 7e4]).unwrap();
+        let error = brain.write(0, Tap::LayerOut, Some(2), &[f32::NAN, 0.0]).unwrap_err();
         assert!(error.to_string().contains("NaN"), "{error}");
     }
 }

@@ -351,11 +351,15 @@ impl<'r, 'p> Run<'r, 'p> {
         self.progress.done += 1;
     }
 
-    /// Hands what has ended to the watcher.
+    /// Hands what has ended to the watcher and the partner.
     fn report(&mut self, watcher: &mut dyn Watcher) -> Result<()> {
         for (request, index) in self.finished.drain(..) {
-            if let Some(segment) = self.done[request][index].last() {
+            let segments = &self.done[request][index];
+            if let Some(segment) = segments.last() {
                 watcher.finished(request, index, &segment.completion)?;
+            }
+            if let Some(partner) = &mut self.partner {
+                partner.finished(Which { request, index }, segments)?;
             }
         }
         Ok(())
@@ -386,23 +390,28 @@ impl<'r, 'p> Run<'r, 'p> {
         let idle = self.bridges(&running);
         let mut both = [running.as_slice(), &idle].concat();
         both.sort_unstable();
+        if self.wants_company() {
+            both.extend(self.company(&both));
+            both.sort_unstable();
+            both.dedup();
+        }
         let mut batch = TokenBatch::default();
         let mut places = Vec::with_capacity(running.len());
         for &s in &both {
-            let slot = self.slots[s].as_ref().expect("running or waiting");
-            let ((id, position), logits) = (slot.newest(), slot.due.is_none());
-            if logits {
+            let (id, position) = match &self.slots[s] {
+                Some(slot) => slot.newest(),
+                None => {
+                    self.context.forget(s, 0)?;
+                    (self.slots[running[0]].as_ref().expect("running").newest().0, 0)
+                }
+            };
+            let is_own = runs(&self.slots[s]);
+            if is_own {
                 places.push(batch.0.len());
             }
+            // A row of logits alone is one column, too.
+            let logits = is_own || self.wants_company();
             batch.0.push(Token { id, position: position as i32, sequence: s as i32, logits });
-        }
-        let company = self.invariant && self.slots.len() > 1;
-        if let (true, &[only]) = (company, both.as_slice()) {
-            // ggml has another kernel for one column.
-            let sequence = if only == 0 { 1 } else { 0 };
-            self.context.forget(sequence, 0)?;
-            let id = batch.0[0].id;
-            batch.0.push(Token { id, position: 0, sequence: sequence as i32, logits: true });
         }
         let mut slots: Vec<Slot> =
             running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
@@ -416,9 +425,11 @@ impl<'r, 'p> Run<'r, 'p> {
             self.context.decode(&batch)?;
             self.sample(&mut slots, &places)
         };
-        for s in idle {
-            let at = self.slots[s].as_ref().expect("waiting").newest().1;
-            self.context.forget(s, at)?;
+        for s in both {
+            let waiting = self.slots[s].as_ref().filter(|slot| slot.due.is_some());
+            if let Some(at) = waiting.map(|slot| slot.newest().1) {
+                self.context.forget(s, at)?;
+            }
         }
         for ((&s, slot), &place) in running.iter().zip(&mut slots).zip(&places) {
             let experts = self.context.experts(s, batch.0[place].position as usize);

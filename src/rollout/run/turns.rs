@@ -32,12 +32,18 @@ impl Run<'_, '_> {
         Ok(Some(slot))
     }
 
-    /// Takes the answers that are due, and waits for them; where nothing else can be decoded, for the next ones.
+    /// Takes the answers that are due, and waits for them; where nothing else can be decoded, or not as it must, for the
+    /// next ones.
     pub(super) fn hear(&mut self) -> Result<()> {
+        let choosy = self.wants_company() && self.has_states;
         loop {
+            if choosy {
+                self.compact()?;
+            }
             let waiting = self.slots.iter().flatten().filter_map(|slot| slot.due);
             let Some(next) = waiting.min() else { return Ok(()) };
-            if self.slots.iter().flatten().all(|slot| slot.due.is_some()) {
+            let all_wait = self.slots.iter().flatten().all(|slot| slot.due.is_some());
+            if all_wait || choosy && self.lacks_company() {
                 self.round = self.round.max(next);
             }
             let is_due = |s: &usize| {
@@ -122,10 +128,12 @@ impl Run<'_, '_> {
         Ok(Ok(reading))
     }
 
-    /// Reads tokens into their sequences, as many in one call as it may have.
+    /// Reads tokens into their sequences, as many in one call as it may have; each sequence by itself where nothing may
+    /// depend on who is decoded together.
     fn read(&mut self, mut readings: Vec<Reading>) -> Result<()> {
         readings.retain(|reading| !reading.tokens.is_empty());
-        let most = self.context.options().n_batch.min(PREFILL_TOKENS);
+        let together = self.context.options().n_batch.min(PREFILL_TOKENS);
+        let most = if self.invariant { 0 } else { together };
         while !readings.is_empty() {
             let mut batch = TokenBatch::default();
             let fits = |r: &&Reading| {
@@ -159,10 +167,40 @@ impl Run<'_, '_> {
         if self.has_states || g.next == self.requests[g.request].n {
             return Ok(());
         }
+        // Tokens read in a call of their own may have other last bits than those of a whole prompt.
+        let kept = if self.invariant && kept < g.prompt.len() { 0 } else { kept };
         self.context.forget(s, kept)?;
         let tokens = g.prompt[kept..].to_vec();
         self.read(vec![Reading { slot: s, from: kept, tokens }])?;
         self.begin(s, group)
+    }
+
+    /// Whether no token is to be decoded alone.
+    pub(super) fn wants_company(&self) -> bool {
+        self.invariant && self.slots.len() > 1
+    }
+
+    /// Whether there is a sequence that would be decoded alone, for what is beside it waits and cannot forget a token.
+    fn lacks_company(&self) -> bool {
+        let runs = |s: &usize| self.slots[*s].as_ref().is_some_and(|slot| slot.due.is_none());
+        let running: Vec<usize> = (0..self.slots.len()).filter(runs).collect();
+        lone(&running).any(|s| self.beside(s).is_none())
+    }
+
+    /// For each sequence that would be decoded alone one beside it: llama.cpp decodes neighbours together, and ggml has
+    /// another kernel for one column.
+    pub(super) fn company(&self, decoded: &[usize]) -> Vec<usize> {
+        lone(decoded).filter_map(|s| self.beside(s)).collect()
+    }
+
+    /// A neighbour that may be decoded with a sequence, for nothing.
+    fn beside(&self, s: usize) -> Option<usize> {
+        let can = |n: &usize| match &self.slots[*n] {
+            Some(slot) => slot.due.is_some() && !self.has_states,
+            None => true,
+        };
+        let above = Some(s + 1).filter(|n| *n < self.slots.len() && can(n));
+        above.or_else(|| s.checked_sub(1).filter(can))
     }
 
     /// Waiting sequences between running ones that are decoded with them; what cannot forget a token is not.
@@ -180,4 +218,10 @@ impl Run<'_, '_> {
         }
         idle
     }
+}
+
+/// Numbers, ascending, whose neighbours are not among them.
+fn lone(numbers: &[usize]) -> impl Iterator<Item = usize> + '_ {
+    let runs = numbers.chunk_by(|a, b| a + 1 == *b);
+    runs.filter(|run| run.len() == 1).map(|run| run[0])
 }
