@@ -139,7 +139,7 @@ fn stock_llama_cpp_runs_every_shape() {
         // Neither uniform (ln 1024 = 6.93 nats) nor certain.
         assert!((3.0..6.6).contains(&entropy), "{}: entropy {entropy}", shape.name);
     }
-    for name in ["qwen3-30b-a3b", "qwen3.5-35b-a3b", "qwen3-next-80b-a3b", "olmoe-1b-7b"] {
+    for name in ["qwen3.5-35b-a3b", "qwen3-next-80b-a3b"] {
         let (dir, path) = write(&small(Shape::find(name).unwrap()), "f32");
         let fused = dir.path().join("fused.gguf");
         fuse_experts(&path, &fused);
