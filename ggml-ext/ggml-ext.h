@@ -207,10 +207,11 @@ struct bupo_conv_params {
 
 struct bupo_delta_params {
     uint32_t op;   // BUPO_OP_DELTA or BUPO_OP_DELTA_BACK
-    uint32_t n_k;  // key heads; value head h reads key head h mod n_k
+    uint32_t n_k;  // key heads; value head h reads key head h mod n_k, or where they are grouped h / (n_v / n_k)
     uint32_t n_v;
     uint32_t size; // of a head
     float    eps;  // added to the squared lengths of queries and keys
+    uint32_t grouped;
     uint32_t n_segments;
     const struct bupo_segment * segments; // as for attention
 };

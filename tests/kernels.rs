@@ -410,15 +410,16 @@ fn conv() {
 #[test]
 fn delta() {
     let mut random = Random::new(14);
-    for (trees, n_k, n_v, size) in [
-        (&[(5, &[3, 1][..]), (1, &[][..]), (9, &[40][..])][..], 2, 4, 8),
-        (&[(70, &[33, 65][..]), (64, &[1][..])][..], 1, 3, 16), // several chunks
-        (&[(130, &[1, 70][..])][..], 2, 2, 40),
-        (&[(2, &[2][..])][..], 1, 2, 128),
+    for (trees, n_k, n_v, size, grouped) in [
+        (&[(5, &[3, 1][..]), (1, &[][..]), (9, &[40][..])][..], 2, 4, 8, false),
+        (&[(70, &[33, 65][..]), (64, &[1][..])][..], 1, 3, 16, false), // several chunks
+        (&[(70, &[33, 65][..]), (64, &[1][..])][..], 2, 6, 16, true),
+        (&[(130, &[1, 70][..])][..], 2, 2, 40, false),
+        (&[(2, &[2][..])][..], 1, 2, 128, true),
     ] {
         let segments = segments(trees);
         let t = segments.last().unwrap().end as usize;
-        let spec = DeltaSpec { n_k, n_v, size, eps: 1e-6 };
+        let spec = DeltaSpec { n_k, n_v, size, eps: 1e-6, grouped };
         let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
         let mut sources = vec![f32(spec.width(), t), f32(n_v, t), f32(n_v, t)];
         sources.extend([f32(n_v, 1), f32(spec.out_width(), t)]);

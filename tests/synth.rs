@@ -5,12 +5,12 @@ mod common;
 #[path = "common/stock.rs"]
 mod stock;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bupo_gguf::Model;
 use bupo_gguf::ggml::ThreadPool;
-use bupo_gguf::gguf::{GgufFile, Value};
+use bupo_gguf::gguf::{GgufFile, GgufWriter, Value};
 use bupo_gguf::model::{Batch, DeltaConfig, Engine, Lora, Policy, Targets};
 use bupo_gguf::synth::{self, Experts, Mixture, Rope, Shape};
 use llama_cpp_2::llama_backend::LlamaBackend;
@@ -71,7 +71,7 @@ fn shapes_keep_their_settings_and_spell_text() {
         let (c, name) = (model.config(), shape.name);
         assert_eq!((c.family.name, c.n_ctx_train), (shape.arch, shape.n_ctx), "{name}");
         if let Some(d) = shape.delta {
-            let DeltaConfig { n_k, n_v, size, kernel } = c.layer(1).delta.unwrap();
+            let DeltaConfig { n_k, n_v, size, kernel, .. } = c.layer(1).delta.unwrap();
             assert_eq!([n_k, n_v, size, kernel], [d.n_k, d.n_v, d.size, d.kernel], "{name}");
         }
         let layer = c.layer(n_layer);
@@ -96,7 +96,12 @@ fn shapes_keep_their_settings_and_spell_text() {
 
 /// A mixture of few and narrow experts, where there is one.
 fn few(shape: Shape) -> Option<Experts> {
-    shape.experts.map(|_| Experts { count: 6, used: 2, n_ff: 256 })
+    shape.experts.map(|e| Experts {
+        count: 6,
+        used: 2,
+        n_ff: 256,
+        n_ff_shared: e.n_ff_shared.min(256),
+    })
 }
 
 /// Two periods of every pattern of layers, few heads, a narrow FFN.
@@ -134,6 +139,68 @@ fn stock_llama_cpp_runs_every_shape() {
         // Neither uniform (ln 1024 = 6.93 nats) nor certain.
         assert!((3.0..6.6).contains(&entropy), "{}: entropy {entropy}", shape.name);
     }
+    for name in ["qwen3.5-35b-a3b", "qwen3-next-80b-a3b"] {
+        let (dir, path) = write(&small(Shape::find(name).unwrap()), "f32");
+        let fused = dir.path().join("fused.gguf");
+        fuse_experts(&path, &fused);
+        let ours = [&path, &fused].map(|path| our_logprobs(path, &tokens));
+        assert!(ours[0] == ours[1], "{name}: gate and up of experts in one map");
+        for path in [&path, &fused] {
+            let theirs = stock::logits(&backend, path, None, &tokens);
+            for (i, (own, logits)) in ours[0].iter().zip(&theirs).enumerate() {
+                let most = logits.iter().copied().fold(f32::MIN, f32::max) as f64;
+                let sum: f64 = logits.iter().map(|&l| (l as f64 - most).exp()).sum();
+                let theirs = logits[tokens[i + 1] as usize] as f64 - most - sum.ln();
+                let off = (*own as f64 - theirs).abs();
+                assert!(off < 1e-3, "{name}, token {i}: {own} and {theirs}");
+            }
+        }
+    }
+}
+
+/// Log-probs of every token but the first.
+fn our_logprobs(path: &Path, tokens: &[i32]) -> Vec<f32> {
+    let model = Model::open(path).unwrap();
+    let mut batch = Batch::default();
+    batch.push_group(&tokens[..1], &[&tokens[1..]], model.config().n_vocab).unwrap();
+    let policy = Policy::full(model.config().n_layer);
+    let mut engine = Engine::new(Arc::new(ThreadPool::new(2).unwrap())).unwrap();
+    engine.forward(&model, None, &batch, policy.depth()).unwrap();
+    engine.score(&model, None, &batch, policy, 1.0, false).unwrap().logprobs
+}
+
+/// A copy of an F32 model in which each expert's gate and up are one map, as newer converters may write them.
+fn fuse_experts(from: &Path, to: &Path) {
+    let file = GgufFile::open(from).unwrap();
+    let mut writer = GgufWriter::new();
+    for (key, value) in file.metadata() {
+        writer.metadata(key, value.clone()).unwrap();
+    }
+    for tensor in file.tensors() {
+        let bytes = file.bytes(tensor);
+        if tensor.name.contains("ffn_up_exps") {
+            continue;
+        }
+        if !tensor.name.contains("ffn_gate_exps") {
+            writer
+                .tensor(&tensor.name, tensor.ty, &tensor.shape, move |out| out.write(bytes))
+                .unwrap();
+            continue;
+        }
+        let name = |what: &str| tensor.name.replace("ffn_gate_exps", what);
+        let up = file.bytes(file.tensor(&name("ffn_up_exps")).unwrap());
+        let expert = bytes.len() / tensor.shape[2] as usize;
+        let both: Vec<u8> = bytes
+            .chunks(expert)
+            .zip(up.chunks(expert))
+            .flat_map(|(gate, up)| [gate, up].concat())
+            .collect();
+        let shape = [tensor.shape[0], 2 * tensor.shape[1], tensor.shape[2]];
+        writer
+            .tensor(&name("ffn_gate_up_exps"), tensor.ty, &shape, move |out| out.write(&both))
+            .unwrap();
+    }
+    writer.write(to).unwrap();
 }
 
 /// The keys by which llama.cpp knows what an architecture has beside sizes.

@@ -2,7 +2,8 @@
 // has the formulas and the names.
 //
 // Products are batches over key heads, in F32 whatever the device's type of factors: states add up over whole sequences.
-// Value head j n_k + i reads key head i, so that the value heads of one j stand one after another beside all key heads.
+// Here value head j n_k + i reads key head i, so that the value heads of one j stand one after another beside all key heads; where
+// they are grouped, it is head i n_v / n_k + j of the rows that come in and go out (`outer`).
 
 #include "device.h"
 
@@ -53,10 +54,16 @@ struct Job {
     const float * beta;
     const float * decay;
     const float * bias;
+    bool          grouped;
 
     __host__ __device__ int heads() const { return 2 * n_k + n_v; }
+    __host__ __device__ int outer(int head) const { return grouped ? head % n_k * (n_v / n_k) + head / n_k : head; }
     __host__ __device__ size_t row(int token, int head) const { return ((size_t) token * heads() + head) * d; }
-    __host__ __device__ size_t out(int token, int head) const { return ((size_t) token * n_v + head) * d; }
+    __host__ __device__ size_t value(int token, int head) const { return row(token, 2 * n_k + outer(head)); }
+    __host__ __device__ size_t gate(int token, int head) const { return (size_t) token * n_v + outer(head); }
+    __host__ __device__ size_t out(int token, int head) const { return gate(token, head) * d; }
+    // From one of the value heads of one j to the next one in the result.
+    int64_t between() const { return (int64_t) (grouped ? n_v / n_k : 1) * d; }
 };
 
 // Gates of the value heads' tokens: [CHUNK] of each head.
@@ -95,14 +102,14 @@ static __global__ void make_gates(Job job, int first, int n, Gates gates) {
     const int head = (int) blockIdx.x, token = (int) threadIdx.x, at = head * CHUNK + token;
     double    all = 0.0;
     if (token < n) {
-        const double decay = job.decay[head], bias = job.bias[head];
+        const double decay = job.decay[job.outer(head)], bias = job.bias[job.outer(head)];
         for (int i = 0; i < n; ++i) {
-            const double a        = (double) job.alpha[(size_t) (first + i) * job.n_v + head] + bias;
+            const double a        = (double) job.alpha[job.gate(first + i, head)] + bias;
             const double small    = exp(-fabs(a));
             const double softplus = fmax(a, 0.0) + log1p(small);
             all += decay * softplus;
             if (i == token) {
-                const float b   = job.beta[(size_t) (first + i) * job.n_v + head];
+                const float b   = job.beta[job.gate(first + i, head)];
                 gates.sum[at]   = all;
                 gates.slope[at] = (float) (decay * (a >= 0.0 ? 1.0 : small) / (1.0 + small));
                 gates.beta[at]  = 1.0f / (1.0f + expf(-b));
@@ -130,7 +137,7 @@ static __global__ void make_triangles(Job job, int n, Gates gates, const float *
 // Rows v of the value heads, [head][token][d]; a block per row.
 static __global__ void pack_values(Job job, int first, int n, float * z) {
     const int     head = (int) blockIdx.x / n, token = (int) blockIdx.x % n;
-    const float * v    = job.qkv + job.row(first + token, 2 * job.n_k + head);
+    const float * v    = job.qkv + job.value(first + token, head);
     for (int i = threadIdx.x; i < job.d; i += blockDim.x) {
         z[((size_t) head * CHUNK + token) * job.d + i] = v[i];
     }
@@ -279,7 +286,7 @@ static __global__ void store_gates(Job job, int first, int n, Gates gates, const
                 d_g += written[other];
             }
         }
-        const size_t out = (size_t) (first + token) * job.n_v + head;
+        const size_t out = job.gate(first + token, head);
         d_alpha[out] = (float) d_g * gates.slope[at];
         d_beta[out]  = along * gates.beta[at] * gates.rest[at];
     }
@@ -289,7 +296,7 @@ static __global__ void store_gates(Job job, int first, int n, Gates gates, const
 static __global__ void store_values(Job job, int first, int n, const float * dz, float * d_qkv) {
     const int head = (int) blockIdx.x / n, token = (int) blockIdx.x % n;
     for (int i = threadIdx.x; i < job.d; i += blockDim.x) {
-        d_qkv[job.row(first + token, 2 * job.n_k + head) + i] = dz[((size_t) head * CHUNK + token) * job.d + i];
+        d_qkv[job.value(first + token, head) + i] = dz[((size_t) head * CHUNK + token) * job.d + i];
     }
 }
 
@@ -333,7 +340,7 @@ struct Walk {
     Walk(Device & device, const ggml_tensor * dst, const bupo_delta_params & params) : device(device) {
         job = { (int) params.n_k, (int) params.n_v, (int) params.size, (int) dst->src[0]->ne[1], params.eps,
                 data_of(dst->src[0]), data_of(dst->src[1]), data_of(dst->src[2]), device.small(dst->src[3]),
-                device.small(dst->src[4]) };
+                device.small(dst->src[4]), params.grouped != 0 };
         len = (size_t) job.d * job.d;
         const size_t keys = (size_t) job.n_k * CHUNK, values = (size_t) job.n_v * CHUNK;
         q       = device.floats(2 * keys * job.d);
@@ -440,10 +447,10 @@ void run_delta(Device & device, ggml_tensor * dst, const bupo_delta_params & par
             float * o = out + job.out(chunk.first, (int) h);
             if (before) {
                 walk.multiply(job.d, n, job.d, 1.0f, 0.0f, walk.state(before + h * walk.len), walk.tokens(walk.decayed + walk.at(h)),
-                              o, ld, job.d);
+                              o, ld, job.between());
             }
             walk.multiply(job.d, n, n, 1.0f, before ? 1.0f : 0.0f, walk.tokens(walk.u + walk.at(h)),
-                          walk.triangle(walk.m + walk.triangle_at(h)), o, ld, job.d);
+                          walk.triangle(walk.m + walk.triangle_at(h)), o, ld, job.between());
         });
         if (chunk.after < 0) {
             continue;

@@ -442,7 +442,7 @@ fn order(weight: &str) -> (usize, usize) {
     let Some((layer, name)) = parts else { return (usize::MAX, 0) };
     // A fused map stands where the first of its parts would, a delta net's where those of attention would.
     let name = match name.strip_suffix(".weight") {
-        Some("attn_qkv" | "attn_gate" | "ssm_alpha" | "ssm_beta") => "attn_q",
+        Some("attn_qkv" | "attn_gate" | "ssm_alpha" | "ssm_beta" | "ssm_ba") => "attn_q",
         Some("ssm_out") => "attn_output",
         _ => name,
     };

@@ -73,8 +73,10 @@ pub struct LayerConfig {
 pub struct DeltaConfig {
     /// Heads of keys, and of queries.
     pub n_k: usize,
-    /// Heads of values; value head h reads key head h mod `n_k`.
+    /// Heads of values.
     pub n_v: usize,
+    /// Whether those of one key head stand together; else those of all key heads take turns.
+    pub grouped: bool,
     /// Size of a head.
     pub size: usize,
     /// Tokens that its convolution looks at.
@@ -84,7 +86,8 @@ pub struct DeltaConfig {
 impl DeltaConfig {
     /// Its rule.
     pub fn spec(&self, eps: f32) -> DeltaSpec {
-        DeltaSpec { n_k: self.n_k, n_v: self.n_v, size: self.size, eps }
+        let DeltaConfig { n_k, n_v, grouped, size, .. } = *self;
+        DeltaSpec { n_k, n_v, size, eps, grouped }
     }
 }
 
@@ -267,7 +270,7 @@ impl Config {
 impl LayerConfig {
     fn new(family: &Family, h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
         if l.recurrent != 0 {
-            return LayerConfig::recurrent(h, l, layer);
+            return LayerConfig::recurrent(family, h, l, layer);
         }
         let rotates = l.n_rot == l.head_size_k
             || (family.partial_rope && l.n_rot < l.head_size_k && l.n_rot.is_multiple_of(2));
@@ -306,7 +309,12 @@ impl LayerConfig {
         })
     }
 
-    fn recurrent(h: &Hparams, l: &LayerHparams, layer: usize) -> Result<LayerConfig> {
+    fn recurrent(
+        family: &Family,
+        h: &Hparams,
+        l: &LayerHparams,
+        layer: usize,
+    ) -> Result<LayerConfig> {
         let [n_k, n_v, size] = [h.ssm_groups, h.ssm_heads, h.ssm_state].map(|n| n as usize);
         let divides = n_k > 0 && n_v > 0 && n_v.is_multiple_of(n_k);
         if !divides || n_v * size != h.ssm_inner as usize || !(1..=MAX_HEAD).contains(&size) {
@@ -332,7 +340,7 @@ impl LayerConfig {
             rope: None,
             rope_factors: false,
             has_kv: true,
-            delta: Some(DeltaConfig { n_k, n_v, size, kernel }),
+            delta: Some(DeltaConfig { n_k, n_v, grouped: family.grouped_values, size, kernel }),
         })
     }
 }

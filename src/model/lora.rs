@@ -20,7 +20,7 @@ use crate::{Error, Result};
 
 /// Linear maps by their names on the command line and in the file, in the order of a layer. A fused map, whose
 /// outputs are used in parts, may have a name of its own.
-const NAMES: [(&str, &str, Option<bool>); 20] = [
+const NAMES: [(&str, &str, Option<bool>); 22] = [
     ("q", "attn_q", None),
     ("k", "attn_k", None),
     ("v", "attn_v", None),
@@ -28,6 +28,7 @@ const NAMES: [(&str, &str, Option<bool>); 20] = [
     ("z", "attn_gate", None),
     ("alpha", "ssm_alpha", None),
     ("beta", "ssm_beta", None),
+    ("ba", "ssm_ba", None),
     ("o", "attn_output", None),
     ("out", "ssm_out", None),
     ("gate", "ffn_gate", None),
@@ -38,6 +39,7 @@ const NAMES: [(&str, &str, Option<bool>); 20] = [
     (SHARED, "ffn_up_shexp", None),
     (SHARED, "ffn_down_shexp", None),
     (EXPERTS, "ffn_gate_exps", None),
+    (EXPERTS, "ffn_gate_up_exps", None),
     (EXPERTS, "ffn_up_exps", None),
     (EXPERTS, "ffn_down_exps", None),
     (ROUTER, "ffn_gate_inp", None),

@@ -16,7 +16,9 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
     };
     let full = shape.gemma4.map_or(shape.head_size, |g| g.full_head_size);
     let rotated = match shape.rope {
-        Rope::Long { rotated, .. } | Rope::Sectioned { rotated, .. } => rotated,
+        Rope::Long { rotated, .. } | Rope::Sectioned { rotated, .. } | Rope::Partial(rotated) => {
+            rotated
+        }
         _ => full,
     };
     for (key, n) in [
@@ -36,6 +38,9 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
         put("expert_count", count(e.count)?)?;
         put("expert_used_count", count(e.used)?)?;
         put("expert_feed_forward_length", count(e.n_ff)?)?;
+        if e.n_ff_shared > 0 {
+            put("expert_shared_feed_forward_length", count(e.n_ff_shared)?)?;
+        }
     }
     put("rope.freq_base", shape.rope_base.into())?;
     put("attention.layer_norm_rms_epsilon", shape.rms_eps.into())?;
@@ -82,7 +87,7 @@ pub(super) fn metadata(writer: &mut GgufWriter<'_>, shape: &Shape) -> Result<()>
     }
     match shape.rope {
         // llama3's divisors are a tensor.
-        Rope::Plain | Rope::Llama3(_) => Ok(()),
+        Rope::Plain | Rope::Llama3(_) | Rope::Partial(_) => Ok(()),
         Rope::Linear(factor) => {
             put("rope.scaling.type", "linear".into())?;
             put("rope.scaling.factor", factor.into())

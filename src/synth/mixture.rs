@@ -195,7 +195,7 @@ mod tests {
         // The rotated part of a head must fit.
         let head_size = match shape.rope {
             Rope::Long { .. } => 128,
-            Rope::Sectioned { rotated, .. } => rotated,
+            Rope::Sectioned { rotated, .. } | Rope::Partial(rotated) => rotated,
             _ => 32,
         };
         let delta =
@@ -203,7 +203,12 @@ mod tests {
         let gemma4 = shape.gemma4.map(|g| Gemma4 { full_head_size: 64, per_layer_embd: 32, ..g });
         let n_head = shape.n_head / shape.n_head_kv;
         let n_embd = n_head * head_size;
-        let experts = shape.experts.map(|_| Experts { count: 6, used: 2, n_ff: 256 });
+        let experts = shape.experts.map(|e| Experts {
+            count: 6,
+            used: 2,
+            n_ff: 256,
+            n_ff_shared: e.n_ff_shared.min(256),
+        });
         let sizes = Shape { n_head, n_head_kv: 1, head_size, n_embd, n_ff: 256, ..shape };
         let narrow = Shape { gemma4, experts, delta, ..sizes };
         narrow.with_vocab(512).unwrap()

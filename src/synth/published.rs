@@ -124,7 +124,7 @@ const PHI4_MINI_LONG: [f32; 48] = [
 ];
 
 /// All of them.
-pub(super) const ALL: [Shape; 34] = [
+pub(super) const ALL: [Shape; 36] = [
     Shape {
         name: "tiny",
         n_layer: 4,
@@ -171,6 +171,31 @@ pub(super) const ALL: [Shape; 34] = [
         n_head: 24,
         tied: false,
         delta: Some(DeltaNets { period: 4, n_k: 16, n_v: 48, size: 128, kernel: 4 }),
+        ..QWEN35_LARGE
+    },
+    Shape {
+        name: "qwen3.5-35b-a3b",
+        arch: "qwen35moe",
+        n_layer: 40,
+        n_embd: 2048,
+        n_ff: 512,
+        n_head_kv: 2,
+        tied: false,
+        experts: Some(Experts { count: 256, used: 8, n_ff: 512, n_ff_shared: 512 }),
+        ..QWEN35_LARGE
+    },
+    Shape {
+        name: "qwen3-next-80b-a3b",
+        arch: "qwen3next",
+        n_layer: 48,
+        n_embd: 2048,
+        n_ff: 5120,
+        n_head_kv: 2,
+        n_vocab: 151_936,
+        n_text: 151_643,
+        tied: false,
+        rope: Rope::Partial(64),
+        experts: Some(Experts { count: 512, used: 10, n_ff: 512, n_ff_shared: 512 }),
         ..QWEN35_LARGE
     },
     Shape {
@@ -362,7 +387,7 @@ pub(super) const ALL: [Shape; 34] = [
         n_head: 32,
         n_head_kv: 4,
         tied: false,
-        experts: Some(Experts { count: 128, used: 8, n_ff: 768 }),
+        experts: Some(Experts { count: 128, used: 8, n_ff: 768, n_ff_shared: 0 }),
         ..QWEN3
     },
     Shape {
@@ -382,7 +407,7 @@ pub(super) const ALL: [Shape; 34] = [
         rope: Rope::Yarn { factor: 32.0, original: 4096, temperature: 0.0 },
         rms_eps: 1e-5,
         window: Some(Window { size: 128, period: 2 }),
-        experts: Some(Experts { count: 32, used: 4, n_ff: 2880 }),
+        experts: Some(Experts { count: 32, used: 4, n_ff: 2880, n_ff_shared: 0 }),
         ..QWEN3
     },
     Shape {
@@ -399,7 +424,7 @@ pub(super) const ALL: [Shape; 34] = [
         n_ctx: 4096,
         rope_base: 1e4,
         rms_eps: 1e-5,
-        experts: Some(Experts { count: 64, used: 8, n_ff: 1024 }),
+        experts: Some(Experts { count: 64, used: 8, n_ff: 1024, n_ff_shared: 0 }),
         ..QWEN3
     },
 ];

@@ -59,6 +59,8 @@ pub struct Experts {
     pub used: usize,
     /// Width of one.
     pub n_ff: usize,
+    /// Width of the one that all tokens take, 0 for none.
+    pub n_ff_shared: usize,
 }
 
 /// How the rotation's frequencies differ from powers of the base.
@@ -89,6 +91,8 @@ pub enum Rope {
         /// Divisors, `[rotated / 2]`.
         divisors: &'static [f32],
     },
+    /// The first so many dimensions of a head turn.
+    Partial(usize),
     /// The first `rotated` dimensions of a head turn; their pairs are shared out among axes of positions, which are one in
     /// text.
     Sectioned {
@@ -329,6 +333,8 @@ mod tests {
             ("qwen3.5-4b", 4206),
             ("qwen3.5-9b", 8954),
             ("qwen3.5-27b", 26_896),
+            ("qwen3.5-35b-a3b", 34_661),
+            ("qwen3-next-80b-a3b", 79_674),
         ] {
             let shape = Shape::find(name).unwrap();
             let mixture = super::super::Mixture::parse("f16").unwrap();

@@ -51,12 +51,14 @@ enum Heads {
 impl Block {
     fn new(arch: &str) -> Block {
         let gemma = arch.starts_with("gemma");
+        let gated = matches!(arch, "qwen35" | "qwen35moe" | "qwen3next");
         Block {
             pre_norms: arch != "olmo2",
             post_norms: gemma || arch == "olmo2",
-            gated: arch == "qwen35",
+            gated,
             qk_norms: match arch {
-                "qwen3" | "qwen3moe" | "qwen35" | "gemma3" | "gemma4" => Some(Heads::Each),
+                "qwen3" | "qwen3moe" | "gemma3" | "gemma4" => Some(Heads::Each),
+                _ if gated => Some(Heads::Each),
                 "olmo2" | "olmoe" => Some(Heads::All),
                 _ => None,
             },
@@ -118,7 +120,11 @@ impl Weights {
                 all.values("rope_factors_long.weight", divisors.to_vec());
                 all.values("rope_factors_short.weight", vec![1.0; divisors.len()]);
             }
-            Rope::Plain | Rope::Linear(_) | Rope::Yarn { .. } | Rope::Sectioned { .. } => {}
+            Rope::Plain
+            | Rope::Linear(_)
+            | Rope::Yarn { .. }
+            | Rope::Partial(_)
+            | Rope::Sectioned { .. } => {}
         }
         all.gemma4_head(shape, mixture);
         for i in 0..shape.n_layer {
@@ -222,6 +228,24 @@ impl Weights {
         if biases {
             self.bias(&name("ffn_gate_inp"), vec![e.count], 0.1);
         }
+        if e.n_ff_shared > 0 {
+            self.shared_expert(shape, mixture, e.n_ff_shared, step, i);
+        }
+    }
+
+    /// What all tokens take, and its gate.
+    fn shared_expert(&mut self, shape: &Shape, mixture: &Mixture, f: usize, step: f32, i: usize) {
+        let d = shape.n_embd;
+        let name = |what: &str| format!("blk.{i}.{what}");
+        let gate = Fill::Random { spread: of(d) };
+        self.push(name("ffn_gate_inp_shexp.weight"), vec![d], Type::F32, gate);
+        for (what, n_in, n_out, spread) in [
+            ("ffn_gate_shexp", d, f, of(d)),
+            ("ffn_up_shexp", d, f, of(d)),
+            ("ffn_down_shexp", f, d, step * of(f)),
+        ] {
+            self.random(&name(what), mixture.layer(what, i, shape, n_in), [n_in, n_out], spread);
+        }
     }
 
     fn bias(&mut self, name: &str, shape: Vec<usize>, spread: f32) {
@@ -239,13 +263,23 @@ impl Weights {
     ) {
         let (d, inner, n_v) = (shape.n_embd, delta.inner(), delta.n_v);
         let name = |what: &str| format!("blk.{i}.{what}");
+        let of_both = shape.arch == "qwen3next";
         for (what, n_in, n_out, spread) in [
             ("attn_qkv", d, delta.width(), of(d)),
             ("attn_gate", d, inner, of(d)),
             ("ssm_alpha", d, n_v, of(d)),
             ("ssm_beta", d, n_v, of(d)),
+            ("ssm_ba", d, 2 * n_v, of(d)),
             ("ssm_out", inner, d, step * of(inner)),
         ] {
+            let there = match what {
+                "ssm_alpha" | "ssm_beta" => !of_both,
+                "ssm_ba" => of_both,
+                _ => true,
+            };
+            if !there {
+                continue;
+            }
             self.random(&name(what), mixture.layer(what, i, shape, n_in), [n_in, n_out], spread);
         }
         let kernel = [delta.kernel, delta.width()];

@@ -24,7 +24,7 @@ pub fn folder_of(name: &str) -> PathBuf {
 }
 
 /// Golden models of further architectures.
-pub const ARCHS: [&str; 28] = [
+pub const ARCHS: [&str; 30] = [
     "gemma2-f32",
     "gemma2-q4_0",
     "gemma3-f32",
@@ -47,6 +47,8 @@ pub const ARCHS: [&str; 28] = [
     "phi3-q8_0",
     "qwen3moe-f32",
     "qwen3moe-q8_0",
+    "qwen3next-f32",
+    "qwen3next-q8_0",
     "qwen35-f32",
     "qwen35-q8_0",
     "qwen35moe-f32",

@@ -7,7 +7,7 @@ use super::harness::{Random, Source, Tree, close, f64s, is_vjp, run, segments};
 use super::reference;
 
 fn spec(n_k: usize, n_v: usize, size: usize) -> DeltaSpec {
-    DeltaSpec { n_k, n_v, size, eps: 1e-6 }
+    DeltaSpec { n_k, n_v, size, eps: 1e-6, grouped: false }
 }
 
 /// qkv, a, b, decay, bias, and the cotangent of the result.
@@ -87,6 +87,7 @@ fn delta_of_small_trees() {
         check(forest, spec(2, 4, 4), threads, -0.5);
         check(forest, spec(1, 3, 5), threads, -0.5);
         check(forest, spec(3, 3, 8), threads, -0.5);
+        check(forest, DeltaSpec { grouped: true, ..spec(2, 6, 4) }, threads, -0.5);
     }
 }
 

@@ -208,7 +208,7 @@ pub fn delta(
     segments: &[Segment],
     spec: DeltaSpec,
 ) -> Vec<f64> {
-    let DeltaSpec { n_k, n_v, size: d, eps } = spec;
+    let DeltaSpec { n_k, n_v, size: d, eps, grouped } = spec;
     let t = a.len() / n_v;
     let row = |t: usize, head: usize| &qkv[(t * (2 * n_k + n_v) + head) * d..][..d];
     let normed = |x: &[f64]| -> Vec<f64> {
@@ -218,7 +218,8 @@ pub fn delta(
     let mut out = vec![0.0; n_v * d * t];
     for h in 0..n_v {
         let step = |state: &mut Vec<f64>, t: usize| -> Vec<f64> {
-            let (q, k) = (normed(row(t, h % n_k)), normed(row(t, n_k + h % n_k)));
+            let key = if grouped { h / (n_v / n_k) } else { h % n_k };
+            let (q, k) = (normed(row(t, key)), normed(row(t, n_k + key)));
             let gate = decay[h] * (1.0 + (a[t * n_v + h] + bias[h]).exp()).ln();
             let beta = 1.0 / (1.0 + (-b[t * n_v + h]).exp());
             state.iter_mut().for_each(|s| *s *= gate.exp());

@@ -13,6 +13,7 @@ pub static FAMILY: Family = Family {
     permuted: false,
     modules: &[],
     partial_rope: true,
+    grouped_values: false,
     mixture: false,
 };
 

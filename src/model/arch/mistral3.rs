@@ -12,6 +12,7 @@ pub static FAMILY: Family = Family {
     permuted: true,
     modules: &[],
     partial_rope: false,
+    grouped_values: false,
     mixture: false,
 };
 

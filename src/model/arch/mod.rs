@@ -14,6 +14,7 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3moe;
+mod qwen3next;
 mod qwen35;
 mod qwen35moe;
 mod smollm3;
@@ -45,6 +46,9 @@ pub struct Family {
     /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
     /// expect that.
     pub partial_rope: bool,
+    /// Whether the value heads of one key head of a delta net stand together, as in Hugging Face's modules; else those of
+    /// all key heads take turns.
+    pub grouped_values: bool,
     /// Whether its FFNs are mixtures of experts.
     pub mixture: bool,
 }
@@ -58,13 +62,14 @@ impl PartialEq for Family {
 impl Eq for Family {}
 
 /// All architectures that open.
-pub static FAMILIES: [&Family; 17] = [
+pub static FAMILIES: [&Family; 18] = [
     &llama::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
     &qwen3moe::FAMILY,
     &qwen35::FAMILY,
     &qwen35moe::FAMILY,
+    &qwen3next::FAMILY,
     &gemma2::FAMILY,
     &gemma3::FAMILY,
     &gemma4::FAMILY,
@@ -268,14 +273,19 @@ pub struct Router {
     pub normalise: bool,
 }
 
-/// The sum of what a token's experts give, `sum_e w_e down_e(act(gate_e h) * (up_e h))`, of h: `[D, T]`.
+/// The sum of what a token's experts give, their gate and up one map or two, `sum_e w_e down_e(act(gate_e h) * (up_e h))`, of h: `[D, T]`.
 pub fn experts(t: &mut Tape<'_>, h: Var, router: Router, act: Activation) -> Var {
     let (d, e) = (t.config().n_embd, mixture(t));
     let Router { gating, normalise } = router;
     let spec = RouteSpec { used: e.used, gating, normalise, scale: e.scale };
     let to = t.route(h, "ffn_gate_inp", e.count, spec);
-    let up = t.each_expert(h, "ffn_up_exps", e.n_ff, &to);
-    let gate = t.each_expert(h, "ffn_gate_exps", e.n_ff, &to);
+    let [gate, up] = if t.has("ffn_gate_up_exps.weight") {
+        let both = t.each_expert(h, "ffn_gate_up_exps", 2 * e.n_ff, &to);
+        t.halves(both, e.n_ff)
+    } else {
+        let up = t.each_expert(h, "ffn_up_exps", e.n_ff, &to);
+        [t.each_expert(h, "ffn_gate_exps", e.n_ff, &to), up]
+    };
     let inner = t.glu(gate, up, act);
     t.sum_experts(inner, "ffn_down_exps", d, &to)
 }

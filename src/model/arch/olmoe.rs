@@ -14,6 +14,7 @@ pub static FAMILY: Family = Family {
     permuted: false,
     modules: &EXPERT_MODULES,
     partial_rope: false,
+    grouped_values: false,
     mixture: true,
 };
 

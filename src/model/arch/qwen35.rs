@@ -23,18 +23,24 @@ pub static FAMILY: Family = Family {
         ("ssm_out", "linear_attn.out_proj"),
     ],
     partial_rope: true,
+    grouped_values: false,
     mixture: false,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
-    hybrid(t, x, |t, h| ffn(t, h, Silu))
+    hybrid(t, x, gates, |t, h| ffn(t, h, Silu))
 }
 
-/// A layer with either token mixer.
-pub fn hybrid(t: &mut Tape<'_>, x: Var, ffn: impl FnOnce(&mut Tape<'_>, Var) -> Var) -> Taps {
+/// A layer with either token mixer; `gates` gives the delta net's alpha and beta.
+pub fn hybrid(
+    t: &mut Tape<'_>,
+    x: Var,
+    gates: impl FnOnce(&mut Tape<'_>, Var, &DeltaConfig) -> [Var; 2],
+    ffn: impl FnOnce(&mut Tape<'_>, Var) -> Var,
+) -> Taps {
     let attn_in = t.norm(x, "attn_norm");
     let attn_out = match &t.layer().delta {
-        Some(delta) => delta_net(t, attn_in, delta),
+        Some(delta) => delta_net(t, attn_in, delta, gates),
         None => gated_attention(t, attn_in),
     };
     let mid = t.add(x, attn_out);
@@ -44,11 +50,22 @@ pub fn hybrid(t: &mut Tape<'_>, x: Var, ffn: impl FnOnce(&mut Tape<'_>, Var) -> 
     Taps { attn_in, attn_out, ffn_in, ffn_out, layer_out }
 }
 
-fn delta_net(t: &mut Tape<'_>, h: Var, delta: &DeltaConfig) -> Var {
-    let (d, spec) = (t.config().n_embd, delta.spec(t.config().rms_eps));
+/// Alpha and beta of h by a map each: `[n_v, T]`.
+pub fn gates(t: &mut Tape<'_>, h: Var, delta: &DeltaConfig) -> [Var; 2] {
     // On the way back, cotangents are summed up in the reverse order.
     let beta = t.linear(h, "ssm_beta", delta.n_v);
     let alpha = t.linear(h, "ssm_alpha", delta.n_v);
+    [alpha, beta]
+}
+
+fn delta_net(
+    t: &mut Tape<'_>,
+    h: Var,
+    delta: &DeltaConfig,
+    gates: impl FnOnce(&mut Tape<'_>, Var, &DeltaConfig) -> [Var; 2],
+) -> Var {
+    let (d, spec) = (t.config().n_embd, delta.spec(t.config().rms_eps));
+    let [alpha, beta] = gates(t, h, delta);
     let z = t.linear(h, "attn_gate", spec.out_width());
     let qkv = t.linear(h, "attn_qkv", spec.width());
     let mixed = t.conv_silu(qkv, "ssm_conv1d", delta.kernel);

@@ -1,7 +1,7 @@
 //! Qwen3.5 and 3.6 with a mixture of experts: the token mixers of `qwen35`; the chosen experts' shares make up the whole, and a
 //! shared expert with a gate of its own stands beside them.
 
-use super::qwen35::hybrid;
+use super::qwen35::{gates, hybrid};
 use super::{Family, Router, experts, plain, shared_expert};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
@@ -25,13 +25,17 @@ pub static FAMILY: Family = Family {
         ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
     ],
     partial_rope: true,
+    grouped_values: false,
     mixture: true,
 };
 
 fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
-    hybrid(t, x, |t, h| {
-        let routed = experts(t, h, Router { gating: Gating::Softmax, normalise: true }, Silu);
-        let shared = shared_expert(t, h, Silu);
-        t.add(routed, shared)
-    })
+    hybrid(t, x, gates, mixture)
+}
+
+/// The chosen experts and the shared one.
+pub fn mixture(t: &mut Tape<'_>, h: Var) -> Var {
+    let routed = experts(t, h, Router { gating: Gating::Softmax, normalise: true }, Silu);
+    let shared = shared_expert(t, h, Silu);
+    t.add(routed, shared)
 }

@@ -37,6 +37,15 @@ pub fn check_recurrent(files: &GgufSet, family: &Family) -> Result<()> {
         return Err(keys.wrong("ssm.inner_size", expected, inner.to_string()));
     }
     check_sections(&keys)?;
+    // Older converters left queries, keys, values and their gates in one map.
+    if let Some((_, tensor)) = files.tensors().find(|(_, t)| t.name.ends_with(".ssm_in.weight")) {
+        return Err(Error::invalid(
+            format!("{}: tensor {}", files.head().name(), tensor.name),
+            "attn_qkv and attn_gate in its place",
+            "one map of both",
+            "convert the model again with a newer llama.cpp, or fetch a newer file",
+        ));
+    }
     check_pattern(&keys, files)
 }
 

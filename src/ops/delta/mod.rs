@@ -58,6 +58,9 @@ pub struct DeltaSpec {
     pub size: usize,
     /// Added to the squared lengths of q and k.
     pub eps: f32,
+    /// Whether the value heads of one key head stand together: value head h reads key head `h / (n_v / n_k)`, not
+    /// `h mod n_k`.
+    pub grouped: bool,
 }
 
 impl DeltaSpec {
@@ -113,6 +116,7 @@ fn params(op: u32, spec: DeltaSpec, segments: &[Segment]) -> (Params, usize) {
         n_v: spec.n_v as u32,
         size: spec.size as u32,
         eps: spec.eps,
+        grouped: spec.grouped as u32,
         n_segments: segments.len() as u32,
         segments: segments.as_ptr(),
     };

@@ -76,6 +76,7 @@ pub(super) struct Job<'k> {
     pub size: usize,
     pub t: usize,
     eps: f32,
+    grouped: bool,
     qkv: *const f32,
     alpha: *const f32,
     beta: *const f32,
@@ -99,6 +100,7 @@ impl<'k> Job<'k> {
                 size: params.c.size as usize,
                 t: (*(*dst).src[0]).ne[1] as usize,
                 eps: params.c.eps,
+                grouped: params.c.grouped != 0,
                 qkv: source(0),
                 alpha: source(1),
                 beta: source(2),
@@ -115,7 +117,11 @@ impl<'k> Job<'k> {
 
     /// Value heads that read a key head.
     pub(super) fn value_heads(&self, key_head: usize) -> impl Iterator<Item = usize> {
-        (key_head..self.n_v).step_by(self.n_k)
+        let group = self.n_v / self.n_k;
+        match self.grouped {
+            true => (key_head * group..(key_head + 1) * group).step_by(1),
+            false => (key_head..self.n_v).step_by(self.n_k),
+        }
     }
 
     /// Floats from one packed row to the next.

@@ -1,0 +1,43 @@
+//! Qwen3-Next: the layers of `qwen35moe`, with alpha and beta by one map, the value heads of one key head together, and
+//! rotation by one axis.
+//!
+//! `ssm_ba` gives beta and alpha by turns, of the value heads of a key head each.
+
+use super::qwen35::hybrid;
+use super::qwen35moe::mixture;
+use super::{Family, plain};
+use crate::model::config::DeltaConfig;
+use crate::model::tape::{Tape, Taps, Var};
+
+pub static FAMILY: Family = Family {
+    name: "qwen3next",
+    models: "Qwen3-Next-80B-A3B, Qwen3-Coder-Next",
+    adjust: plain,
+    layer,
+    permuted: false,
+    // Hugging Face's in_proj_qkvz is two maps here, so that an adapter of it is none of these.
+    modules: &[
+        ("ssm_ba", "linear_attn.in_proj_ba"),
+        ("ssm_out", "linear_attn.out_proj"),
+        ("ffn_gate_inp", "mlp.gate"),
+        ("ffn_gate_exps", "mlp.experts.*.gate_proj"),
+        ("ffn_up_exps", "mlp.experts.*.up_proj"),
+        ("ffn_down_exps", "mlp.experts.*.down_proj"),
+        ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+        ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+        ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+    ],
+    partial_rope: true,
+    grouped_values: true,
+    mixture: true,
+};
+
+fn layer(t: &mut Tape<'_>, x: Var) -> Taps {
+    hybrid(t, x, gates, mixture)
+}
+
+fn gates(t: &mut Tape<'_>, h: Var, delta: &DeltaConfig) -> [Var; 2] {
+    let both = t.linear(h, "ssm_ba", 2 * delta.n_v);
+    let [beta, alpha] = t.halves(both, delta.n_v / delta.n_k);
+    [alpha, beta]
+}
