@@ -53,6 +53,14 @@ fn peft_and_back_is_exact() {
         let base = folder_of(case).join(format!("{case}.gguf"));
         let adapter = folder_of(case).join(format!("{case}.lora.gguf"));
         let (folder, back) = (dir.path().join(case), dir.path().join("back.gguf"));
+        if case.starts_with("qwen3next") {
+            // Two maps of the file are one module.
+            let words =
+                ["export", text(&base), "--adapter", text(&adapter), "--peft", text(&folder)];
+            let error = run(&words).unwrap_err();
+            assert!(error.contains("attn_qkv.weight") && !folder.exists(), "{error}");
+            continue;
+        }
         run(&["export", text(&base), "--adapter", text(&adapter), "--peft", text(&folder)])
             .unwrap();
         run(&["import-peft", text(&folder), "--base", text(&base), "--out", text(&back)]).unwrap();

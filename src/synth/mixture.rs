@@ -145,7 +145,7 @@ impl Mixture {
             _ if self.name == "mxfp4" && shape.experts.is_some() && !what.ends_with("_exps") => {
                 return self.fallback("q8_0", n_in);
             }
-            "ffn_down_exps" => "ffn_down",
+            "ffn_down_exps" | "ffn_down_shexp" => "ffn_down",
             what => what,
         };
         let n = if what == "attn_v" { shape.n_layer_kv() } else { shape.n_layer };

@@ -65,6 +65,8 @@ impl Trainer<'_> {
         let config = RunConfig { train: self.settings.written(), ..config }.text()?;
         if let Some(dir) = &mut dir {
             checkpoint::tidy(&dir.checkpoints(), &damaged)?;
+            // It may have ended between a checkpoint and the removal of an older one.
+            checkpoint::prune(&dir.checkpoints(), self.settings.keep_checkpoints)?;
             let logs = checkpoint.as_ref().map(|c| c.meta.logs.clone()).unwrap_or_default();
             dir.cut(&logs)?.iter().for_each(|odd| observer.note(odd));
             if !changes.is_empty() {
