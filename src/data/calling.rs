@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::Chat;
 use super::jsonl::{Row, kind, shorten};
+use super::rows::fields;
 use crate::{Error, Result};
 
 /// The conversation of a row, with an answer in it.
@@ -82,17 +83,13 @@ pub(super) fn unanswered<'r>(row: &Row, name: &str, roles: impl Iterator<Item = 
 }
 
 fn message(row: &Row, name: &str, value: &Value) -> Result<Value> {
-    let wrong = |got: String| {
+    let wrong = || {
         let expected = "an object with the texts `role` and `content`, or with `tool_calls`";
-        row.invalid(name, expected, got, "only text and calls of tools are read")
+        row.invalid(name, expected, fields(value), "only text and calls of tools are read")
     };
-    let object = value.as_object().ok_or_else(|| wrong(kind(value)))?;
+    let object = value.as_object().ok_or_else(wrong)?;
     let mut read: Map<String, Value> =
         object.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
-    let fields = || {
-        let fields = object.iter().take(8).map(|(k, v)| format!("`{k}`: {}", kind(v)));
-        format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
-    };
     let calls = match read.remove("tool_calls") {
         Some(Value::Array(list)) => {
             let one = |(i, call)| tool_call(row, &format!("{name}.tool_calls[{i}]"), call);
@@ -105,12 +102,12 @@ fn message(row: &Row, name: &str, value: &Value) -> Result<Value> {
         None => Vec::new(),
     };
     if !read.get("role").is_some_and(Value::is_string) {
-        return Err(wrong(fields()));
+        return Err(wrong());
     }
     match read.get("content") {
         Some(Value::String(_)) => {}
         None if !calls.is_empty() => drop(read.insert("content".into(), "".into())),
-        _ => return Err(wrong(fields())),
+        _ => return Err(wrong()),
     }
     if !calls.is_empty() {
         if read["role"] != "assistant" {

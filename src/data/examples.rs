@@ -75,18 +75,14 @@ pub fn examples<'c>(
 
 fn read(row: &Row, kind: ExampleKind, columns: &Columns) -> Result<ExampleRow> {
     let mut label = None;
+    if kind != ExampleKind::Imitation {
+        calling::refuse_tools(row)?;
+    }
     let example = match kind {
         ExampleKind::Imitation => imitation(row, columns)?,
-        ExampleKind::Contexts => {
-            calling::refuse_tools(row)?;
-            contexts(row, columns)?
-        }
-        ExampleKind::Pairs => {
-            calling::refuse_tools(row)?;
-            pair(row, columns)?
-        }
+        ExampleKind::Contexts => contexts(row, columns)?,
+        ExampleKind::Pairs => pair(row, columns)?,
         ExampleKind::Labelled => {
-            calling::refuse_tools(row)?;
             label = Some(read_label(row)?);
             contexts(row, columns)?
         }

@@ -167,15 +167,19 @@ pub(super) fn message(row: &Row, name: &str, value: &Value) -> Result<Message> {
         (Some(role), Some(content)) => Ok(Message { role, content }),
         _ => {
             let expected = "an object with the texts `role` and `content`";
-            let got = match value.as_object() {
-                Some(o) => {
-                    let fields = o.iter().take(8).map(|(k, v)| format!("`{k}`: {}", kind(v)));
-                    format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
-                }
-                None => kind(value),
-            };
-            Err(row.invalid(name, expected, got, "only plain text messages are read"))
+            Err(row.invalid(name, expected, fields(value), "only plain text messages are read"))
         }
+    }
+}
+
+/// The fields of an object with their kinds, or what else it is, for messages.
+pub(super) fn fields(value: &Value) -> String {
+    match value.as_object() {
+        Some(o) => {
+            let fields = o.iter().take(8).map(|(k, v)| format!("`{k}`: {}", kind(v)));
+            format!("{{{}}}", fields.collect::<Vec<_>>().join(", "))
+        }
+        None => kind(value),
     }
 }
 

@@ -162,7 +162,7 @@ const MODULES: [(&str, &str); 7] = [
 
 /// The family's own names first.
 fn modules(family: &Family) -> impl Iterator<Item = (&'static str, &'static str)> {
-    family.modules.iter().copied().chain(MODULES)
+    family.modules.iter().copied().flatten().copied().chain(MODULES)
 }
 
 /// The pair's A and B in the other order where the architecture asks for it.

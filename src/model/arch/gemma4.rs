@@ -18,7 +18,7 @@ pub static FAMILY: Family = Family {
     adjust,
     layer,
     permuted: false,
-    modules: &[("inp_gate", "per_layer_input_gate"), ("proj", "per_layer_projection")],
+    modules: &[&[("inp_gate", "per_layer_input_gate"), ("proj", "per_layer_projection")]],
     partial_rope: true,
     grouped_values: false,
     mixture: false,

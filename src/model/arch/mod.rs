@@ -26,6 +26,9 @@ use crate::llama::Hparams;
 use crate::ops::{Activation, Gating, RouteSpec};
 use crate::{Error, Result};
 
+/// Names of linear maps in GGUF and in Hugging Face's modules.
+pub type Modules = &'static [(&'static str, &'static str)];
+
 /// An architecture.
 #[derive(Debug)]
 pub struct Family {
@@ -42,7 +45,7 @@ pub struct Family {
     pub permuted: bool,
     /// Linear maps by their names in GGUF and in Hugging Face's modules, where they are not the usual ones; a `*` stands
     /// for an expert's number.
-    pub modules: &'static [(&'static str, &'static str)],
+    pub modules: &'static [Modules],
     /// Whether a part of each head may rotate, the rest not; llama.cpp asserts that it does not where it does not
     /// expect that.
     pub partial_rope: bool,
@@ -254,12 +257,16 @@ pub fn ffn(t: &mut Tape<'_>, h: Var, act: Activation) -> Var {
     t.linear(inner, "ffn_down", d)
 }
 
-/// Hugging Face's names of a mixture's maps, where each expert has modules of its own.
-pub const EXPERT_MODULES: [(&str, &str); 7] = [
-    ("ffn_gate_inp", "mlp.gate"),
+/// Hugging Face's names of the experts' maps, where each expert has modules of its own.
+pub const EXPERT_MODULES: Modules = &[
     ("ffn_gate_exps", "mlp.experts.*.gate_proj"),
     ("ffn_up_exps", "mlp.experts.*.up_proj"),
     ("ffn_down_exps", "mlp.experts.*.down_proj"),
+];
+
+/// Those of a mixture's router and of its shared expert.
+pub const SHARED_MODULES: Modules = &[
+    ("ffn_gate_inp", "mlp.gate"),
     ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
     ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
     ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
@@ -273,7 +280,8 @@ pub struct Router {
     pub normalise: bool,
 }
 
-/// The sum of what a token's experts give, their gate and up one map or two, `sum_e w_e down_e(act(gate_e h) * (up_e h))`, of h: `[D, T]`.
+/// The sum of what a token's experts give, `sum_e w_e down_e(act(gate_e h) * (up_e h))`, of h: `[D, T]`; their gate and up
+/// are one map or two.
 pub fn experts(t: &mut Tape<'_>, h: Var, router: Router, act: Activation) -> Var {
     let (d, e) = (t.config().n_embd, mixture(t));
     let Router { gating, normalise } = router;

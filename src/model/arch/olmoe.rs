@@ -1,7 +1,9 @@
 //! OLMoE: queries and keys are normalised over all heads together; a mixture of experts with a softmax over all of them,
 //! whose shares are the weights as they stand.
 
-use super::{EXPERT_MODULES, Family, QkNorm, Router, attention, experts, plain, pre_norm};
+use super::{
+    EXPERT_MODULES, Family, QkNorm, Router, SHARED_MODULES, attention, experts, plain, pre_norm,
+};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 use crate::ops::Gating;
@@ -12,7 +14,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &EXPERT_MODULES,
+    modules: &[EXPERT_MODULES, SHARED_MODULES],
     partial_rope: false,
     grouped_values: false,
     mixture: true,

@@ -11,7 +11,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")],
+    modules: &[&[("attn_qkv", "self_attn.qkv_proj"), ("ffn_up", "mlp.gate_up_proj")]],
     partial_rope: true,
     grouped_values: false,
     mixture: false,

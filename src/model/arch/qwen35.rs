@@ -4,10 +4,19 @@
 //! A delta net: `W_out (norm(o) * silu(W_z h))`, o by the gated delta rule from the convolution of `W_qkv h`, with gates
 //! `W_alpha h` and `W_beta h`. A gated attention: `W_o (sigmoid(g) * attention)`, queries and g by turns in `attn_q`.
 
-use super::{Family, QkNorm, attention_scale, ffn, plain, position};
+use super::{Family, Modules, QkNorm, attention_scale, ffn, plain, position};
 use crate::model::config::DeltaConfig;
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::{Sigmoid, Silu};
+
+/// Hugging Face's names of a delta net's maps.
+pub const DELTA_MODULES: Modules = &[
+    ("attn_qkv", "linear_attn.in_proj_qkv"),
+    ("attn_gate", "linear_attn.in_proj_z"),
+    ("ssm_alpha", "linear_attn.in_proj_a"),
+    ("ssm_beta", "linear_attn.in_proj_b"),
+    ("ssm_out", "linear_attn.out_proj"),
+];
 
 pub static FAMILY: Family = Family {
     name: "qwen35",
@@ -15,13 +24,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &[
-        ("attn_qkv", "linear_attn.in_proj_qkv"),
-        ("attn_gate", "linear_attn.in_proj_z"),
-        ("ssm_alpha", "linear_attn.in_proj_a"),
-        ("ssm_beta", "linear_attn.in_proj_b"),
-        ("ssm_out", "linear_attn.out_proj"),
-    ],
+    modules: &[DELTA_MODULES],
     partial_rope: true,
     grouped_values: false,
     mixture: false,

@@ -1,8 +1,8 @@
 //! Qwen3.5 and 3.6 with a mixture of experts: the token mixers of `qwen35`; the chosen experts' shares make up the whole, and a
 //! shared expert with a gate of its own stands beside them.
 
-use super::qwen35::{gates, hybrid};
-use super::{Family, Router, experts, plain, shared_expert};
+use super::qwen35::{DELTA_MODULES, gates, hybrid};
+use super::{Family, Router, SHARED_MODULES, experts, plain, shared_expert};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 use crate::ops::Gating;
@@ -13,17 +13,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &[
-        ("attn_qkv", "linear_attn.in_proj_qkv"),
-        ("attn_gate", "linear_attn.in_proj_z"),
-        ("ssm_alpha", "linear_attn.in_proj_a"),
-        ("ssm_beta", "linear_attn.in_proj_b"),
-        ("ssm_out", "linear_attn.out_proj"),
-        ("ffn_gate_inp", "mlp.gate"),
-        ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
-        ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
-        ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
-    ],
+    modules: &[DELTA_MODULES, SHARED_MODULES],
     partial_rope: true,
     grouped_values: false,
     mixture: true,

@@ -1,7 +1,9 @@
 //! Qwen3 with a mixture of experts: the attention of Qwen3; a softmax over all experts, of which the likeliest are taken
 //! and weighed by their shares.
 
-use super::{EXPERT_MODULES, Family, QkNorm, Router, attention, experts, plain, pre_norm};
+use super::{
+    EXPERT_MODULES, Family, QkNorm, Router, SHARED_MODULES, attention, experts, plain, pre_norm,
+};
 use crate::model::tape::{Tape, Taps, Var};
 use crate::ops::Activation::Silu;
 use crate::ops::Gating;
@@ -12,7 +14,7 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    modules: &EXPERT_MODULES,
+    modules: &[EXPERT_MODULES, SHARED_MODULES],
     partial_rope: false,
     grouped_values: false,
     mixture: true,

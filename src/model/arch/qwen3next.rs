@@ -5,7 +5,7 @@
 
 use super::qwen35::hybrid;
 use super::qwen35moe::mixture;
-use super::{Family, plain};
+use super::{EXPERT_MODULES, Family, SHARED_MODULES, plain};
 use crate::model::config::DeltaConfig;
 use crate::model::tape::{Tape, Taps, Var};
 
@@ -17,15 +17,9 @@ pub static FAMILY: Family = Family {
     permuted: false,
     // Hugging Face's in_proj_qkvz is two maps here, so that an adapter of it is none of these.
     modules: &[
-        ("ssm_ba", "linear_attn.in_proj_ba"),
-        ("ssm_out", "linear_attn.out_proj"),
-        ("ffn_gate_inp", "mlp.gate"),
-        ("ffn_gate_exps", "mlp.experts.*.gate_proj"),
-        ("ffn_up_exps", "mlp.experts.*.up_proj"),
-        ("ffn_down_exps", "mlp.experts.*.down_proj"),
-        ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
-        ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
-        ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+        &[("ssm_ba", "linear_attn.in_proj_ba"), ("ssm_out", "linear_attn.out_proj")],
+        EXPERT_MODULES,
+        SHARED_MODULES,
     ],
     partial_rope: true,
     grouped_values: true,
