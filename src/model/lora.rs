@@ -301,7 +301,7 @@ impl Lora {
     /// A fresh adapter: A Gaussian with variance `1 / n_in`, B zero, so that it changes nothing yet.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a rank of 0 or beyond the smallest weight; [`Error::Engine`] without memory.
+    /// [`Error::Invalid`] for a rank of 0 or beyond the full rank of every weight; [`Error::Engine`] without memory.
     pub fn new(
         model: &Model,
         targets: &Targets,
@@ -310,7 +310,8 @@ impl Lora {
         seed: u64,
     ) -> Result<Lora> {
         let slots = slots(model, targets)?;
-        let most = slots.iter().map(|s| s.n_in.min(s.n_out)).min().unwrap_or(0);
+        // Narrow weights (the gates of a delta net have an output a head) do not hold up the others.
+        let most = slots.iter().map(|s| s.n_in.min(s.n_out)).max().unwrap_or(0);
         if rank == 0 || rank > most {
             return Err(Error::invalid(
                 "--rank",
