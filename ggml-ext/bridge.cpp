@@ -147,9 +147,9 @@ bupo_status bupo_model_decoding(llama_model * model, const bupo_decoding * decod
         bupo::set_attention(decoding->attention, decoding->most_heads);
         for (const auto & [name, w] : llama_internal_get_tensor_map(model)) {
             const bool converts = w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float;
-            const bool plain    = ggml_is_matrix(w) && ggml_is_contiguous(w) && !w->extra;
+            const bool plain    = w->ne[3] == 1 && ggml_is_contiguous(w) && !w->extra;
             if (converts && plain && w->buffer && ggml_backend_buffer_is_host(w->buffer)) {
-                bupo::mark_weight(w, decoding->product, decoding->columns[w->type]);
+                bupo::mark_weight(w, *decoding);
             }
         }
         return BUPO_OK;

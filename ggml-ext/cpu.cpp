@@ -135,6 +135,10 @@ void bupo_cpu_set_threadpool(ggml_backend_t backend, struct ggml_threadpool * po
     chosen().set_threadpool(backend, pool);
 }
 
+void bupo_cpu_set_threads(ggml_backend_t backend, int n_threads) {
+    chosen().set_n_threads(backend, n_threads);
+}
+
 struct ggml_threadpool * bupo_threadpool_new(struct ggml_threadpool_params * params) {
     return chosen().threadpool_new(params);
 }

@@ -378,7 +378,9 @@ struct bupo_lora_pair {
 };
 
 // Computes dst: [N, T] F32 from src[0]: [K, N], and src[1]: [K, T] F32, contiguous matrices in host memory; src[0] is an
-// adapter's B in F32, or a model's weight of any type with a converter. Called by each of `nth` threads, with its number.
+// adapter's B in F32, or a model's weight of any type with a converter. With a weight also a MUL_MAT_ID node: dst: [N, used, T] from
+// src[0]: [K, N, E], src[1]: [K, 1 or used, T], contiguous, and src[2]: [used, T] I32, the experts of each token, in whole rows. Called by
+// each of `nth` threads, with its number.
 typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);
 
 // Chooses the CPU backend for this processor, makes it the one in ggml's registry, and makes it ask for our products; once,
@@ -390,6 +392,7 @@ const char * bupo_cpu_init(void);
 ggml_backend_reg_t       bupo_cpu_reg(void);
 ggml_backend_t           bupo_cpu_backend(int n_threads); // NULL: out of memory
 void                     bupo_cpu_set_threadpool(ggml_backend_t backend, struct ggml_threadpool * pool);
+void                     bupo_cpu_set_threads(ggml_backend_t backend, int n_threads);
 struct ggml_threadpool * bupo_threadpool_new(struct ggml_threadpool_params * params);
 void                     bupo_threadpool_free(struct ggml_threadpool * pool);
 

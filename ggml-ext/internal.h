@@ -25,9 +25,9 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
 // From now on products with the factor `b`, a tensor in host memory, are computed by `kernel` (products.cpp).
 void mark_factor(ggml_tensor * b, bupo_product kernel);
 
-// From now on products with the weight `w`, a matrix in host memory, are computed by `kernel` where OwnProducts asks for it;
-// from `columns` columns on it is the faster one for this type, 0: never.
-void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns);
+// From now on products with the weight `w`, a matrix or a stack of experts' in host memory, are computed by the kernels of `decoding` where OwnProducts
+// asks for them.
+void mark_weight(ggml_tensor * w, const bupo_decoding & decoding);
 
 // From now on attention is computed by `kernel` where OwnProducts asks for ours and bupo_decoding allows it.
 void set_attention(bupo_product kernel, int64_t most_heads);

@@ -65,12 +65,17 @@ struct WeightProduct : ggml::cpu::tensor_traits {
         const bupo_products wanted = products_of(params->threadpool);
         const int64_t       faster = columns.load(std::memory_order_relaxed);
         const bool          always = wanted == BUPO_PRODUCTS_EXACT || (wanted == BUPO_PRODUCTS_INVARIANT && faster > 0);
-        const int64_t       from   = always ? 1 : faster;
-        if (wanted == BUPO_PRODUCTS_GGML || from == 0 || op->src[1]->ne[1] < from) {
+        if (wanted == BUPO_PRODUCTS_GGML || (!always && (faster == 0 || columns_of(op) < faster))) {
             return false;
         }
         weight_product.load(std::memory_order_acquire)(op, params->ith, params->nth);
         return true;
+    }
+
+private:
+    // Columns that a row of the weight is multiplied with; of experts the mean.
+    static int64_t columns_of(const ggml_tensor * op) {
+        return op->op == GGML_OP_MUL_MAT ? op->src[1]->ne[1] : ggml_nelements(op->src[2]) / op->src[0]->ne[2];
     }
 };
 
@@ -125,11 +130,12 @@ struct Products : ggml::cpu::extra_buffer_type {
         if (op->op == GGML_OP_FLASH_ATTN_EXT) {
             return &attention_traits;
         }
-        if (op->op != GGML_OP_MUL_MAT) {
+        const bool of_experts = op->op == GGML_OP_MUL_MAT_ID;
+        if (op->op != GGML_OP_MUL_MAT && !of_experts) {
             return nullptr;
         }
         ggml::cpu::tensor_traits * ours = nullptr;
-        if (op->src[0]->extra == &traits) {
+        if (op->src[0]->extra == &traits && !of_experts) {
             ours = &traits;
         } else if (op->src[0]->extra == &weight_traits[op->src[0]->type]) {
             ours = &weight_traits[op->src[0]->type];
@@ -137,8 +143,10 @@ struct Products : ggml::cpu::extra_buffer_type {
             return nullptr;
         }
         const ggml_tensor * x = op->src[1];
-        const bool plain = x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && ggml_is_contiguous(op) && ggml_is_matrix(x);
-        return plain ? ours : nullptr;
+        const bool shapes = of_experts ? op->src[2]->type == GGML_TYPE_I32 && ggml_is_matrix(op->src[2]) && op->src[2]->nb[0] == 4
+                                       : ggml_is_matrix(x) && ggml_is_matrix(op->src[0]);
+        const bool plain = x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && ggml_is_contiguous(op);
+        return plain && shapes ? ours : nullptr;
     }
 };
 
@@ -167,9 +175,9 @@ void mark_factor(ggml_tensor * b, bupo_product kernel) {
     b->extra = &traits;
 }
 
-void mark_weight(ggml_tensor * w, bupo_product kernel, int64_t columns) {
-    weight_product.store(kernel, std::memory_order_release);
-    weight_traits[w->type].columns.store(columns, std::memory_order_relaxed);
+void mark_weight(ggml_tensor * w, const bupo_decoding & decoding) {
+    weight_product.store(decoding.product, std::memory_order_release);
+    weight_traits[w->type].columns.store(decoding.columns[w->type], std::memory_order_relaxed);
     w->extra = &weight_traits[w->type];
 }
 

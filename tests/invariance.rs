@@ -155,3 +155,31 @@ fn nor_do_dialogues_whenever_their_partners_answer() {
     assert!(failed.is_empty(), "{failed:#?}");
     assert!(several > all / 4 && several < all, "{several} of {all} have several segments");
 }
+
+/// Beside other processes fewer threads decode; what they sample is, to the bit, what all of them would.
+#[test]
+fn completions_do_not_depend_on_how_many_threads_have_a_core() {
+    let first = ["qwen3-q8_0", "llama-q4_0", "qwen3-q4_k", "llama-f32", "qwen2-f32"];
+    let mut failed = Vec::new();
+    for name in first.into_iter().chain(common::ARCHS) {
+        let golden = Golden::load(name);
+        let mut lora = golden.lora();
+        let requests = requests(golden.model.config().n_vocab, 5);
+        let mut with = |neighbours: usize| {
+            let pool = Arc::new(ThreadPool::new(3).unwrap());
+            pool.assume_neighbours(neighbours);
+            let options = RolloutOptions { n_ctx_seq: 64, kv_bytes: 1 << 30 };
+            let options = options.at_most(32, golden.model.engine()).unwrap();
+            let mut rollouts = Rollouts::new(golden.model.engine(), &pool, options).unwrap();
+            rollouts.set_adapter(Some(lora.live(&golden.model).unwrap())).unwrap();
+            sample(&mut rollouts, &requests)
+        };
+        let alone = with(0);
+        for neighbours in [1, 2] {
+            if with(neighbours) != alone {
+                failed.push(format!("{name}: {neighbours} neighbours"));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}

@@ -229,8 +229,8 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
 /// Outputs at most: a whole unembedding would take minutes.
 const COLUMNS_ROWS: usize = 4096;
 
-/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of the two
-/// rollouts take.
+/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of them rollouts take. Ours
+/// is with activations in fixed point where there is one, and beside it the exact one.
 fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let mut seen = Vec::new();
     let mut rows = Vec::new();
@@ -249,6 +249,13 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
             let own = || {
                 seconds(bench, w, |arena, graph, inputs| {
                     let x = inputs.f32(arena, [k, t]);
+                    let fixed = ops::fixed_product(arena, inputs.w, x);
+                    graph.output(fixed.unwrap_or_else(|| ops::product(arena, inputs.w, x)));
+                })
+            };
+            let exact = || {
+                seconds(bench, w, |arena, graph, inputs| {
+                    let x = inputs.f32(arena, [k, t]);
                     graph.output(ops::product(arena, inputs.w, x));
                 })
             };
@@ -258,10 +265,11 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
                     graph.output(arena.mul_mat(inputs.w, x));
                 })
             };
-            let (mut ours, mut ggml, mut ratio) = (vec![], vec![], vec![]);
+            let (mut ours, mut exacts, mut ggml, mut ratio) = (vec![], vec![], vec![], vec![]);
             for _ in 0..bench.options.reps.max(3) {
-                let (own, other) = (own()?, other()?);
+                let (own, exact, other) = (own()?, exact()?, other()?);
                 ours.push(own);
+                exacts.push(exact);
                 ggml.push(other);
                 ratio.push(other / own);
             }
@@ -269,6 +277,8 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
                 format!("ops/columns {} {k} x {n}, {t}", w.ty()),
                 &[
                     ("seconds", median(&mut ours)),
+                    ("gflop_per_s", 2e-9 * (k * n * t) as f64 / median(&mut ours)),
+                    ("exact_seconds", median(&mut exacts)),
                     ("ggml_seconds", median(&mut ggml)),
                     ("ggml_over_ours", median(&mut ratio)),
                 ],

@@ -2,11 +2,13 @@
 
 use std::cell::Cell;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use ggml_sys as sys;
 
 use super::device::{Device, last_error};
+use super::neighbours::Neighbours;
+use super::tensor::set_parts;
 use super::{Arena, Tensor, usable_cores};
 use crate::{Error, Result};
 
@@ -14,6 +16,7 @@ use crate::{Error, Result};
 pub struct ThreadPool {
     raw: NonNull<sys::ggml_threadpool>,
     n_threads: usize,
+    neighbours: Mutex<Neighbours>,
 }
 
 // SAFETY: ggml's pool may be handed between threads; one graph at a time runs on it, which the
@@ -38,7 +41,7 @@ impl ThreadPool {
         let raw = NonNull::new(raw).ok_or_else(|| {
             Error::engine("starting threads", "no thread pool", "try --threads 1")
         })?;
-        Ok(ThreadPool { raw, n_threads })
+        Ok(ThreadPool { raw, n_threads, neighbours: Mutex::new(Neighbours::new()) })
     }
 
     /// [`ThreadPool::new`] with as many threads as the user asked for, or one per core.
@@ -56,6 +59,30 @@ impl ThreadPool {
     /// Number of threads, the caller's included.
     pub fn n_threads(&self) -> usize {
         self.n_threads
+    }
+
+    /// Takes so many running threads of other processes for granted from now on, in place of looking: for tests.
+    pub fn assume_neighbours(&self, running: usize) {
+        *self.neighbours() = Neighbours::assumed(running, self.n_threads);
+    }
+
+    /// Calls `compute` with as many of these threads as have a core at the moment, where other processes run beside this
+    /// one; for computations whose results do not depend on it.
+    pub(crate) fn with_spare<R>(&self, compute: impl FnOnce(usize) -> R) -> R {
+        let result = compute(self.spare_threads());
+        if self.n_threads > 1 {
+            self.neighbours().look();
+        }
+        result
+    }
+
+    /// Threads that have a core at the moment, the caller's among them.
+    pub fn spare_threads(&self) -> usize {
+        self.neighbours().spare(self.n_threads)
+    }
+
+    fn neighbours(&self) -> MutexGuard<'_, Neighbours> {
+        self.neighbours.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     pub(crate) fn raw(&self) -> *mut sys::ggml_threadpool {
@@ -234,7 +261,20 @@ impl Executor {
             }
         }
         // SAFETY: every tensor of the graph has memory now; kernels were given by this crate.
-        let status = unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
+        let compute = || unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
+        let status = match self.device {
+            Device::Cpu => self.pool.with_spare(|threads| {
+                // SAFETY: a live graph and backend, with as many threads as the pool has, at most.
+                unsafe {
+                    for i in 0..sys::ggml_graph_n_nodes(graph.raw) {
+                        set_parts(sys::ggml_graph_node(graph.raw, i), self.pool.n_threads());
+                    }
+                    sys::bupo_cpu_set_threads(self.backend, threads as i32);
+                }
+                compute()
+            }),
+            _ => compute(),
+        };
         if status != sys::GGML_STATUS_SUCCESS {
             let reason = match self.device {
                 Device::Cpu => format!("status {status}"),

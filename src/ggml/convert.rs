@@ -1,4 +1,4 @@
-//! Quantised rows to F32 by vector instructions, where ggml's converters take the numbers one at a time.
+//! Quantised rows to F32 or to whole numbers by vector instructions, where ggml's converters take the numbers one at a time.
 //!
 //! Every format below comes down to sixteen small integers `q` at a time, `y = scale q + add`; the layouts are those of
 //! `ggml-common.h`. The values are ggml's up to the rounding of one multiplication and addition.
@@ -11,15 +11,44 @@ use super::Type;
 /// Turns the whole blocks of `out.len()` elements at `from`, which are readable, into F32.
 pub(super) type Converter = unsafe fn(from: *const u8, out: &mut [f32]);
 
+/// Neighbours of a row that a [`Quants`] holds.
+pub(crate) const QUANTS: usize = 32;
+
+/// Neighbours of a quantised row, `y = scale q + add`; q between -4096 and 4096.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub(crate) struct Quants {
+    pub q: [i16; QUANTS],
+    pub scale: f32,
+    pub add: f32,
+}
+
+/// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
+pub(super) type QuantsReader = unsafe fn(from: *const u8, out: &mut [Quants]);
+
+/// The reader of a type for this processor, where there is one, and whether its `add` is ever other than 0.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn quants_reader(ty: Type) -> Option<(QuantsReader, bool)> {
+    let adds = matches!(ty.name(), "q4_1" | "q5_1" | "q4_K" | "q5_K");
+    has_avx2().then(|| whole::converter(ty)).flatten().map(|reader| (reader, adds))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) fn quants_reader(_: Type) -> Option<(QuantsReader, bool)> {
+    None
+}
+
 /// The converter of a type for this processor; `None` where ggml's own is to be taken.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn converter(ty: Type) -> Option<Converter> {
-    if has_avx512() {
-        avx512::converter(ty)
-    } else if has_avx2() {
-        avx2::converter(ty)
-    } else {
+    if !has_avx2() {
         None
+    } else if ty == Type::F16 {
+        Some(f16)
+    } else if has_avx512() {
+        avx512::converter(ty)
+    } else {
+        avx2::converter(ty)
     }
 }
 
@@ -40,31 +69,56 @@ fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Six bits of scale and six of offset of part `i` of 8 in a block of `q4_K` or `q5_K`.
+/// Scales and offsets, six bits each, of the eight parts of a block of `q4_K` or `q5_K`.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn scale_and_offset(packed: *const u8, i: usize) -> (f32, f32) {
+unsafe fn scales_and_offsets(packed: *const u8) -> [[f32; 8]; 2] {
     // SAFETY: twelve readable bytes, by the callers' contract.
-    let at = |j: usize| unsafe { *packed.add(j) };
-    let (scale, offset) = if i < 4 {
-        (at(i) & 63, at(i + 4) & 63)
-    } else {
-        let high = at(i + 4);
-        (high & 15 | at(i - 4) >> 6 << 4, high >> 4 | at(i) >> 6 << 4)
-    };
-    (scale as f32, offset as f32)
+    let [a, b, c] = unsafe { packed.cast::<[u32; 3]>().read_unaligned() }.map(u32::from_le);
+    let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x3030_3030);
+    let bytes = |first: u32, last: u32| (first as u64 | (last as u64) << 32).to_le_bytes();
+    let scales = bytes(a & six, c & four | a >> 2 & two);
+    let offsets = bytes(b & six, c >> 4 & four | b >> 2 & two);
+    [scales.map(f32::from), offsets.map(f32::from)]
 }
 
-/// The converters for one instruction set; `$put` writes `scale q + add` of sixteen signed bytes q.
+/// The number of a half.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "f16c")]
+#[inline]
+unsafe fn half(from: *const u8) -> f32 {
+    // SAFETY: two readable bytes, by the callers' contract.
+    let bits = unsafe { from.cast::<u16>().read_unaligned() };
+    _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits as i32)))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn f16(from: *const u8, out: &mut [f32]) {
+    let (eights, rest) = out.as_chunks_mut::<8>();
+    let halves = from.cast::<__m128i>();
+    // SAFETY: whole blocks, by the contract of `Converter`.
+    unsafe {
+        for (i, out) in eights.iter_mut().enumerate() {
+            let y = _mm256_cvtph_ps(_mm_loadu_si128(halves.add(i)));
+            _mm256_storeu_ps(out.as_mut_ptr(), y);
+        }
+        for (i, out) in rest.iter_mut().enumerate() {
+            *out = half(from.add(2 * (8 * eights.len() + i)));
+        }
+    }
+}
+
+/// The converters into `$out`, each of `$per` elements, for one instruction set. `put` takes `scale q + add` of sixteen
+/// signed bytes q, `put_times` `scale (times q)`; both the place of the first among the elements of `out`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! converters {
-    ($name:ident, $features:literal, $put:item) => {
+    ($name:ident, $features:literal, $out:ty, $per:expr, $put:item, $put_times:item) => {
         mod $name {
             use super::*;
 
-            pub(super) fn converter(ty: Type) -> Option<Converter> {
+            pub(super) fn converter(ty: Type) -> Option<unsafe fn(*const u8, &mut [$out])> {
                 Some(match ty.name() {
-                    "f16" => f16,
                     "q4_0" => q4_0,
                     "q4_1" => q4_1,
                     "q5_0" => q5_0,
@@ -81,14 +135,9 @@ macro_rules! converters {
             #[inline]
             $put
 
-            /// The number of a half.
             #[target_feature(enable = $features)]
             #[inline]
-            unsafe fn half(from: *const u8) -> f32 {
-                // SAFETY: two readable bytes, by the callers' contract.
-                let bits = unsafe { from.cast::<u16>().read_unaligned() };
-                _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits as i32)))
-            }
+            $put_times
 
             #[target_feature(enable = $features)]
             #[inline]
@@ -127,24 +176,8 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn f16(from: *const u8, out: &mut [f32]) {
-                let (eights, rest) = out.as_chunks_mut::<8>();
-                let halves = from.cast::<__m128i>();
-                // SAFETY: whole blocks, by the contract of `Converter`.
-                unsafe {
-                    for (i, out) in eights.iter_mut().enumerate() {
-                        let y = _mm256_cvtph_ps(_mm_loadu_si128(halves.add(i)));
-                        _mm256_storeu_ps(out.as_mut_ptr(), y);
-                    }
-                    for (i, out) in rest.iter_mut().enumerate() {
-                        *out = half(from.add(2 * (8 * eights.len() + i)));
-                    }
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            unsafe fn q4_0(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(32) {
+            unsafe fn q4_0(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(2)));
@@ -157,8 +190,8 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q4_1(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(32) {
+            unsafe fn q4_1(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(4)));
@@ -170,8 +203,8 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q5_0(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(32) {
+            unsafe fn q5_0(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(6)));
@@ -187,8 +220,8 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q5_1(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(32) {
+            unsafe fn q5_1(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(8)));
@@ -201,8 +234,8 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q8_0(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(32) {
+            unsafe fn q8_0(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let scale = half(from);
@@ -214,15 +247,16 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q4_k(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(256) {
+            unsafe fn q4_k(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(256 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
-                        for (pair, out) in out.chunks_exact_mut(64).enumerate() {
+                        let [scales, offsets] = scales_and_offsets(from.add(4));
+                        for (pair, out) in out.chunks_exact_mut(64 / $per).enumerate() {
                             let q = from.add(16 + 32 * pair);
-                            let (a, am) = scale_and_offset(from.add(4), 2 * pair);
-                            let (b, bm) = scale_and_offset(from.add(4), 2 * pair + 1);
+                            let [a, b] = [0, 1].map(|i| scales[2 * pair + i]);
+                            let [am, bm] = [0, 1].map(|i| offsets[2 * pair + i]);
                             for half in [0, 16] {
                                 let q = bytes(q.add(half));
                                 put(low(q), d * a, -(least * am), out, half);
@@ -235,15 +269,16 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q5_k(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(256) {
+            unsafe fn q5_k(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(256 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
-                        for (pair, out) in out.chunks_exact_mut(64).enumerate() {
+                        let [scales, offsets] = scales_and_offsets(from.add(4));
+                        for (pair, out) in out.chunks_exact_mut(64 / $per).enumerate() {
                             let q = from.add(48 + 32 * pair);
-                            let (a, am) = scale_and_offset(from.add(4), 2 * pair);
-                            let (b, bm) = scale_and_offset(from.add(4), 2 * pair + 1);
+                            let [a, b] = [0, 1].map(|i| scales[2 * pair + i]);
+                            let [am, bm] = [0, 1].map(|i| offsets[2 * pair + i]);
                             let fifth = |i: usize| _mm_set1_epi8((1u8 << (2 * pair + i)) as i8);
                             for half in [0, 16] {
                                 let (q, more) = (bytes(q.add(half)), bytes(from.add(16 + half)));
@@ -259,12 +294,12 @@ macro_rules! converters {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn q6_k(mut from: *const u8, out: &mut [f32]) {
-                for out in out.chunks_exact_mut(256) {
+            unsafe fn q6_k(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(256 / $per) {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let d = half(from.add(208));
-                        for (part, out) in out.chunks_exact_mut(128).enumerate() {
+                        for (part, out) in out.chunks_exact_mut(128 / $per).enumerate() {
                             let (low_bits, high_bits) = (from.add(64 * part), from.add(128 + 32 * part));
                             let scales = from.add(192 + 8 * part).cast::<i8>();
                             for half in [0, 16] {
@@ -280,9 +315,8 @@ macro_rules! converters {
                                     _mm_or_si128(high(b), top(_mm_srli_epi16::<6>(more))),
                                 ];
                                 for (i, q) in q.into_iter().enumerate() {
-                                    let scale = d * *scales.add(2 * i + half / 16) as f32;
                                     let q = _mm_sub_epi8(q, _mm_set1_epi8(32));
-                                    put(q, scale, 0.0, out, 32 * i + half);
+                                    put_times(q, d, *scales.add(2 * i + half / 16), out, 32 * i + half);
                                 }
                             }
                         }
@@ -298,12 +332,17 @@ macro_rules! converters {
 converters!(
     avx512,
     "avx512f,avx512bw,f16c",
+    f32,
+    1,
     fn put(q: __m128i, scale: f32, add: f32, out: &mut [f32], at: usize) {
         let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
         let y = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(add));
         let out = &mut out[at..at + 16];
         // SAFETY: sixteen floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) }
+    },
+    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [f32], at: usize) {
+        put(q, scale * times as f32, 0.0, out, at)
     }
 );
 
@@ -311,6 +350,8 @@ converters!(
 converters!(
     avx2,
     "avx2,fma,f16c",
+    f32,
+    1,
     fn put(q: __m128i, scale: f32, add: f32, out: &mut [f32], at: usize) {
         let (scale, add) = (_mm256_set1_ps(scale), _mm256_set1_ps(add));
         for (q, out) in
@@ -320,6 +361,33 @@ converters!(
             // SAFETY: eight floats.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), y) }
         }
+    },
+    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [f32], at: usize) {
+        put(q, scale * times as f32, 0.0, out, at)
+    }
+);
+
+// Sixteen at a time: both halves of a `Quants` have one scale, whose factors of sixteen elements each are in q.
+#[cfg(target_arch = "x86_64")]
+converters!(
+    whole,
+    "avx2,f16c",
+    Quants,
+    QUANTS,
+    fn put(q: __m128i, scale: f32, add: f32, out: &mut [Quants], at: usize) {
+        let part = &mut out[at / QUANTS];
+        (part.scale, part.add) = (scale, add);
+        let half = &mut part.q.as_chunks_mut::<16>().0[at % QUANTS / 16];
+        // SAFETY: sixteen numbers.
+        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), _mm256_cvtepi8_epi16(q)) }
+    },
+    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [Quants], at: usize) {
+        let part = &mut out[at / QUANTS];
+        (part.scale, part.add) = (scale, 0.0);
+        let product = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(q), _mm256_set1_epi16(times as i16));
+        let half = &mut part.q.as_chunks_mut::<16>().0[at % QUANTS / 16];
+        // SAFETY: sixteen numbers.
+        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), product) }
     }
 );
 
@@ -355,13 +423,13 @@ mod tests {
         bytes
     }
 
-    fn agrees(ty: Type, convert: Converter) {
+    fn agrees(ty: Type, convert: impl Fn(&[u8], &mut [f32])) {
         let n = 19 * ty.block_size();
         let bytes = blocks(ty, 19);
         let (mut got, mut want) = (vec![0f32; n], vec![0f32; n]);
+        convert(&bytes, &mut got);
         // SAFETY: nineteen blocks; ggml has a converter for each of these types.
         unsafe {
-            convert(bytes.as_ptr(), &mut got);
             ty.to_float().expect("a converter")(bytes.as_ptr().cast(), want.as_mut_ptr(), n as i64);
         }
         for (block, (got, want)) in got.chunks(32).zip(want.chunks(32)).enumerate() {
@@ -377,12 +445,30 @@ mod tests {
     fn rows_are_those_of_ggml() {
         let mut tried = 0;
         for ty in Type::all() {
+            let half = (has_avx2() && ty == Type::F16).then_some(f16 as Converter);
             let wide = has_avx512().then(|| avx512::converter(ty)).flatten();
             let narrow = has_avx2().then(|| avx2::converter(ty)).flatten();
-            for convert in wide.into_iter().chain(narrow) {
-                agrees(ty, convert);
+            for convert in half.into_iter().chain(wide).chain(narrow) {
+                agrees(ty, |bytes, out| {
+                    // SAFETY: whole blocks, on a processor that has what the converter takes.
+                    unsafe { convert(bytes.as_ptr(), out) }
+                });
                 tried += 1;
             }
+            let Some((reader, adds)) = quants_reader(ty) else { continue };
+            agrees(ty, |bytes, out| {
+                let mut quants =
+                    vec![Quants { q: [0; QUANTS], scale: 0.0, add: 0.0 }; out.len() / QUANTS];
+                // SAFETY: as above.
+                unsafe { reader(bytes.as_ptr(), &mut quants) };
+                for (part, out) in quants.iter().zip(out.chunks_exact_mut(QUANTS)) {
+                    assert!(adds || part.add == 0.0, "{ty}");
+                    for (q, out) in part.q.iter().zip(out) {
+                        assert!(q.unsigned_abs() <= 4096, "{ty}");
+                        *out = part.scale.mul_add(*q as f32, part.add);
+                    }
+                }
+            });
         }
         assert!(tried > 0 || !has_avx2());
     }

@@ -163,6 +163,32 @@ impl std::fmt::Debug for Tensor<'_> {
 pub(crate) type Kernel =
     unsafe extern "C" fn(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int, userdata: *mut c_void);
 
+/// Where ggml keeps a custom node's count of threads, behind the address of its kernel.
+const N_TASKS: usize = size_of::<usize>() / size_of::<i32>();
+
+/// Parts that the work of a node of ours is cut into where the order of sums depends on it: as many as the executor's pool
+/// has threads, of which fewer may be at work.
+///
+/// # Safety
+/// A live node of an op of ours that an executor runs.
+pub(crate) unsafe fn parts(node: *const sys::ggml_tensor) -> usize {
+    // SAFETY: by contract.
+    unsafe { (*node).op_params[N_TASKS] as usize }
+}
+
+/// Sets [`parts`] of a node, if it is an op of ours.
+///
+/// # Safety
+/// A live node that nobody computes.
+pub(super) unsafe fn set_parts(node: *mut sys::ggml_tensor, parts: usize) {
+    // SAFETY: by contract.
+    unsafe {
+        if (*node).op == sys::GGML_OP_CUSTOM {
+            (*node).op_params[N_TASKS] = parts as i32;
+        }
+    }
+}
+
 /// Holds tensor headers (a ggml context without data) and the parameters of our ops.
 ///
 /// Its methods build nodes of a graph; they are spread over this folder and `ops/` by subject.

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use ggml_sys as sys;
 
-use super::convert::{Converter, converter};
+use super::convert::{Converter, QuantsReader, converter, quants_reader};
 
 /// A ggml tensor type that this build of ggml knows, e.g. `F32` or `Q4_K`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,6 +96,17 @@ impl Type {
             types.map(|ty| ty.and_then(converter)).collect()
         });
         own[self.raw() as usize]
+    }
+
+    /// Reads rows as whole numbers, where this processor has the instructions for it and the type is one of those; and
+    /// whether anything is added to them.
+    pub(crate) fn quants_reader(self) -> Option<(QuantsReader, bool)> {
+        static READERS: OnceLock<Vec<Option<(QuantsReader, bool)>>> = OnceLock::new();
+        let readers = READERS.get_or_init(|| {
+            let types = (0..sys::GGML_TYPE_COUNT).map(Type::from_ggml);
+            types.map(|ty| ty.and_then(quants_reader)).collect()
+        });
+        readers[self.raw() as usize]
     }
 
     /// Dequantises whole blocks: `bytes` holds exactly `out.len()` elements.

@@ -19,8 +19,8 @@ use ggml_sys as sys;
 
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::queue::Queue;
-use super::rows::partition;
-use crate::ggml::{Arena, Tensor, Type};
+use super::rows::{each_part, part_of, parts};
+use crate::ggml::{Arena, QUANTS, Quants, Tensor, Type};
 
 /// Floats of a dequantised tile: 512 KiB, half of a usual L2 cache.
 pub(super) const TILE: usize = 128 * 1024;
@@ -256,6 +256,31 @@ impl Weight {
     }
 }
 
+impl Weight {
+    /// The type.
+    pub(super) fn ty(&self) -> Type {
+        self.ty
+    }
+
+    /// Columns of row `n` from `k` on as whole numbers, as many as `out` holds; whether anything is added to them. The
+    /// caller counts them.
+    ///
+    /// # Safety
+    /// They are whole blocks within the tensor.
+    ///
+    /// # Panics
+    /// On a processor, or of a type, without a reader ([`Type::quants_reader`]).
+    #[inline]
+    pub(super) unsafe fn read_quants(&self, n: usize, k: usize, out: &mut [Quants]) -> bool {
+        debug_assert!((out.len() * QUANTS).is_multiple_of(self.block_size()));
+        let (reader, adds) = self.ty.quants_reader().expect("a type that is read as whole numbers");
+        let skip = k / self.ty.block_size() * self.ty.block_bytes();
+        // SAFETY: within the tensor by contract.
+        unsafe { reader(self.data.add(n * self.row_bytes + skip), out) };
+        adds
+    }
+}
+
 unsafe fn f32_data(tensor: *const sys::ggml_tensor) -> *mut f32 {
     // SAFETY: the caller's sources are live tensors.
     unsafe { (*tensor).data.cast() }
@@ -271,10 +296,10 @@ struct Tiling {
 
 impl Tiling {
     /// At most `most` outputs a tile, in multiples of `unit`, and where possible a tile for every thread.
-    fn new(n: usize, t: usize, unit: usize, most: usize, nth: c_int) -> Tiling {
-        let fair = n.div_ceil(nth as usize).next_multiple_of(unit);
+    fn new(n: usize, t: usize, unit: usize, most: usize, threads: usize) -> Tiling {
+        let fair = n.div_ceil(threads).next_multiple_of(unit);
         let n_step = fair.min((most / unit * unit).max(unit));
-        let parts = nth as usize / n.div_ceil(n_step).max(1);
+        let parts = threads / n.div_ceil(n_step).max(1);
         Tiling { n, t, n_step, t_step: t.div_ceil(parts.max(1)).max(1) }
     }
 
@@ -311,7 +336,7 @@ unsafe extern "C" fn linear_kernel(
         let weight = Weight::new(src[0]);
         let depth = k.min(DEPTH);
         let unit = STEP.min(n_all.next_multiple_of(16));
-        let tiling = Tiling::new(n_all, t_all, unit, (TILE / depth).min(512), nth);
+        let tiling = Tiling::new(n_all, t_all, unit, (TILE / depth).min(512), parts(dst));
         with_scratch(weight.scratch(tiling.n_step, depth), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ns, ts) = tiling.tile(i);
@@ -361,7 +386,7 @@ unsafe extern "C" fn linear_back_kernel(
         let weight = Weight::new(src[0]);
         let unit = weight.ty.block_size().max(STEP);
         let depth = n_all.min(BACK_DEPTH);
-        let tiling = Tiling::new(k, t_all, unit, TILE / BACK_DEPTH, nth);
+        let tiling = Tiling::new(k, t_all, unit, TILE / BACK_DEPTH, parts(dst));
         with_scratch(weight.scratch(depth, tiling.n_step), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ks, ts) = tiling.tile(i);
@@ -398,8 +423,21 @@ unsafe extern "C" fn outer_kernel(
     nth: c_int,
     userdata: *mut c_void,
 ) {
-    // SAFETY: `outer` made this node: src[0] is g, of which dst is a view; then x and dy, shapes as
-    // checked there; each thread writes its own part of g only.
+    // SAFETY: a live node.
+    let parts = unsafe { parts(dst) };
+    // SAFETY: `outer` made this node; a thread's parts are its own.
+    each_part(parts, ith, nth, |part| unsafe { outer_part(dst, part, parts, userdata) });
+}
+
+/// # Safety
+/// `outer` made this node; nobody else writes this part of `parts` of g.
+unsafe fn outer_part(
+    dst: *mut sys::ggml_tensor,
+    part: usize,
+    parts: usize,
+    userdata: *const c_void,
+) {
+    // SAFETY: src[0] is g, of which dst is a view; then x and dy, shapes as checked by `outer`.
     unsafe {
         let scale = (*userdata.cast::<sys::bupo_linear_params>()).scale;
         let (k, n) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
@@ -407,9 +445,9 @@ unsafe extern "C" fn outer_kernel(
         let t = (*src[1]).ne[1] as usize;
         let (mut ks, mut ns) = (0..k, 0..n);
         if k >= n.max(STEP) {
-            ks = partition(k, ith, nth);
+            ks = part_of(k, part, parts);
         } else {
-            ns = partition(n, ith, nth);
+            ns = part_of(n, part, parts);
         }
         let x = |t: usize| f32_data(src[1]).add(t * k + ks.start) as *const f32;
         let dy = |t: usize, n0: usize| f32_data(src[2]).add(t * n + n0) as *const f32;

@@ -28,7 +28,7 @@ use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
 use super::partials::Partials;
-use super::rows::{maximum, partition};
+use super::rows::{each_part, maximum, part_of, parts};
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -149,14 +149,18 @@ unsafe extern "C" fn kernel(
         };
         (params, job)
     };
+    // SAFETY: a live node.
+    let parts = unsafe { parts(dst) };
     for (tile, partials) in params.tiles.iter().enumerate() {
         let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.head.t);
-        // SAFETY: tokens and vocabulary rows lie within the sources.
-        let partial = unsafe { job.partial(tokens.clone(), partition(job.head.v, ith, nth)) };
-        if let Some(partials) = partials.put(ith as usize, nth as usize, partial) {
-            // SAFETY: all threads are done with this tile, and only this one writes its results.
-            unsafe { job.finish(tokens, partials) };
-        }
+        each_part(parts, ith, nth, |part| {
+            // SAFETY: tokens and vocabulary rows lie within the sources.
+            let partial = unsafe { job.partial(tokens.clone(), part_of(job.head.v, part, parts)) };
+            if let Some(partials) = partials.put(part, parts, partial) {
+                // SAFETY: all parts of this tile are done, and only this thread writes its results.
+                unsafe { job.finish(tokens.clone(), partials) };
+            }
+        });
     }
 }
 

@@ -36,8 +36,9 @@ pub fn add_low_rank(
     unsafe { gemm([rows.len(), n_in, rank], w, true, b, a, scale) }
 }
 
-/// Outputs that a thread takes come in multiples of this: a cache line.
-const LINE: usize = 16;
+/// Outputs of one product: what a thread takes are some of these, so that how a sum is formed does not depend on how many
+/// threads there are.
+const OUTPUTS: usize = 64;
 
 /// `y[n, t] = sum_r B[r, n] u[r, t]`, an adapter's second product while llama.cpp decodes. ggml would add up
 /// each of these short sums across a vector of its own, and let threads write to neighbouring cache lines in
@@ -51,12 +52,13 @@ pub(crate) unsafe extern "C" fn factor_product(dst: *mut sys::ggml_tensor, ith: 
     unsafe {
         let [b, u] = [(*dst).src[0], (*dst).src[1]];
         let (n_all, t, r) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize, (*b).ne[0] as usize);
-        let lines = partition(n_all.div_ceil(LINE), ith, nth);
-        let ns = (lines.start * LINE).min(n_all)..(lines.end * LINE).min(n_all);
-        let b = Matrix::new((*b).data.cast::<f32>().add(ns.start * r) as *const f32, r, 1); // (n, r)
         let u = Matrix::new((*u).data as *const f32, 1, r); // (r, t)
-        let y = Matrix::new((*dst).data.cast::<f32>().add(ns.start), 1, n_all); // (n, t)
-        gemm([ns.len(), t, r], y, false, b, u, 1.0);
+        for part in partition(n_all.div_ceil(OUTPUTS), ith, nth) {
+            let ns = part * OUTPUTS..((part + 1) * OUTPUTS).min(n_all);
+            let b = Matrix::new((*b).data.cast::<f32>().add(ns.start * r) as *const f32, r, 1); // (n, r)
+            let y = Matrix::new((*dst).data.cast::<f32>().add(ns.start), 1, n_all); // (n, t)
+            gemm([ns.len(), t, r], y, false, b, u, 1.0);
+        }
     }
 }
 

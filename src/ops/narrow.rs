@@ -41,15 +41,13 @@ pub(super) fn scratch(k: usize, t: usize) -> usize {
     (k + ROWS) * t.min(COLUMNS).next_multiple_of(WIDEST) + MOST_ROWS * DEPTH + WIDEST
 }
 
-impl Narrow<'_> {
-    /// # Safety
-    /// x and y are valid for their sizes and do not overlap; nobody else writes rows `ns`.
-    pub(super) unsafe fn run(self) {
-        pulp::Arch::new().dispatch(Dispatched(self));
-    }
+/// # Safety
+/// x and y are valid for their sizes and do not overlap; nobody else writes rows `ns`.
+pub(super) unsafe fn run(p: Narrow<'_>) {
+    pulp::Arch::new().dispatch(Dispatched(p));
 }
 
-/// What [`Narrow::run`] vouches for.
+/// What the caller of [`run`] vouches for.
 struct Dispatched<'p>(Narrow<'p>);
 
 impl WithSimd for Dispatched<'_> {
@@ -57,7 +55,7 @@ impl WithSimd for Dispatched<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // SAFETY: by the contract of `Narrow::run`, the only one that makes it.
+        // SAFETY: by the contract of `run`, the only one that makes it.
         unsafe {
             let p = self.0;
             let [k, n, t] = p.sizes;
@@ -226,11 +224,16 @@ impl Part {
 
 /// Rows of floats a distance apart.
 #[derive(Clone, Copy)]
-struct Strided<P>(P, usize);
+pub(super) struct Strided<P>(pub P, pub usize);
 
 /// `to[j][i] = from[i][j]` for i < m, j < n.
 #[inline(always)]
-unsafe fn transpose(from: Strided<*const f32>, to: Strided<*mut f32>, m: usize, n: usize) {
+pub(super) unsafe fn transpose(
+    from: Strided<*const f32>,
+    to: Strided<*mut f32>,
+    m: usize,
+    n: usize,
+) {
     const B: usize = 4;
     let (m_blocks, n_blocks) = (m / B * B, n / B * B);
     // SAFETY: within both, by the caller.

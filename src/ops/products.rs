@@ -1,14 +1,15 @@
-//! Products with a model's weights inside llama.cpp's graphs, by the kernel of [`super::narrow`].
+//! Products with a model's weights inside llama.cpp's graphs, by the kernels of [`super::fixed`] and [`super::narrow`].
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 
 use ggml_sys as sys;
 
 use super::gemm::with_scratch;
 use super::linear::{Weight, weight_matrix};
 use super::narrow::{self, MOST_ROWS, Narrow};
-use super::rows::partition;
-use crate::ggml::{Arena, Tensor, Type};
+use super::{fixed, rows::partition};
+use crate::ggml::{self, Arena, Tensor, Type};
 
 /// From how many columns on our product is faster than ggml's on plain blocks of a type, where it is at all. Measured with
 /// AVX-512 by `bench ops MODEL --case ops/columns --threads 1` (docs/LOG.md); a table, and not a measurement at each start,
@@ -18,48 +19,142 @@ pub fn faster_from(ty: Type) -> Option<usize> {
         // No kernel of ggml's for several columns at once.
         "q4_1" | "q5_1" => Some(8),
         "q8_0" => Some(16),
-        // K quants: ggml's 8-bit products are faster than sgemm.
+        "q4_0" | "q5_0" if fixed::serves(ty) => Some(16),
+        // K quants: ggml's 8-bit products reach twice the rate of sgemm.
         _ => None,
     }
 }
 
-/// `y[n, t] = sum_k W[k, n] x[k, t]` with exact activations, where ggml would round x to 8 bits for a quantised W. A
-/// column's result does not depend on the others, nor on the number of threads.
+/// `y[n, t] = sum_k W[k, n] x[k, t]`, of experts `y[n, i, t] = sum_k W[k, n, e(i, t)] x[k, i, t]`, by the quickest kernel for W's type on this processor: with x in fixed point of 15 bits
+/// where it has the instructions, else exact; ggml would round x to 8 bits for a quantised W. A column's result does not
+/// depend on the others, nor on the number of threads.
 ///
 /// # Safety
 /// The contract of `bupo_product`: `dst: [N, T]`, `src[0]` = W `[K, N]` of a type with a converter and `src[1]` = x
-/// `[K, T]` F32 are live, contiguous matrices in host memory, and each of the `nth` threads calls this with its own `ith`.
+/// `[K, T]` F32 are live, contiguous matrices in host memory, and each of the `nth` threads calls this with its own `ith`. Or a
+/// `MUL_MAT_ID` node: `dst: [N, used, T]`, W `[K, N, E]`, x `[K, 1 or used, T]`, and in `src[2]` the experts, `[used, T]` I32.
 pub(crate) unsafe extern "C" fn weight_product(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int) {
+    // SAFETY: by contract; a kernel for its type.
+    unsafe {
+        match fixed::serves(Weight::new((*dst).src[0]).ty()) {
+            true => run(dst, ith, nth, FIXED),
+            false => run(dst, ith, nth, EXACT),
+        }
+    }
+}
+
+/// A kernel, and the floats of scratch that it takes for K and T.
+#[derive(Clone, Copy)]
+struct Kernel {
+    scratch: fn(usize, usize) -> usize,
+    run: unsafe fn(Narrow<'_>),
+}
+
+const EXACT: Kernel = Kernel { scratch: narrow::scratch, run: narrow::run };
+const FIXED: Kernel = Kernel { scratch: fixed::scratch, run: fixed::run };
+
+unsafe fn run(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int, kernel: Kernel) {
     // SAFETY: by contract; threads write different rows of y.
     unsafe {
-        let [w, x] = [(*dst).src[0], (*dst).src[1]];
-        let (n_all, t, k) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize, (*w).ne[0] as usize);
-        let weight = &Weight::new(w);
+        let (w, n) = ((*dst).src[0], (*dst).ne[0] as usize);
         // Threads get runs of as many outputs as a kernel takes.
-        let parts = partition(n_all.div_ceil(MOST_ROWS), ith, nth);
-        let ns = (parts.start * MOST_ROWS).min(n_all)..(parts.end * MOST_ROWS).min(n_all);
-        with_scratch(narrow::scratch(k, t), |scratch| {
-            let (x, y) = ((*x).data.cast::<f32>().cast_const(), (*dst).data.cast::<f32>());
-            Narrow { weight, sizes: [k, n_all, t], ns, x, y, scratch }.run();
+        let parts = partition(n.div_ceil(MOST_ROWS), ith, nth);
+        let ns = (parts.start * MOST_ROWS).min(n)..(parts.end * MOST_ROWS).min(n);
+        if (*dst).op == sys::GGML_OP_MUL_MAT_ID {
+            return of_experts(dst, ns, kernel);
+        }
+        let (k, t) = ((*w).ne[0] as usize, (*dst).ne[1] as usize);
+        let weight = &Weight::new(w);
+        with_scratch((kernel.scratch)(k, t), |scratch| {
+            let (x, y) = ((*(*dst).src[1]).data.cast::<f32>(), (*dst).data.cast::<f32>());
+            (kernel.run)(Narrow { weight, sizes: [k, n, t], ns, x, y, scratch });
         });
     }
 }
 
-/// The product as a node of a graph of ours on the CPU, to measure it and to check it: `[N, T]` from `w: [K, N]` of any
-/// type and `x: [K, T]` F32.
+/// Columns of an expert that are multiplied together.
+const TOGETHER: usize = 128;
+
+/// Outputs `ns` of what each token's experts give: the columns of an expert side by side, multiplied, and put where they belong.
+unsafe fn of_experts(dst: *mut sys::ggml_tensor, ns: Range<usize>, kernel: Kernel) {
+    // SAFETY: by contract; threads write different rows of y.
+    unsafe {
+        let [w, x, ids] = [(*dst).src[0], (*dst).src[1], (*dst).src[2]];
+        let [k, n, experts] = [0, 1, 2].map(|i| (*w).ne[i] as usize);
+        let (used, t_all, of_token) =
+            ((*ids).ne[0] as usize, (*ids).ne[1] as usize, (*x).ne[1] as usize);
+        let (from, to) = ((*x).data.cast::<f32>(), (*dst).data.cast::<f32>());
+        // Places of an expert's columns, in x and in y; ascending.
+        let mut places = vec![Vec::new(); experts];
+        for t in 0..t_all {
+            let ids = (*ids).data.byte_add(t * (*ids).nb[1]).cast::<i32>();
+            for i in 0..used {
+                places[*ids.add(i) as usize].push((t * of_token + i % of_token, t * used + i));
+            }
+        }
+        let most = places.iter().map(Vec::len).max().unwrap_or(0).min(TOGETHER);
+        with_scratch(most * (k + n) + (kernel.scratch)(k, most), |scratch| {
+            let (x, rest) = scratch.split_at_mut(most * k);
+            let (y, scratch) = rest.split_at_mut(most * n);
+            for (expert, places) in places.iter().enumerate() {
+                let weight = &Weight::of_expert(w, expert);
+                for places in places.chunks(TOGETHER) {
+                    for (x, place) in x.chunks_exact_mut(k).zip(places) {
+                        x.copy_from_slice(std::slice::from_raw_parts(from.add(place.0 * k), k));
+                    }
+                    (kernel.run)(Narrow {
+                        weight,
+                        sizes: [k, n, places.len()],
+                        ns: ns.clone(),
+                        x: x.as_ptr(),
+                        y: y.as_mut_ptr(),
+                        scratch: &mut *scratch,
+                    });
+                    for (y, place) in y.chunks_exact(n).zip(places) {
+                        let to = to.add(place.1 * n + ns.start);
+                        std::slice::from_raw_parts_mut(to, ns.len())
+                            .copy_from_slice(&y[ns.clone()]);
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// The exact product as a node of a graph of ours on the CPU, to measure it and to check it: `[N, T]` from `w: [K, N]` of
+/// any type and `x: [K, T]` F32.
 pub fn product<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>) -> Tensor<'a> {
+    node(arena, w, x, exact_kernel)
+}
+
+/// [`product`] with activations in fixed point; none where this processor, or w's type, does not have it.
+pub fn fixed_product<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>) -> Option<Tensor<'a>> {
+    fixed::serves(w.ty()).then(|| node(arena, w, x, fixed_kernel))
+}
+
+fn node<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>, kernel: ggml::Kernel) -> Tensor<'a> {
     let [k, n] = weight_matrix(w);
     let t = x.shape()[1];
     assert!(x.ty() == Type::F32 && x.is_contiguous() && x.shape() == [k, t, 1, 1], "x: {x:?}");
-    arena.custom([n, t, 1, 1], &[w, x], product_kernel, ())
+    arena.custom([n, t, 1, 1], &[w, x], kernel, ())
 }
 
-unsafe extern "C" fn product_kernel(
+unsafe extern "C" fn exact_kernel(
     dst: *mut sys::ggml_tensor,
     ith: c_int,
     nth: c_int,
     _: *mut c_void,
 ) {
     // SAFETY: `product` made this node.
-    unsafe { weight_product(dst, ith, nth) }
+    unsafe { run(dst, ith, nth, EXACT) }
+}
+
+unsafe extern "C" fn fixed_kernel(
+    dst: *mut sys::ggml_tensor,
+    ith: c_int,
+    nth: c_int,
+    _: *mut c_void,
+) {
+    // SAFETY: `fixed_product` made this node, of a type that is served.
+    unsafe { run(dst, ith, nth, FIXED) }
 }

@@ -5,12 +5,22 @@ use std::ops::Range;
 
 use ggml_sys as sys;
 
+pub(super) use crate::ggml::parts;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Rows `i` with `part(i)` of `n` for thread `ith` of `nth`: contiguous runs of nearly equal length.
 pub(super) fn partition(n: usize, ith: c_int, nth: c_int) -> Range<usize> {
-    let (ith, nth) = (ith as usize, nth as usize);
-    n * ith / nth..n * (ith + 1) / nth
+    part_of(n, ith as usize, nth as usize)
+}
+
+/// Part `i` of `parts` of `n`: contiguous runs of nearly equal length.
+pub(super) fn part_of(n: usize, i: usize, parts: usize) -> Range<usize> {
+    n * i / parts..n * (i + 1) / parts
+}
+
+/// Calls `work` with the [`parts`] that are thread `ith`'s of `nth`.
+pub(super) fn each_part(parts: usize, ith: c_int, nth: c_int, work: impl FnMut(usize)) {
+    (ith as usize..parts).step_by(nth as usize).for_each(work);
 }
 
 /// Sum of products in 16 lanes, so that it vectorises and rounds less than one running sum.

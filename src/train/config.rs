@@ -168,8 +168,8 @@ pub struct TrainConfig {
     /// difference is above 0.01 nats; final phase
     #[arg(long, help_heading = "Algorithm")]
     pub old_from_rollout: bool,
-    /// Sample with exact products throughout (CPU), not only where they are faster: log-probs are training's but for the
-    /// cache's rounding; a few sequences decode up to four times as slowly
+    /// Sample with our own products throughout (CPU), not only where they are faster than ggml's, which round activations
+    /// to 8 bits: log-probs are training's but for the cache's rounding; a few sequences decode up to eight times as slowly
     #[arg(long, help_heading = "Algorithm")]
     pub exact_rollouts: bool,
 

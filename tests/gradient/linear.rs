@@ -177,6 +177,86 @@ fn outer_products() {
     }
 }
 
+/// Activations in fixed point: off by 1/32766 of the largest of 32, and what becomes of a column depends on that column alone.
+#[test]
+fn product_in_fixed_point() {
+    let mut served = 0;
+    for (i, ty) in weight_types().into_iter().enumerate() {
+        for (j, t) in [1, 3, 16, 21, 33, 50, 70, 150].into_iter().enumerate() {
+            let [k, n] = [[256, 33], [512, 97], [768, 5], [2560, 12]][(i + j) % 4];
+            let what = format!("product {ty} K={k} N={n} T={t} in fixed point");
+            let mut random = Random::new((k * n + t) as u64);
+            let (w, exact) = random.weight(ty, k, n);
+            // Single large ones, as real models have, and a column of zeros.
+            let mut x = random.normal(k * t);
+            x.iter_mut().skip(7).step_by(101).for_each(|x| *x *= 80.0);
+            x[..k].fill(0.0);
+            let sources = [w, Source::f32(&x, &[k, t])];
+            let has = std::cell::Cell::new(true);
+            let product = |threads, sources: &[Source]| {
+                run(threads, sources, |arena, s| {
+                    let y = ops::fixed_product(arena, s[0], s[1]);
+                    has.set(y.is_some());
+                    vec![y.unwrap_or_else(|| ops::product(arena, s[0], s[1]))]
+                })
+                .remove(0)
+            };
+            let results = [1, 2, 5].map(|threads| product(threads, &sources));
+            if !has.get() {
+                continue;
+            }
+            served += 1;
+            let want = reference::linear(&exact, &f64s(&x), k);
+            let rows = exact.chunks(k);
+            for (column, (y, want)) in results[0].chunks(n).zip(want.chunks(n)).enumerate() {
+                let x = &x[column * k..][..k];
+                for (row, (w, (y, want))) in rows.clone().zip(y.iter().zip(want)).enumerate() {
+                    // Each activation is off by half a step, at most.
+                    let blocks = w.chunks(32).zip(x.chunks(32));
+                    let bound: f64 = blocks
+                        .map(|(w, x)| {
+                            let most = x.iter().fold(0f32, |m, x| m.max(x.abs())) as f64;
+                            w.iter().map(|w| w.abs()).sum::<f64>() * most / 32766.0
+                        })
+                        .sum();
+                    let sizes = w.iter().zip(x).map(|(w, x)| (w * *x as f64).abs()).sum::<f64>();
+                    let off = (*y as f64 - want).abs();
+                    let allowed = 1.01 * bound + 1e-5 * sizes;
+                    assert!(
+                        off <= allowed,
+                        "{what}: row {row}, column {column}: {off} of {allowed}"
+                    );
+                }
+            }
+            assert!(results.iter().all(|y| *y == results[0]), "{what}: by threads");
+            let [w, _] = sources;
+            let last = Source::f32(&x[k * (t - 1)..], &[k, 1]);
+            let alone = product(1, &[w, last]);
+            assert_eq!(alone, results[0][n * (t - 1)..], "{what}: the last column alone");
+        }
+    }
+    eprintln!("{served} products in fixed point");
+}
+
+/// What is no number stays none, and nothing else is touched by it.
+#[test]
+fn product_in_fixed_point_of_no_number() {
+    let mut random = Random::new(4);
+    for what in [f32::NAN, f32::INFINITY] {
+        let mut x = random.normal(64 * 3);
+        x[64 + 9] = what;
+        let (w, _) = Random::new(5).weight(Type::Q8_0, 64, 7);
+        let y = run(1, &[w, Source::f32(&x, &[64, 3])], |arena, s| {
+            let y = ops::fixed_product(arena, s[0], s[1]);
+            vec![y.unwrap_or_else(|| ops::product(arena, s[0], s[1]))]
+        })
+        .remove(0);
+        for (column, y) in y.chunks(7).enumerate() {
+            assert!(y.iter().all(|y| y.is_finite() == (column != 1)), "{what}, {column}: {y:?}");
+        }
+    }
+}
+
 /// The product that decoding takes, and that what becomes of a column depends on that column alone.
 #[test]
 fn product_of_few_columns() {
