@@ -47,13 +47,17 @@ struct Slot {
     kept: usize,
     /// The round in which its partner's answer is due, where it waits for one.
     due: Option<u64>,
+    /// Tokens before the newest one that are to be decoded first, one a round: of an answer that is read along with what the
+    /// other sequences sample.
+    unread: usize,
 }
 
 impl Slot {
-    /// The newest token, which was not decoded yet, and its position.
-    fn newest(&self) -> (i32, usize) {
-        let id = self.completion.tokens.last().or(self.prompt.last());
-        (*id.expect("not empty"), self.prompt.len() + self.completion.tokens.len() - 1)
+    /// The first token that was not decoded yet, and its position.
+    fn next(&self) -> (i32, usize) {
+        let own = self.completion.tokens.iter().rev().nth(self.unread);
+        let id = own.or(self.prompt.last());
+        (*id.expect("not empty"), self.len() - 1 - self.unread)
     }
 
     /// Tokens of the segment, its prompt's among them.
@@ -301,6 +305,7 @@ impl<'r, 'p> Run<'r, 'p> {
                 segments: Vec::new(),
                 kept: g.prompt.len(),
                 due: None,
+                unread: 0,
             };
             let logits = g.first_logits.clone();
             if let Some(partner) = &mut self.partner {
@@ -380,7 +385,7 @@ impl<'r, 'p> Run<'r, 'p> {
         }
     }
 
-    /// One token of every running sequence.
+    /// One token of every running sequence: the next one of an answer that it reads, else one that is sampled.
     fn decode(&mut self) -> Result<()> {
         let runs = |slot: &Option<Slot>| slot.as_ref().is_some_and(|slot| slot.due.is_none());
         let running: Vec<usize> = (0..self.slots.len()).filter(|&s| runs(&self.slots[s])).collect();
@@ -396,27 +401,30 @@ impl<'r, 'p> Run<'r, 'p> {
             both.dedup();
         }
         let mut batch = TokenBatch::default();
-        let mut places = Vec::with_capacity(running.len());
         for &s in &both {
             let (id, position) = match &self.slots[s] {
-                Some(slot) => slot.newest(),
+                Some(slot) => slot.next(),
                 None => {
                     self.context.forget(s, 0)?;
-                    (self.slots[running[0]].as_ref().expect("running").newest().0, 0)
+                    (self.slots[running[0]].as_ref().expect("running").next().0, 0)
                 }
             };
-            let is_own = runs(&self.slots[s]);
-            if is_own {
-                places.push(batch.0.len());
-            }
+            let samples =
+                self.slots[s].as_ref().is_some_and(|slot| slot.due.is_none() && slot.unread == 0);
             // A row of logits alone is one column, too.
-            let logits = is_own || self.wants_company();
+            let logits = samples || self.wants_company();
             batch.0.push(Token { id, position: position as i32, sequence: s as i32, logits });
         }
-        let mut slots: Vec<Slot> =
-            running.iter().map(|&s| self.slots[s].take().expect("running")).collect();
+        let (mut sampling, mut slots, mut places) = (vec![], vec![], vec![]);
+        for &s in &running {
+            if self.slots[s].as_ref().expect("running").unread == 0 {
+                sampling.push(s);
+                slots.push(self.slots[s].take().expect("running"));
+                places.push(both.binary_search(&s).expect("decoded"));
+            }
+        }
         let sampled = if self.draws {
-            for (&s, slot) in running.iter().zip(&mut slots) {
+            for (&s, slot) in sampling.iter().zip(&mut slots) {
                 self.context.set_draw(s, slot.rng.random(), self.sampling.temperature);
             }
             self.context.decode(&batch)?;
@@ -425,17 +433,21 @@ impl<'r, 'p> Run<'r, 'p> {
             self.context.decode(&batch)?;
             self.sample(&mut slots, &places)
         };
-        for s in both {
-            let waiting = self.slots[s].as_ref().filter(|slot| slot.due.is_some());
-            if let Some(at) = waiting.map(|slot| slot.newest().1) {
-                self.context.forget(s, at)?;
+        for (&s, token) in both.iter().zip(&batch.0) {
+            let experts = self.context.experts(s, token.position as usize).unwrap_or_default();
+            let Some(slot) = &mut self.slots[s] else { continue };
+            if slot.due.is_some() {
+                self.context.forget(s, slot.next().1)?;
+            } else {
+                slot.completion.experts.extend_from_slice(experts);
+                slot.unread -= 1;
             }
         }
-        for ((&s, slot), &place) in running.iter().zip(&mut slots).zip(&places) {
+        for ((&s, slot), &place) in sampling.iter().zip(&mut slots).zip(&places) {
             let experts = self.context.experts(s, batch.0[place].position as usize);
             slot.completion.experts.extend_from_slice(experts.unwrap_or_default());
         }
-        for ((&s, mut slot), sampled) in running.iter().zip(slots).zip(sampled) {
+        for ((&s, mut slot), sampled) in sampling.iter().zip(slots).zip(sampled) {
             if !self.push(&mut slot, sampled) {
                 self.slots[s] = Some(slot);
                 continue;
@@ -453,15 +465,18 @@ impl<'r, 'p> Run<'r, 'p> {
 
     /// A token for each slot from the logits at its place in the last batch.
     fn sample(&mut self, slots: &mut [Slot], places: &[usize]) -> Vec<(i32, f32)> {
+        if slots.is_empty() {
+            return Vec::new();
+        }
         let logits: Vec<&[f32]> = places.iter().map(|&i| self.context.logits(i)).collect();
         let sampling = self.sampling;
-        if slots.len() * logits[0].len() < PARALLEL_LOGITS {
+        let parts = self.context.spare_threads();
+        if parts == 1 || slots.len() * logits[0].len() < PARALLEL_LOGITS {
             let sampler = &mut self.samplers[0];
             let jobs = slots.iter_mut().zip(&logits);
             return jobs.map(|(s, l)| sampler.sample(l, sampling, s.rng.random())).collect();
         }
-        let parts = self.workers.current_num_threads();
-        self.samplers.resize_with(parts.max(1), Sampler::default);
+        self.samplers.resize_with(parts, Sampler::default);
         let per_part = slots.len().div_ceil(parts);
         let samplers = &mut self.samplers;
         self.workers.install(|| {

@@ -10,6 +10,11 @@ use crate::llama::{Token, TokenBatch};
 /// So many waiting sequences between running ones are decoded with them, for nothing: a gap would cost a pass over the
 /// weights, for llama.cpp takes neighbouring sequences alone in one go.
 const BRIDGED: usize = 8;
+/// An answer of so many tokens at most is read along with what others sample, one token a round: llama.cpp would take each of
+/// several sequences that read at once, but are no neighbours, by itself.
+const READ_ALONG: usize = 64;
+/// So many running sequences at least, so that a round costs little more for one more.
+const COMPANY: usize = 4;
 
 /// Tokens that a sequence reads without a token being drawn after them.
 struct Reading {
@@ -97,10 +102,18 @@ impl Run<'_, '_> {
             self.finish(slot);
             return Ok(Err(over));
         }
-        let (newest, at) = slot.newest();
+        let (newest, at) = slot.next();
         let reading = match answer {
             Answer::Append(tokens) => {
                 tokens.iter().for_each(|&t| slot.push(t, 0.0, false));
+                if self.reads_along(tokens.len()) {
+                    slot.unread = tokens.len();
+                    return Ok(Ok(self.goes_on(
+                        s,
+                        slot,
+                        Reading { slot: s, from: at, tokens: vec![] },
+                    )));
+                }
                 let read = std::iter::once(newest).chain(tokens);
                 let mut tokens: Vec<i32> = read.collect();
                 tokens.pop();
@@ -122,10 +135,21 @@ impl Run<'_, '_> {
             }
             Answer::Over => unreachable!("it has no room"),
         };
+        Ok(Ok(self.goes_on(s, slot, reading)))
+    }
+
+    /// A sequence that has heard its answer runs again.
+    fn goes_on(&mut self, s: usize, mut slot: Slot, reading: Reading) -> Reading {
         (slot.turn, slot.due) = (0, None);
         slot.completion.finish = Finish::Length;
         self.slots[s] = Some(slot);
-        Ok(Ok(reading))
+        reading
+    }
+
+    /// Whether so many tokens are read one a round. Where nothing may depend on who is decoded together, their number decides.
+    fn reads_along(&self, n: usize) -> bool {
+        let running = || self.slots.iter().flatten().filter(|slot| slot.due.is_none()).count();
+        n <= READ_ALONG && (self.invariant || running() >= COMPANY)
     }
 
     /// Reads tokens into their sequences, as many in one call as it may have; each sequence by itself where nothing may
@@ -210,7 +234,7 @@ impl Run<'_, '_> {
             let gap = pair[0] + 1..pair[1];
             let fits = |s: usize| {
                 let slot = self.slots[s].as_ref();
-                slot.is_some_and(|slot| slot.newest().1 < self.context.options().n_ctx_seq)
+                slot.is_some_and(|slot| slot.next().1 < self.context.options().n_ctx_seq)
             };
             if !self.has_states && gap.len() <= BRIDGED && gap.clone().all(fits) {
                 idle.extend(gap);
