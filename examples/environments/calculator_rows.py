@@ -2,7 +2,7 @@
 
     python3 calculator_rows.py 200 > calls.jsonl
     bupo-gguf train MODEL --algo sft --data calls.jsonl --out runs/calls
-    bupo-gguf train MODEL --env env:calculator --warm-start runs/calls/adapter.gguf
+    bupo-gguf train MODEL --env env:calculator --adapter runs/calls/adapter.gguf
 
 Products of up to 4 digits that `task:mul?digits=4` never holds out. Options: the number of rows (200), and the share of them with a
 call (1.0); the others answer by heart.
