@@ -24,7 +24,7 @@ use crate::{Error, Result};
            loop only calls llama_decode
   dialogues
            four turns of about 32 tokens, answers of 16 tokens between, beside
-           single completions; slow: each answer takes 100 ms, and is waited
+           one turn of the same length; slow: each answer takes 100 ms, and is waited
            for after as many rounds as that takes
   entropy  one sequence of 64 tokens
   ops      512 tokens, on the model's own weights
