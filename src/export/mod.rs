@@ -21,6 +21,7 @@ mod merge;
 mod ollama;
 mod peft;
 mod peft_config;
+mod peft_joined;
 mod peft_order;
 mod plan;
 mod provenance;

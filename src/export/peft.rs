@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value as Json, json};
 
 use super::peft_config::{Config, config_json, read_config};
+use super::peft_joined;
 use super::peft_order::{Order, ValueHeads};
 use crate::error::json_fault;
 use crate::ggml::MappedFile;
@@ -45,8 +46,10 @@ pub struct PeftBase {
     pub n_head: usize,
     /// Key/value heads, likewise.
     pub n_head_kv: usize,
-    /// Heads of its delta nets, if it has any.
+    /// Heads of its delta nets, if it has any that Hugging Face's modules have in another order.
     pub value_heads: Option<ValueHeads>,
+    /// Heads of its delta nets, if two of their maps are one module there.
+    pub joined: Option<ValueHeads>,
 }
 
 impl PeftBase {
@@ -64,8 +67,9 @@ impl PeftBase {
             n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
         }
         let n_layer = file.require(&format!("{arch}.block_count"))?;
-        let value_heads = ValueHeads::from_gguf(file, arch)?;
-        Ok(PeftBase { arch, n_layer, n_head, n_head_kv, value_heads })
+        let heads = ValueHeads::from_gguf(file, arch)?;
+        let (joined, value_heads) = if arch.grouped_values { (heads, None) } else { (None, heads) };
+        Ok(PeftBase { arch, n_layer, n_head, n_head_kv, value_heads, joined })
     }
 
     /// What GGUF has in another order in a weight, if it does.
@@ -185,6 +189,18 @@ fn reordered<'p>(
     })
 }
 
+/// An adapter of a delta net with other heads than the base's.
+fn not_of(base: &PeftBase, place: &str) -> Error {
+    let expected = match base.joined {
+        Some(ValueHeads { n_k, n_v, size }) => {
+            format!("{n_k} key heads and {n_v} value heads of {size}")
+        }
+        None => "no delta nets".into(),
+    };
+    let advice = "use the model that the adapter was trained on";
+    Error::invalid(place, expected, "another number of outputs", advice)
+}
+
 /// Writes a PEFT folder; `base_name` is what PEFT will look for as the base model.
 ///
 /// # Errors
@@ -199,7 +215,11 @@ pub fn write_peft(
     let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
     let mut modules = Vec::new();
     let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
-    for pair in &adapter.pairs {
+    let joined = base
+        .joined
+        .map(|heads| peft_joined::join(adapter, heads).ok_or_else(|| not_of(base, &place)));
+    let joined = joined.transpose()?;
+    for pair in joined.as_ref().unwrap_or(&adapter.pairs) {
         let module = module(base.arch, &pair.weight).ok_or_else(|| Error::Unsupported {
             what: "PEFT module for weight",
             got: pair.weight.clone(),
@@ -290,6 +310,11 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
         let expert = without_expert(module).1;
         let pair = read_pair(&place, module, weight.clone(), [a, b], &config)?;
         match expert {
+            None if peft_joined::is_joined(&pair.0) => {
+                let parts = base.joined.and_then(|heads| peft_joined::split(&pair.0, heads));
+                let parts = parts.ok_or_else(|| not_of(base, &format!("{place}: {module}")))?;
+                pairs.extend(parts.map(|part| (part, pair.1)));
+            }
             None => pairs.push(pair),
             Some(expert) => experts.entry(weight).or_default().push((expert, pair)),
         }

@@ -26,16 +26,13 @@ pub struct ValueHeads {
 }
 
 impl ValueHeads {
-    /// Those of a model's metadata; none in models without delta nets, or whose heads are in the same order in both.
+    /// Those of a model's metadata; none in models without delta nets.
     ///
     /// # Errors
     /// Counts that are missing, or that do not divide.
     pub fn from_gguf(file: &GgufFile, arch: &Family) -> Result<Option<ValueHeads>> {
         let key = |name: &str| format!("{arch}.ssm.{name}");
         let Some(size) = file.find(&key("state_size"))? else { return Ok(None) };
-        if arch.grouped_values {
-            return Ok(None);
-        }
         let n_k = file.require(&key("group_count"))?;
         let n_v: usize = file.require(&key("time_step_rank"))?;
         if n_k == 0 || !n_v.is_multiple_of(n_k) {

@@ -15,9 +15,13 @@ pub static FAMILY: Family = Family {
     adjust: plain,
     layer,
     permuted: false,
-    // Hugging Face's in_proj_qkvz is two maps here, so that an adapter of it is none of these.
+    // in_proj_qkvz is attn_qkv and attn_gate here (src/export/peft_joined.rs), and ssm_in in files that are not read.
     modules: &[
-        &[("ssm_ba", "linear_attn.in_proj_ba"), ("ssm_out", "linear_attn.out_proj")],
+        &[
+            ("ssm_in", "linear_attn.in_proj_qkvz"),
+            ("ssm_ba", "linear_attn.in_proj_ba"),
+            ("ssm_out", "linear_attn.out_proj"),
+        ],
         EXPERT_MODULES,
         SHARED_MODULES,
     ],
