@@ -9,10 +9,9 @@ usage: hybrid_peer.py PROGRAM MODEL.gguf [--tokens 256] [--seqs 2] [--reps 2] [-
 
 import argparse
 import json
-import resource
-import statistics
 import subprocess
-import time
+
+from rows_peer import timed
 
 SHAPE = {
     "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -44,18 +43,11 @@ def pytorch(args):
     ids = torch.randint(0, config.vocab_size, (args.seqs, args.tokens))
     advantage = torch.randn(args.seqs, 1)
 
-    def update():
+    def update(_):
         logprobs = torch.log_softmax(model(ids).logits[:, :-1].float(), -1).gather(-1, ids[:, 1:, None])[..., 0]
         (-(logprobs - logprobs.detach()).exp() * advantage).mean().backward()
 
-    update()
-    times = []
-    for _ in range(args.reps):
-        start = time.time()
-        update()
-        times.append(time.time() - start)
-    seconds = statistics.median(times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    seconds, peak = timed(update, args.reps + 1)
     print(f"PyTorch: {args.seqs * args.tokens / seconds:.1f} tokens/s, {seconds:.2f} s, peak {peak:.2f} GB, {torch.get_num_threads()} threads")
 
 
