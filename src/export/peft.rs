@@ -46,10 +46,8 @@ pub struct PeftBase {
     pub n_head: usize,
     /// Key/value heads, likewise.
     pub n_head_kv: usize,
-    /// Heads of its delta nets, if it has any that Hugging Face's modules have in another order.
+    /// Heads of its delta nets, if it has any.
     pub value_heads: Option<ValueHeads>,
-    /// Heads of its delta nets, if two of their maps are one module there.
-    pub joined: Option<ValueHeads>,
 }
 
 impl PeftBase {
@@ -67,9 +65,13 @@ impl PeftBase {
             n_head_kv = file.find(&key("head_count_kv"))?.unwrap_or(n_head);
         }
         let n_layer = file.require(&format!("{arch}.block_count"))?;
-        let heads = ValueHeads::from_gguf(file, arch)?;
-        let (joined, value_heads) = if arch.grouped_values { (heads, None) } else { (None, heads) };
-        Ok(PeftBase { arch, n_layer, n_head, n_head_kv, value_heads, joined })
+        let value_heads = ValueHeads::from_gguf(file, arch)?;
+        Ok(PeftBase { arch, n_layer, n_head, n_head_kv, value_heads })
+    }
+
+    /// Heads of its delta nets, if two of their maps are one module of Hugging Face's; their order is the same there.
+    fn joined(&self) -> Option<ValueHeads> {
+        self.value_heads.filter(|_| self.arch.grouped_values)
     }
 
     /// What GGUF has in another order in a weight, if it does.
@@ -81,6 +83,7 @@ impl PeftBase {
             true if weight.ends_with(".attn_k.weight") => {
                 Some(Order::Rotated { heads: self.n_head_kv })
             }
+            _ if self.arch.grouped_values => None,
             _ => Order::of_values(self.value_heads?, weight),
         }
     }
@@ -191,7 +194,7 @@ fn reordered<'p>(
 
 /// An adapter of a delta net with other heads than the base's.
 fn not_of(base: &PeftBase, place: &str) -> Error {
-    let expected = match base.joined {
+    let expected = match base.joined() {
         Some(ValueHeads { n_k, n_v, size }) => {
             format!("{n_k} key heads and {n_v} value heads of {size}")
         }
@@ -216,7 +219,7 @@ pub fn write_peft(
     let mut modules = Vec::new();
     let bytes = |x: &[f32]| x.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>();
     let joined = base
-        .joined
+        .joined()
         .map(|heads| peft_joined::join(adapter, heads).ok_or_else(|| not_of(base, &place)));
     let joined = joined.transpose()?;
     for pair in joined.as_ref().unwrap_or(&adapter.pairs) {
@@ -311,7 +314,7 @@ pub fn read_peft(folder: &Path, base: &PeftBase) -> Result<AdapterFile> {
         let pair = read_pair(&place, module, weight.clone(), [a, b], &config)?;
         match expert {
             None if peft_joined::is_joined(&pair.0) => {
-                let parts = base.joined.and_then(|heads| peft_joined::split(&pair.0, heads));
+                let parts = base.joined().and_then(|heads| peft_joined::split(&pair.0, heads));
                 let parts = parts.ok_or_else(|| not_of(base, &format!("{place}: {module}")))?;
                 pairs.extend(parts.map(|part| (part, pair.1)));
             }

@@ -246,6 +246,14 @@ impl Executor {
                 "lower --micro-batch-tokens",
             ));
         }
+        if self.device == Device::Cpu && !own {
+            for i in 0..graph.n_nodes() {
+                // SAFETY: a node of a live graph that nobody computes.
+                unsafe {
+                    set_parts(sys::ggml_graph_node(graph.raw, i as i32), self.pool.n_threads())
+                }
+            }
+        }
         if self.device == Device::Cpu
             && let Some(far) = graph.sources().find(|source| !self.reads(*source))
         {
@@ -264,13 +272,8 @@ impl Executor {
         let compute = || unsafe { sys::ggml_backend_graph_compute(self.backend, graph.raw) };
         let status = match self.device {
             Device::Cpu => self.pool.with_spare(|threads| {
-                // SAFETY: a live graph and backend, with as many threads as the pool has, at most.
-                unsafe {
-                    for i in 0..sys::ggml_graph_n_nodes(graph.raw) {
-                        set_parts(sys::ggml_graph_node(graph.raw, i), self.pool.n_threads());
-                    }
-                    sys::bupo_cpu_set_threads(self.backend, threads as i32);
-                }
+                // SAFETY: a live backend, with as many threads as the pool has, at most.
+                unsafe { sys::bupo_cpu_set_threads(self.backend, threads as i32) };
                 compute()
             }),
             _ => compute(),

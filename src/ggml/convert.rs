@@ -109,11 +109,11 @@ unsafe fn f16(from: *const u8, out: &mut [f32]) {
     }
 }
 
-/// The converters into `$out`, each of `$per` elements, for one instruction set. `put` takes `scale q + add` of sixteen
-/// signed bytes q, `put_times` `scale (times q)`; both the place of the first among the elements of `out`.
+/// The converters into `$out`, each of `$per` elements, for one instruction set. `put` takes `scale (times q) + add` of sixteen
+/// signed bytes q, and the place of the first among the elements of `out`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! converters {
-    ($name:ident, $features:literal, $out:ty, $per:expr, $put:item, $put_times:item) => {
+    ($name:ident, $features:literal, $out:ty, $per:expr, $put:item) => {
         mod $name {
             use super::*;
 
@@ -134,10 +134,6 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             #[inline]
             $put
-
-            #[target_feature(enable = $features)]
-            #[inline]
-            $put_times
 
             #[target_feature(enable = $features)]
             #[inline]
@@ -182,8 +178,8 @@ macro_rules! converters {
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(2)));
                         let eight = _mm_set1_epi8(8);
-                        put(_mm_sub_epi8(low(q), eight), scale, 0.0, out, 0);
-                        put(_mm_sub_epi8(high(q), eight), scale, 0.0, out, 16);
+                        put(_mm_sub_epi8(low(q), eight), 1, scale, 0.0, out, 0);
+                        put(_mm_sub_epi8(high(q), eight), 1, scale, 0.0, out, 16);
                         from = from.add(18);
                     }
                 }
@@ -195,8 +191,8 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(4)));
-                        put(low(q), scale, add, out, 0);
-                        put(high(q), scale, add, out, 16);
+                        put(low(q), 1, scale, add, out, 0);
+                        put(high(q), 1, scale, add, out, 16);
                         from = from.add(20);
                     }
                 }
@@ -212,8 +208,8 @@ macro_rules! converters {
                         let sixteen = _mm_set1_epi8(16);
                         let first = _mm_or_si128(low(q), fifth_bits(a));
                         let second = _mm_or_si128(high(q), fifth_bits(b));
-                        put(_mm_sub_epi8(first, sixteen), scale, 0.0, out, 0);
-                        put(_mm_sub_epi8(second, sixteen), scale, 0.0, out, 16);
+                        put(_mm_sub_epi8(first, sixteen), 1, scale, 0.0, out, 0);
+                        put(_mm_sub_epi8(second, sixteen), 1, scale, 0.0, out, 16);
                         from = from.add(22);
                     }
                 }
@@ -226,8 +222,8 @@ macro_rules! converters {
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(8)));
                         let [a, b] = from.add(4).cast::<[u16; 2]>().read_unaligned();
-                        put(_mm_or_si128(low(q), fifth_bits(a)), scale, add, out, 0);
-                        put(_mm_or_si128(high(q), fifth_bits(b)), scale, add, out, 16);
+                        put(_mm_or_si128(low(q), fifth_bits(a)), 1, scale, add, out, 0);
+                        put(_mm_or_si128(high(q), fifth_bits(b)), 1, scale, add, out, 16);
                         from = from.add(24);
                     }
                 }
@@ -239,8 +235,8 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let scale = half(from);
-                        put(bytes(from.add(2)), scale, 0.0, out, 0);
-                        put(bytes(from.add(18)), scale, 0.0, out, 16);
+                        put(bytes(from.add(2)), 1, scale, 0.0, out, 0);
+                        put(bytes(from.add(18)), 1, scale, 0.0, out, 16);
                         from = from.add(34);
                     }
                 }
@@ -259,8 +255,8 @@ macro_rules! converters {
                             let [am, bm] = [0, 1].map(|i| offsets[2 * pair + i]);
                             for half in [0, 16] {
                                 let q = bytes(q.add(half));
-                                put(low(q), d * a, -(least * am), out, half);
-                                put(high(q), d * b, -(least * bm), out, 32 + half);
+                                put(low(q), 1, d * a, -(least * am), out, half);
+                                put(high(q), 1, d * b, -(least * bm), out, 32 + half);
                             }
                         }
                         from = from.add(144);
@@ -284,8 +280,8 @@ macro_rules! converters {
                                 let (q, more) = (bytes(q.add(half)), bytes(from.add(16 + half)));
                                 let first = _mm_or_si128(low(q), where_set(more, fifth(0), 16));
                                 let second = _mm_or_si128(high(q), where_set(more, fifth(1), 16));
-                                put(first, d * a, -(least * am), out, half);
-                                put(second, d * b, -(least * bm), out, 32 + half);
+                                put(first, 1, d * a, -(least * am), out, half);
+                                put(second, 1, d * b, -(least * bm), out, 32 + half);
                             }
                         }
                         from = from.add(176);
@@ -316,7 +312,7 @@ macro_rules! converters {
                                 ];
                                 for (i, q) in q.into_iter().enumerate() {
                                     let q = _mm_sub_epi8(q, _mm_set1_epi8(32));
-                                    put_times(q, d, *scales.add(2 * i + half / 16), out, 32 * i + half);
+                                    put(q, *scales.add(2 * i + half / 16), d, 0.0, out, 32 * i + half);
                                 }
                             }
                         }
@@ -334,15 +330,13 @@ converters!(
     "avx512f,avx512bw,f16c",
     f32,
     1,
-    fn put(q: __m128i, scale: f32, add: f32, out: &mut [f32], at: usize) {
+    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [f32], at: usize) {
         let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
-        let y = _mm512_fmadd_ps(q, _mm512_set1_ps(scale), _mm512_set1_ps(add));
+        let scale = _mm512_set1_ps(scale * times as f32);
+        let y = _mm512_fmadd_ps(q, scale, _mm512_set1_ps(add));
         let out = &mut out[at..at + 16];
         // SAFETY: sixteen floats.
         unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) }
-    },
-    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [f32], at: usize) {
-        put(q, scale * times as f32, 0.0, out, at)
     }
 );
 
@@ -352,8 +346,8 @@ converters!(
     "avx2,fma,f16c",
     f32,
     1,
-    fn put(q: __m128i, scale: f32, add: f32, out: &mut [f32], at: usize) {
-        let (scale, add) = (_mm256_set1_ps(scale), _mm256_set1_ps(add));
+    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [f32], at: usize) {
+        let (scale, add) = (_mm256_set1_ps(scale * times as f32), _mm256_set1_ps(add));
         for (q, out) in
             [q, _mm_srli_si128::<8>(q)].into_iter().zip(out[at..at + 16].chunks_exact_mut(8))
         {
@@ -361,9 +355,6 @@ converters!(
             // SAFETY: eight floats.
             unsafe { _mm256_storeu_ps(out.as_mut_ptr(), y) }
         }
-    },
-    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [f32], at: usize) {
-        put(q, scale * times as f32, 0.0, out, at)
     }
 );
 
@@ -374,20 +365,13 @@ converters!(
     "avx2,f16c",
     Quants,
     QUANTS,
-    fn put(q: __m128i, scale: f32, add: f32, out: &mut [Quants], at: usize) {
+    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [Quants], at: usize) {
         let part = &mut out[at / QUANTS];
         (part.scale, part.add) = (scale, add);
+        let q = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(q), _mm256_set1_epi16(times as i16));
         let half = &mut part.q.as_chunks_mut::<16>().0[at % QUANTS / 16];
         // SAFETY: sixteen numbers.
-        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), _mm256_cvtepi8_epi16(q)) }
-    },
-    fn put_times(q: __m128i, scale: f32, times: i8, out: &mut [Quants], at: usize) {
-        let part = &mut out[at / QUANTS];
-        (part.scale, part.add) = (scale, 0.0);
-        let product = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(q), _mm256_set1_epi16(times as i16));
-        let half = &mut part.q.as_chunks_mut::<16>().0[at % QUANTS / 16];
-        // SAFETY: sixteen numbers.
-        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), product) }
+        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), q) }
     }
 );
 

@@ -49,7 +49,7 @@ mod vnni {
     use std::arch::x86_64::*;
 
     use super::super::linear::steps;
-    use super::super::narrow::{Strided, transpose};
+    use super::super::narrow::{MOST_ROWS, ROWS, Strided, transpose};
     use super::*;
     use crate::ggml::{QUANTS, Quants};
 
@@ -65,45 +65,27 @@ mod vnni {
     const BLOCK_ROWS: usize = PAIRS + 2;
     /// Blocks that one pass over a row sums, and what the L1 cache holds of a few rows.
     const DEPTH: usize = 8;
-    /// Outputs whose sums lie in scratch at a time.
-    const ROWS: usize = 48;
-    /// Rows that are read at a time, at most.
-    const MOST_ROWS: usize = 12;
     /// Vectors of columns that go with a few rows: as many sums, whole and floating, as registers hold, and activations as the L1
     /// cache holds beside the rows.
     const MOST_VECTORS: usize = 2;
-    /// Columns for which rows are read once.
-    const COLUMNS: usize = 128;
     /// Floats of a [`Quants`].
     const QUANTS_FLOATS: usize = size_of::<Quants>() / 4;
 
     /// Floats that a call takes.
     pub(in super::super) fn scratch(k: usize, t: usize) -> usize {
-        let width = t.min(COLUMNS).next_multiple_of(LANES);
+        let width = t.next_multiple_of(LANES);
         (k / QUANTS * BLOCK_ROWS + ROWS) * width + MOST_ROWS * DEPTH * QUANTS_FLOATS + LANES
     }
 
     /// # Safety
     /// The contract of [`super::super::narrow::run`]; [`super::serves`] the weight's type; `scratch` is for the product's sizes.
     pub(in super::super) unsafe fn run(p: Narrow<'_>) {
-        let [k, n, t] = p.sizes;
-        for ts in steps(0..t, COLUMNS) {
-            // SAFETY: by contract; the processor was asked.
-            unsafe {
-                columns(Narrow {
-                    sizes: [k, n, ts.len()],
-                    ns: p.ns.clone(),
-                    x: p.x.add(ts.start * k),
-                    y: p.y.add(ts.start * n),
-                    scratch: &mut *p.scratch,
-                    ..p
-                });
-            }
-        }
+        // SAFETY: by contract; the processor was asked.
+        unsafe { product(p) }
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-    unsafe fn columns(p: Narrow<'_>) {
+    unsafe fn product(p: Narrow<'_>) {
         let [k, n, t] = p.sizes;
         let blocks = k / QUANTS;
         let width = t.next_multiple_of(LANES);

@@ -27,8 +27,8 @@ use super::exp::{exp, softcap};
 use super::gemm::with_scratch;
 use super::linear::steps;
 use super::logits::{Head, RawHead};
-use super::partials::Partials;
-use super::rows::{each_part, maximum, part_of, parts};
+use super::partials::{Partials, each_tile};
+use super::rows::maximum;
 use crate::ggml::{Arena, Tensor, Type};
 
 /// Tokens at a time.
@@ -149,18 +149,13 @@ unsafe extern "C" fn kernel(
         };
         (params, job)
     };
-    // SAFETY: a live node.
-    let parts = unsafe { parts(dst) };
-    for (tile, partials) in params.tiles.iter().enumerate() {
-        let tokens = tile * TOKEN_TILE..((tile + 1) * TOKEN_TILE).min(job.head.t);
-        each_part(parts, ith, nth, |part| {
-            // SAFETY: tokens and vocabulary rows lie within the sources.
-            let partial = unsafe { job.partial(tokens.clone(), part_of(job.head.v, part, parts)) };
-            if let Some(partials) = partials.put(part, parts, partial) {
-                // SAFETY: all parts of this tile are done, and only this thread writes its results.
-                unsafe { job.finish(tokens.clone(), partials) };
-            }
-        });
+    let sizes = [job.head.t, job.head.v];
+    // SAFETY: a live node; tokens and vocabulary rows lie within the sources, and whoever finishes a tile, when all of its parts are done,
+    // alone writes its results.
+    unsafe {
+        let partial = |tokens, vocab| job.partial(tokens, vocab);
+        let finish = |tokens, partials: Vec<Partial>| job.finish(tokens, partials);
+        each_tile(&params.tiles, TOKEN_TILE, sizes, (dst, ith, nth), partial, finish);
     }
 }
 

@@ -13,11 +13,9 @@ use super::linear::Weight;
 /// Inputs that one pass over a row sums: a multiple of every block size, and what the L1 cache holds of a few rows.
 const DEPTH: usize = 256;
 /// Outputs whose sums lie in scratch at a time.
-const ROWS: usize = 48;
+pub(super) const ROWS: usize = 48;
 /// Rows that are dequantised at a time, at most.
 pub(super) const MOST_ROWS: usize = 12;
-/// Columns for which rows are dequantised once.
-const COLUMNS: usize = 128;
 /// Floats of the widest vector.
 const WIDEST: usize = 16;
 
@@ -38,7 +36,7 @@ pub(super) struct Narrow<'p> {
 
 /// Floats that a call takes.
 pub(super) fn scratch(k: usize, t: usize) -> usize {
-    (k + ROWS) * t.min(COLUMNS).next_multiple_of(WIDEST) + MOST_ROWS * DEPTH + WIDEST
+    (k + ROWS) * t.next_multiple_of(WIDEST) + MOST_ROWS * DEPTH + WIDEST
 }
 
 /// # Safety
@@ -56,23 +54,7 @@ impl WithSimd for Dispatched<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         // SAFETY: by the contract of `run`, the only one that makes it.
-        unsafe {
-            let p = self.0;
-            let [k, n, t] = p.sizes;
-            for ts in super::linear::steps(0..t, COLUMNS) {
-                product(
-                    simd,
-                    Narrow {
-                        sizes: [k, n, ts.len()],
-                        ns: p.ns.clone(),
-                        x: p.x.add(ts.start * k),
-                        y: p.y.add(ts.start * n),
-                        scratch: &mut *p.scratch,
-                        ..p
-                    },
-                );
-            }
-        }
+        unsafe { product(simd, self.0) }
     }
 }
 

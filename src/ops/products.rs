@@ -6,10 +6,10 @@ use std::ops::Range;
 use ggml_sys as sys;
 
 use super::gemm::with_scratch;
-use super::linear::{Weight, weight_matrix};
+use super::linear::{Weight, steps, weight_matrix};
 use super::narrow::{self, MOST_ROWS, Narrow};
 use super::{fixed, rows::partition};
-use crate::ggml::{self, Arena, Tensor, Type};
+use crate::ggml::{Arena, Tensor, Type};
 
 /// From how many columns on our product is faster than ggml's on plain blocks of a type, where it is at all. Measured with
 /// AVX-512 by `bench ops MODEL --case ops/columns --threads 1` (docs/LOG.md); a table, and not a measurement at each start,
@@ -43,6 +43,9 @@ pub(crate) unsafe extern "C" fn weight_product(dst: *mut sys::ggml_tensor, ith: 
     }
 }
 
+/// Columns for which a kernel reads rows once, and takes at a time.
+const COLUMNS: usize = 128;
+
 /// A kernel, and the floats of scratch that it takes for K and T.
 #[derive(Clone, Copy)]
 struct Kernel {
@@ -65,15 +68,21 @@ unsafe fn run(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int, kernel: Kernel
         }
         let (k, t) = ((*w).ne[0] as usize, (*dst).ne[1] as usize);
         let weight = &Weight::new(w);
-        with_scratch((kernel.scratch)(k, t), |scratch| {
-            let (x, y) = ((*(*dst).src[1]).data.cast::<f32>(), (*dst).data.cast::<f32>());
-            (kernel.run)(Narrow { weight, sizes: [k, n, t], ns, x, y, scratch });
+        let (x, y) = ((*(*dst).src[1]).data.cast::<f32>(), (*dst).data.cast::<f32>());
+        with_scratch((kernel.scratch)(k, t.min(COLUMNS)), |scratch| {
+            for ts in steps(0..t, COLUMNS) {
+                (kernel.run)(Narrow {
+                    weight,
+                    sizes: [k, n, ts.len()],
+                    ns: ns.clone(),
+                    x: x.add(ts.start * k),
+                    y: y.add(ts.start * n),
+                    scratch: &mut *scratch,
+                });
+            }
         });
     }
 }
-
-/// Columns of an expert that are multiplied together.
-const TOGETHER: usize = 128;
 
 /// Outputs `ns` of what each token's experts give: the columns of an expert side by side, multiplied, and put where they belong.
 unsafe fn of_experts(dst: *mut sys::ggml_tensor, ns: Range<usize>, kernel: Kernel) {
@@ -92,13 +101,13 @@ unsafe fn of_experts(dst: *mut sys::ggml_tensor, ns: Range<usize>, kernel: Kerne
                 places[*ids.add(i) as usize].push((t * of_token + i % of_token, t * used + i));
             }
         }
-        let most = places.iter().map(Vec::len).max().unwrap_or(0).min(TOGETHER);
+        let most = places.iter().map(Vec::len).max().unwrap_or(0).min(COLUMNS);
         with_scratch(most * (k + n) + (kernel.scratch)(k, most), |scratch| {
             let (x, rest) = scratch.split_at_mut(most * k);
             let (y, scratch) = rest.split_at_mut(most * n);
             for (expert, places) in places.iter().enumerate() {
                 let weight = &Weight::of_expert(w, expert);
-                for places in places.chunks(TOGETHER) {
+                for places in places.chunks(COLUMNS) {
                     for (x, place) in x.chunks_exact_mut(k).zip(places) {
                         x.copy_from_slice(std::slice::from_raw_parts(from.add(place.0 * k), k));
                     }
@@ -124,37 +133,27 @@ unsafe fn of_experts(dst: *mut sys::ggml_tensor, ns: Range<usize>, kernel: Kerne
 /// The exact product as a node of a graph of ours on the CPU, to measure it and to check it: `[N, T]` from `w: [K, N]` of
 /// any type and `x: [K, T]` F32.
 pub fn product<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>) -> Tensor<'a> {
-    node(arena, w, x, exact_kernel)
+    node(arena, w, x, EXACT)
 }
 
 /// [`product`] with activations in fixed point; none where this processor, or w's type, does not have it.
 pub fn fixed_product<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>) -> Option<Tensor<'a>> {
-    fixed::serves(w.ty()).then(|| node(arena, w, x, fixed_kernel))
+    fixed::serves(w.ty()).then(|| node(arena, w, x, FIXED))
 }
 
-fn node<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>, kernel: ggml::Kernel) -> Tensor<'a> {
+fn node<'a>(arena: &'a Arena, w: Tensor<'a>, x: Tensor<'a>, kernel: Kernel) -> Tensor<'a> {
     let [k, n] = weight_matrix(w);
     let t = x.shape()[1];
     assert!(x.ty() == Type::F32 && x.is_contiguous() && x.shape() == [k, t, 1, 1], "x: {x:?}");
-    arena.custom([n, t, 1, 1], &[w, x], kernel, ())
+    arena.custom([n, t, 1, 1], &[w, x], product_kernel, kernel)
 }
 
-unsafe extern "C" fn exact_kernel(
+unsafe extern "C" fn product_kernel(
     dst: *mut sys::ggml_tensor,
     ith: c_int,
     nth: c_int,
-    _: *mut c_void,
+    userdata: *mut c_void,
 ) {
-    // SAFETY: `product` made this node.
-    unsafe { run(dst, ith, nth, EXACT) }
-}
-
-unsafe extern "C" fn fixed_kernel(
-    dst: *mut sys::ggml_tensor,
-    ith: c_int,
-    nth: c_int,
-    _: *mut c_void,
-) {
-    // SAFETY: `fixed_product` made this node, of a type that is served.
-    unsafe { run(dst, ith, nth, FIXED) }
+    // SAFETY: `node` made this node, with a kernel that serves its type.
+    unsafe { run(dst, ith, nth, *userdata.cast::<Kernel>()) }
 }

@@ -106,18 +106,14 @@ impl Run<'_, '_> {
         let reading = match answer {
             Answer::Append(tokens) => {
                 tokens.iter().for_each(|&t| slot.push(t, 0.0, false));
+                let mut read = Vec::new();
                 if self.reads_along(tokens.len()) {
                     slot.unread = tokens.len();
-                    return Ok(Ok(self.goes_on(
-                        s,
-                        slot,
-                        Reading { slot: s, from: at, tokens: vec![] },
-                    )));
+                } else {
+                    read.extend(std::iter::once(newest).chain(tokens));
+                    read.pop();
                 }
-                let read = std::iter::once(newest).chain(tokens);
-                let mut tokens: Vec<i32> = read.collect();
-                tokens.pop();
-                Reading { slot: s, from: at, tokens }
+                Reading { slot: s, from: at, tokens: read }
             }
             Answer::Anew(prompt) => {
                 let held = slot.prompt.iter().chain(&slot.completion.tokens).take(at);
@@ -135,15 +131,10 @@ impl Run<'_, '_> {
             }
             Answer::Over => unreachable!("it has no room"),
         };
-        Ok(Ok(self.goes_on(s, slot, reading)))
-    }
-
-    /// A sequence that has heard its answer runs again.
-    fn goes_on(&mut self, s: usize, mut slot: Slot, reading: Reading) -> Reading {
         (slot.turn, slot.due) = (0, None);
         slot.completion.finish = Finish::Length;
         self.slots[s] = Some(slot);
-        reading
+        Ok(Ok(reading))
     }
 
     /// Whether so many tokens are read one a round. Where nothing may depend on who is decoded together, their number decides.
