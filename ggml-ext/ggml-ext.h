@@ -377,8 +377,8 @@ struct bupo_lora_pair {
     struct ggml_tensor * b;
 };
 
-// Computes dst: [N, T] F32 from src[0]: [K, N], and src[1]: [K, T] F32, contiguous matrices in host memory; src[0] is an
-// adapter's B in F32, or a model's weight of any type with a converter. With a weight also a MUL_MAT_ID node: dst: [N, used, T] from
+// Computes dst: [N, T] F32 from src[0]: [K, N], and src[1]: [K, T] F32, contiguous in host memory; T may be several extents,
+// those of sequences and of their tokens. src[0] is an adapter's B in F32, or a model's weight of any type with a converter. With a weight also a MUL_MAT_ID node: dst: [N, used, T] from
 // src[0]: [K, N, E], src[1]: [K, 1 or used, T], contiguous, and src[2]: [used, T] I32, the experts of each token, in whole rows. Called by
 // each of `nth` threads, with its number.
 typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);

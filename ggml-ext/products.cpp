@@ -75,7 +75,7 @@ struct WeightProduct : ggml::cpu::tensor_traits {
 private:
     // Columns that a row of the weight is multiplied with; of experts the mean.
     static int64_t columns_of(const ggml_tensor * op) {
-        return op->op == GGML_OP_MUL_MAT ? op->src[1]->ne[1] : ggml_nelements(op->src[2]) / op->src[0]->ne[2];
+        return op->op == GGML_OP_MUL_MAT ? ggml_nrows(op->src[1]) : ggml_nelements(op->src[2]) / op->src[0]->ne[2];
     }
 };
 
@@ -143,8 +143,9 @@ struct Products : ggml::cpu::extra_buffer_type {
             return nullptr;
         }
         const ggml_tensor * x = op->src[1];
+        // Columns may be cut into sequences, as they are behind a recurrent layer: ggml would take each sequence's by themselves.
         const bool shapes = of_experts ? op->src[2]->type == GGML_TYPE_I32 && ggml_is_matrix(op->src[2]) && op->src[2]->nb[0] == 4
-                                       : ggml_is_matrix(x) && ggml_is_matrix(op->src[0]);
+                                       : ggml_is_matrix(op->src[0]);
         const bool plain = x->type == GGML_TYPE_F32 && ggml_is_contiguous(x) && ggml_is_contiguous(op);
         return plain && shapes ? ours : nullptr;
     }

@@ -46,12 +46,13 @@ const OUTPUTS: usize = 64;
 ///
 /// # Safety
 /// The contract of `bupo_product`: `dst: [N, T]`, `src[0]` = B `[r, N]` and `src[1]` = u `[r, T]` are live,
-/// contiguous F32 matrices in host memory, and each of the `nth` threads calls this with its own `ith`.
+/// contiguous F32 in host memory (T may be several extents), and each of the `nth` threads calls this with its own `ith`.
 pub(crate) unsafe extern "C" fn factor_product(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int) {
     // SAFETY: by contract; threads write different rows of y.
     unsafe {
         let [b, u] = [(*dst).src[0], (*dst).src[1]];
-        let (n_all, t, r) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize, (*b).ne[0] as usize);
+        let (n_all, r) = ((*dst).ne[0] as usize, (*b).ne[0] as usize);
+        let t = sys::ggml_nrows(dst) as usize;
         let u = Matrix::new((*u).data as *const f32, 1, r); // (r, t)
         for part in partition(n_all.div_ceil(OUTPUTS), ith, nth) {
             let ns = part * OUTPUTS..((part + 1) * OUTPUTS).min(n_all);

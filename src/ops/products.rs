@@ -31,7 +31,7 @@ pub fn faster_from(ty: Type) -> Option<usize> {
 ///
 /// # Safety
 /// The contract of `bupo_product`: `dst: [N, T]`, `src[0]` = W `[K, N]` of a type with a converter and `src[1]` = x
-/// `[K, T]` F32 are live, contiguous matrices in host memory, and each of the `nth` threads calls this with its own `ith`. Or a
+/// `[K, T]` F32 are live and contiguous in host memory (T may be several extents), and each of the `nth` threads calls this with its own `ith`. Or a
 /// `MUL_MAT_ID` node: `dst: [N, used, T]`, W `[K, N, E]`, x `[K, 1 or used, T]`, and in `src[2]` the experts, `[used, T]` I32.
 pub(crate) unsafe extern "C" fn weight_product(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int) {
     // SAFETY: by contract; a kernel for its type.
@@ -66,7 +66,7 @@ unsafe fn run(dst: *mut sys::ggml_tensor, ith: c_int, nth: c_int, kernel: Kernel
         if (*dst).op == sys::GGML_OP_MUL_MAT_ID {
             return of_experts(dst, ns, kernel);
         }
-        let (k, t) = ((*w).ne[0] as usize, (*dst).ne[1] as usize);
+        let (k, t) = ((*w).ne[0] as usize, sys::ggml_nrows(dst) as usize);
         let weight = &Weight::new(w);
         let (x, y) = ((*(*dst).src[1]).data.cast::<f32>(), (*dst).data.cast::<f32>());
         with_scratch((kernel.scratch)(k, t.min(COLUMNS)), |scratch| {
