@@ -49,7 +49,8 @@ mod vnni {
     use std::arch::x86_64::*;
 
     use super::super::linear::steps;
-    use super::super::narrow::{MOST_ROWS, ROWS, Strided, transpose};
+    use super::super::narrow::ROWS;
+    use super::super::panel::{MOST_ROWS, Strided, transpose};
     use super::*;
     use crate::ggml::{QUANTS, Quants};
 

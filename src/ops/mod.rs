@@ -23,6 +23,7 @@ mod logprob;
 mod low_rank;
 mod narrow;
 mod norm;
+mod panel;
 mod partials;
 mod policies;
 mod products;

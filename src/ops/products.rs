@@ -7,7 +7,8 @@ use ggml_sys as sys;
 
 use super::gemm::with_scratch;
 use super::linear::{Weight, steps, weight_matrix};
-use super::narrow::{self, MOST_ROWS, Narrow};
+use super::narrow::{self, Narrow};
+use super::panel::MOST_ROWS;
 use super::{fixed, rows::partition};
 use crate::ggml::{Arena, Tensor, Type};
 

@@ -3,10 +3,12 @@
 use std::ffi::{c_int, c_void};
 
 use ggml_sys as sys;
+use pulp::{Simd, WithSimd};
 
-use super::tiles::{Heads, Job, LD, Tile, query_tiles};
-use crate::ops::exp::{exp, softcap};
-use crate::ops::gemm::{Matrix, gemm, with_scratch};
+use super::tiles::{Heads, Job, KEYS, Scores, Tile, query_tiles};
+use crate::ops::exp::{exp, exp_lanes, softcap};
+use crate::ops::gemm::with_scratch;
+use crate::ops::panel::{LANES, Panel};
 use crate::ops::rows::dot;
 use crate::ops::segments::trees;
 
@@ -36,9 +38,9 @@ pub(super) unsafe extern "C" fn kernel(
         let trees: Vec<Vec<Tile>> = trees(back.job.segments)
             .map(|tree| query_tiles(tree, back.job.tile_tokens(), back.job.window))
             .collect();
-        let n_kv = back.job.n_head_kv;
+        let (n_kv, simd) = (back.job.n_head_kv, pulp::Arch::new());
         back.job.units.each(trees.len() * n_kv, nth, |unit| {
-            back.tree(&trees[unit / n_kv], unit % n_kv);
+            simd.dispatch(OfTree { back: &back, tiles: &trees[unit / n_kv], kv: unit % n_kv });
         });
     }
 }
@@ -62,22 +64,32 @@ struct Tree<'s> {
     dv: &'s mut [f32],
 }
 
-impl Back<'_> {
-    /// Everything of one key/value head in one tree.
-    ///
-    /// # Safety
-    /// The tiles lie within the tensors, and no other thread works on this head of this tree.
-    unsafe fn tree(&self, tiles: &[Tile], kv: usize) {
-        let job = &self.job;
+/// Everything of one key/value head in one tree: its tiles lie within the tensors, and no other thread has this unit.
+struct OfTree<'b, 'k> {
+    back: &'b Back<'k>,
+    tiles: &'b [Tile],
+    kv: usize,
+}
+
+impl WithSimd for OfTree<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let OfTree { back, tiles, kv } = self;
+        let job = &back.job;
         let tokens = tiles[0].queries.start..tiles[tiles.len() - 1].queries.end;
-        let (all, columns) = (tokens.len() * job.stride(), job.tile_tokens() * job.group());
-        let tile = columns * (3 * job.stride() + 2 * LD + 2);
-        with_scratch(4 * all + tile, |scratch| {
-            let (k, rest) = scratch.split_at_mut(all);
+        let columns = job.tile_tokens() * job.group();
+        let width = columns.next_multiple_of(LANES);
+        let (all, stride) = (tokens.len() * job.stride(), job.stride());
+        let tile = 3 * columns * stride + (2 * job.size + 2 * KEYS + 2) * width;
+        with_scratch(4 * all + tile + LANES, |scratch| {
+            let skip = scratch.as_ptr().align_offset(64).min(LANES);
+            let (k, rest) = scratch[skip..].split_at_mut(all);
             let (v, rest) = rest.split_at_mut(all);
             let (dk, rest) = rest.split_at_mut(all);
             let (dv, rest) = rest.split_at_mut(all);
-            // SAFETY: by contract.
+            // SAFETY: by what `OfTree` says of its fields.
             unsafe {
                 job.k.pack(tokens.clone(), kv, k);
                 job.v.pack(tokens.clone(), kv, v);
@@ -86,96 +98,157 @@ impl Back<'_> {
             dv.fill(0.0);
             let mut tree = Tree { first: tokens.start, k, v, dk, dv };
             for tile in tiles {
-                // SAFETY: by contract.
-                unsafe { self.tile(&mut tree, tile, kv, rest) };
+                // SAFETY: the same.
+                unsafe { back.tile(simd, &mut tree, tile, kv, rest) };
             }
-            for (token, i) in tokens.zip((0..).step_by(job.stride())) {
-                // SAFETY: by contract.
+            for (token, i) in tokens.zip((0..).step_by(stride)) {
+                // SAFETY: the same.
                 unsafe {
-                    self.dk.row_mut(token, kv).copy_from_slice(&tree.dk[i..i + job.size]);
-                    self.dv.row_mut(token, kv).copy_from_slice(&tree.dv[i..i + job.size]);
+                    back.dk.row_mut(token, kv).copy_from_slice(&tree.dk[i..i + job.size]);
+                    back.dv.row_mut(token, kv).copy_from_slice(&tree.dv[i..i + job.size]);
                 }
             }
         });
     }
+}
 
+impl Back<'_> {
     /// One tile of queries: its dq, and what it adds to dk and dv.
     ///
     /// # Safety
-    /// As [`Back::tree`].
-    unsafe fn tile(&self, tree: &mut Tree<'_>, tile: &Tile, kv: usize, scratch: &mut [f32]) {
-        let (job, n, size, stride) =
-            (&self.job, tile.queries.len(), self.job.size, self.job.stride());
-        let columns = n * job.group();
-        let (q, rest) = scratch.split_at_mut(columns * stride);
-        let (d_out, rest) = rest.split_at_mut(columns * stride);
+    /// The tile lies within the tensors, and no other thread works on this head of its tree.
+    #[inline(always)]
+    unsafe fn tile<S: Simd>(
+        &self,
+        simd: S,
+        tree: &mut Tree<'_>,
+        tile: &Tile,
+        kv: usize,
+        scratch: &mut [f32],
+    ) {
+        let (job, size, stride) = (&self.job, self.job.size, self.job.stride());
+        let columns = tile.queries.len() * job.group();
+        let width = columns.next_multiple_of(LANES);
+        let (q_rows, rest) = scratch.split_at_mut(columns * stride);
+        let (d_out_rows, rest) = rest.split_at_mut(columns * stride);
+        let (q, rest) = rest.split_at_mut(size * width);
+        let (d_out, rest) = rest.split_at_mut(size * width);
         let (dq, rest) = rest.split_at_mut(columns * stride);
-        let (p, rest) = rest.split_at_mut(columns * LD);
-        let (ds, rest) = rest.split_at_mut(columns * LD);
-        let (lse, d) = rest.split_at_mut(columns);
-        let place = |c: usize| (tile.queries.start + c % n, kv * job.group() + c / n);
+        let (p, rest) = rest.split_at_mut(KEYS * width);
+        let (ds, rest) = rest.split_at_mut(KEYS * width);
+        let (lse, rest) = rest.split_at_mut(width);
+        let d = &mut rest[..width];
         // SAFETY: by contract.
         unsafe {
-            job.pack_group(&job.q, tile, kv, q);
-            job.pack_group(&self.d_out, tile, kv, d_out);
+            job.pack_columns(&job.q, tile, kv, q_rows, q);
+            job.pack_columns(&self.d_out, tile, kv, d_out_rows, d_out);
+            lse.fill(0.0);
+            d.fill(0.0);
             for c in 0..columns {
-                let (token, head) = place(c);
+                let (token, head) = job.place(tile, kv, c);
                 lse[c] = *self.lse.add(token * job.n_head + head);
-                d[c] = dot(&d_out[c * stride..][..size], self.out.row(token, head));
+                d[c] = dot(&d_out_rows[c * stride..][..size], self.out.row(token, head));
             }
+        }
+        for q in [&mut *q, &mut *q_rows] {
+            q.iter_mut().for_each(|q| *q *= job.scale);
         }
         dq.fill(0.0);
         for keys in tile.keys() {
-            let (width, at) = (keys.tokens.len(), (keys.tokens.start - tree.first) * stride);
-            job.products([&tree.k[at..], q], [width, columns], p, job.scale);
-            job.products([&tree.v[at..], d_out], [width, columns], ds, 1.0);
-            let both = p.chunks_exact_mut(LD).zip(ds.chunks_exact_mut(LD)).take(columns);
-            for (c, (p, ds)) in both.enumerate() {
-                let seen = tile.seen(&keys, c % n);
-                for hidden in [0..seen.start, seen.end..width] {
-                    p[hidden.clone()].fill(0.0);
-                    ds[hidden].fill(0.0);
-                }
-                let (p, ds) = (&mut p[seen.clone()], &mut ds[seen]);
-                match job.softcap {
-                    None => plain(p, ds, lse[c], d[c]),
-                    Some(cap) => capped(p, ds, lse[c], d[c], cap),
+            let run = Scores::new(tile, &keys, job.group());
+            let at = (keys.tokens.start - tree.first) * stride;
+            for block in &run.blocks {
+                let place = block.keys.start * width + block.columns.start;
+                let from = at + block.keys.start * stride;
+                let product = |rows: &[f32], columns: &[f32], out: &mut [f32]| Panel {
+                    sizes: [block.keys.len(), size],
+                    width: block.columns.len(),
+                    a: rows[from..].as_ptr(),
+                    strides: [stride, 1],
+                    b: columns[block.columns.start..].as_ptr(),
+                    b_row: width,
+                    c: out[place..].as_mut_ptr(),
+                    c_row: width,
+                    keep: false,
+                };
+                // SAFETY: the panels lie within the packed slices.
+                unsafe {
+                    product(tree.k, q, p).run(simd);
+                    product(tree.v, d_out, ds).run(simd);
                 }
             }
-            // SAFETY: the views lie within the packed slices.
-            unsafe {
-                let packed = |x: &[f32]| Matrix::new(x.as_ptr(), 1, stride); // (d, row)
-                let sums = |x: &mut [f32]| Matrix::new(x.as_mut_ptr(), 1, stride);
-                let turned = |x: &[f32]| Matrix::new(x.as_ptr(), LD, 1); // (i, j)
-                let ds_in = Matrix::new(ds.as_ptr(), 1, LD); // (j, i)
-                let (dv, dk) = (sums(&mut tree.dv[at..]), sums(&mut tree.dk[at..]));
-                gemm([size, width, columns], dv, true, packed(d_out), turned(p), 1.0);
-                gemm([size, width, columns], dk, true, packed(q), turned(ds), job.scale);
-                let k = packed(&tree.k[at..]);
-                gemm([size, columns, width], sums(dq), true, k, ds_in, job.scale);
+            for block in &run.blocks {
+                for key in block.keys.clone() {
+                    let row = key * width + block.columns.start..key * width + block.columns.end;
+                    let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
+                    let (lse, d) = (&lse[block.columns.clone()], &d[block.columns.clone()]);
+                    match job.softcap {
+                        None => plain(simd, p, ds, lse, d),
+                        Some(cap) => capped(p, ds, lse, d, cap),
+                    }
+                }
+            }
+            run.hide(p, width, 0.0);
+            run.hide(ds, width, 0.0);
+            for block in &run.blocks {
+                let place = block.keys.start * width + block.columns.start;
+                let from = at + block.keys.start * stride;
+                let real = block.columns.start..block.columns.end.min(columns);
+                let (p, ds) = (&p[place..], &ds[place..]);
+                let product = |scores: &[f32], rows: &[f32], out: &mut [f32]| Panel {
+                    sizes: [block.keys.len(), real.len()],
+                    width: size.next_multiple_of(LANES),
+                    a: scores.as_ptr(),
+                    strides: [width, 1],
+                    b: rows[real.start * stride..].as_ptr(),
+                    b_row: stride,
+                    c: out[from..].as_mut_ptr(),
+                    c_row: stride,
+                    keep: true,
+                };
+                let to_q = Panel {
+                    sizes: [real.len(), block.keys.len()],
+                    width: size.next_multiple_of(LANES),
+                    a: ds.as_ptr(),
+                    strides: [1, width],
+                    b: tree.k[from..].as_ptr(),
+                    b_row: stride,
+                    c: dq[real.start * stride..].as_mut_ptr(),
+                    c_row: stride,
+                    keep: true,
+                };
+                // SAFETY: the same.
+                unsafe {
+                    product(p, d_out_rows, tree.dv).run(simd);
+                    product(ds, q_rows, tree.dk).run(simd);
+                    to_q.run(simd);
+                }
             }
         }
         for c in 0..columns {
-            let (token, head) = place(c);
+            let (token, head) = job.place(tile, kv, c);
             // SAFETY: by contract.
-            unsafe { self.dq.row_mut(token, head).copy_from_slice(&dq[c * stride..][..size]) };
+            let to = unsafe { self.dq.row_mut(token, head) }.iter_mut();
+            to.zip(&dq[c * stride..]).for_each(|(y, dq)| *y = dq * job.scale);
         }
     }
 }
 
-/// Scores `p` of a query become probabilities, the cotangents `ds` of these those of the scores.
-#[inline(never)]
-fn plain(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32) {
-    for (p, ds) in p.iter_mut().zip(ds) {
-        *p = exp(*p - lse);
-        *ds = *p * (*ds - d);
+/// Scores `p` become probabilities, the cotangents `ds` of these those of the scores; a number for each column.
+#[inline(always)]
+fn plain<S: Simd>(simd: S, p: &mut [f32], ds: &mut [f32], lse: &[f32], d: &[f32]) {
+    let (p, ds) = (S::as_mut_simd_f32s(p).0, S::as_mut_simd_f32s(ds).0);
+    let (lse, d) = (S::as_simd_f32s(lse).0, S::as_simd_f32s(d).0);
+    for (((p, ds), lse), d) in p.iter_mut().zip(ds).zip(lse).zip(d) {
+        *p = exp_lanes(simd, simd.sub_f32s(*p, *lse));
+        *ds = simd.mul_f32s(*p, simd.sub_f32s(*ds, *d));
     }
 }
 
 /// The same where a softcap stands between.
-#[inline(never)]
-fn capped(p: &mut [f32], ds: &mut [f32], lse: f32, d: f32, cap: f32) {
-    for (p, ds) in p.iter_mut().zip(ds) {
+#[inline(always)]
+fn capped(p: &mut [f32], ds: &mut [f32], lse: &[f32], d: &[f32], cap: f32) {
+    for (((p, ds), lse), d) in p.iter_mut().zip(ds).zip(lse).zip(d) {
         let (score, slope) = softcap(*p, cap);
         *p = exp(score - lse);
         *ds = *p * (*ds - d) * slope;

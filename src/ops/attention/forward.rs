@@ -1,13 +1,15 @@
-//! `o` and `lse`, tile by tile.
+//! `o` and `lse`, tile by tile. Columns, the queries of a tile, are lanes of vectors, so that running maxima and sums
+//! are vectors, too.
 
 use std::ffi::{c_int, c_void};
 
 use ggml_sys as sys;
+use pulp::{Simd, WithSimd};
 
-use super::tiles::{Heads, Job, KEYS, LD, Tile, query_tiles};
-use crate::ops::exp::{exp, softcap};
-use crate::ops::gemm::{Matrix, gemm, with_scratch};
-use crate::ops::rows::maximum;
+use super::tiles::{Block, Heads, Job, KEYS, Scores, Tile, query_tiles};
+use crate::ops::exp::{exp, exp_lanes, softcap};
+use crate::ops::gemm::with_scratch;
+use crate::ops::panel::{LANES, Panel};
 use crate::ops::segments::trees;
 
 pub(super) unsafe extern "C" fn kernel(
@@ -27,100 +29,148 @@ pub(super) unsafe extern "C" fn kernel(
     let most = job.tile_tokens();
     let tiles: Vec<Tile> =
         trees(job.segments).flat_map(|tree| query_tiles(tree, most, job.window)).collect();
+    let simd = pulp::Arch::new();
     job.units.each(tiles.len() * job.n_head_kv, nth, |unit| {
-        // SAFETY: tile and heads lie within the tensors; no other thread has this unit.
-        unsafe { tile(&job, &tiles[unit / job.n_head_kv], unit % job.n_head_kv, out, lse) };
+        // One head's tiles after another: its keys and values stay in the cache.
+        let (tile, kv) = (&tiles[unit % tiles.len()], unit / tiles.len());
+        simd.dispatch(Forward { job: &job, tile, kv, out, lse });
     });
 }
 
-/// One tile of queries of all heads that read key/value head `kv`.
-///
-/// # Safety
-/// Both lie within the tensors, and nobody else writes their results.
-unsafe fn tile(job: &Job<'_>, tile: &Tile, kv: usize, out: Heads<*mut f32>, lse: *mut f32) {
-    let (n, size, stride) = (tile.queries.len(), job.size, job.stride());
-    let columns = n * job.group();
-    let sizes = [columns * stride, columns * stride, KEYS * stride, columns * LD, 2 * columns];
-    with_scratch(sizes.iter().sum(), |scratch| {
-        let (q, rest) = scratch.split_at_mut(sizes[0]);
-        let (o, rest) = rest.split_at_mut(sizes[1]);
-        let (packed, rest) = rest.split_at_mut(sizes[2]);
-        let (p, rest) = rest.split_at_mut(sizes[3]);
-        let (max, sum) = rest.split_at_mut(columns);
-        // SAFETY: by contract.
-        unsafe { job.pack_group(&job.q, tile, kv, q) };
-        o.fill(0.0);
-        max.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
-        for keys in tile.keys() {
-            let width = keys.tokens.len();
-            // SAFETY: by contract.
-            unsafe { job.k.pack(keys.tokens.clone(), kv, packed) };
-            job.products([packed, q], [width, columns], p, job.scale);
-            for (c, column) in p.chunks_exact_mut(LD).take(columns).enumerate() {
-                let o = &mut o[c * stride..][..size];
-                let seen = tile.seen(&keys, c % n);
-                if let Some(cap) = job.softcap {
-                    column[seen.clone()].iter_mut().for_each(|x| *x = softcap(*x, cap).0);
-                }
-                absorb(&mut column[..width], seen, &mut max[c], &mut sum[c], o);
-            }
-            // SAFETY: by contract; the products' views lie within the scratch.
-            unsafe {
-                job.v.pack(keys.tokens.clone(), kv, packed);
-                let v = Matrix::new(packed.as_ptr(), 1, stride); // (d, j)
-                let p = Matrix::new(p.as_ptr(), 1, LD); // (j, i)
-                let o = Matrix::new(o.as_mut_ptr(), 1, stride); // (d, i)
-                gemm([size, columns, width], o, true, v, p, 1.0);
-            }
-        }
-        for c in 0..columns {
-            let (token, head) = (tile.queries.start + c % n, kv * job.group() + c / n);
-            if let Some(sinks) = job.sinks {
-                let mut sink = [sinks[head]];
-                absorb(&mut sink, 0..1, &mut max[c], &mut sum[c], &mut o[c * stride..][..size]);
-            }
-            // SAFETY: by contract.
-            unsafe {
-                for (y, o) in out.row_mut(token, head).iter_mut().zip(&o[c * stride..]) {
-                    *y = o / sum[c];
-                }
-                *lse.add(token * job.n_head + head) = max[c] + sum[c].ln();
-            }
-        }
-    });
+/// One tile of queries of all heads that read key/value head `kv`: both lie within the tensors, and nobody else has this unit.
+struct Forward<'j, 'k> {
+    job: &'j Job<'k>,
+    tile: &'j Tile,
+    kv: usize,
+    out: Heads<*mut f32>,
+    lse: *mut f32,
 }
 
-/// Takes one query's scores of a run of keys into its running sums; scores become `e^(s - max)`, those of
-/// keys that it does not see 0.
-fn absorb(
+impl WithSimd for Forward<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (size, stride, group) = (self.job.size, self.job.stride(), self.job.group());
+        let columns = self.tile.queries.len() * group;
+        let width = columns.next_multiple_of(LANES);
+        let sizes = [size * width, columns * stride, KEYS * stride, KEYS * width];
+        with_scratch(sizes.iter().sum::<usize>() + 3 * width + LANES, |scratch| {
+            let skip = scratch.as_ptr().align_offset(64).min(LANES);
+            let (q, rest) = scratch[skip..].split_at_mut(sizes[0]);
+            let (o, rest) = rest.split_at_mut(sizes[1]);
+            let (packed, rest) = rest.split_at_mut(sizes[2]);
+            let (scores, rest) = rest.split_at_mut(sizes[3]);
+            let (max, rest) = rest.split_at_mut(width);
+            let (sum, rest) = rest.split_at_mut(width);
+            let scale = &mut rest[..width];
+            max.fill(f32::NEG_INFINITY);
+            sum.fill(0.0);
+            // SAFETY: by what `Forward` says of its fields; packed rows and panels lie within the scratch.
+            unsafe {
+                // Until there are results their rows are the queries'.
+                self.job.pack_columns(&self.job.q, self.tile, self.kv, o, q);
+                q.iter_mut().for_each(|q| *q *= self.job.scale);
+                o.fill(0.0);
+                for keys in self.tile.keys() {
+                    let run = Scores::new(self.tile, &keys, group);
+                    self.job.k.pack(keys.tokens.clone(), self.kv, packed);
+                    for block in &run.blocks {
+                        Panel {
+                            sizes: [block.keys.len(), size],
+                            width: block.columns.len(),
+                            a: packed.as_ptr().add(block.keys.start * stride),
+                            strides: [stride, 1],
+                            b: q.as_ptr().add(block.columns.start),
+                            b_row: width,
+                            c: scores
+                                .as_mut_ptr()
+                                .add(block.keys.start * width + block.columns.start),
+                            c_row: width,
+                            keep: false,
+                        }
+                        .run(simd);
+                    }
+                    if let Some(cap) = self.job.softcap {
+                        for block in &run.blocks {
+                            for key in block.keys.clone() {
+                                let row = &mut scores[key * width..][block.columns.clone()];
+                                row.iter_mut().for_each(|x| *x = softcap(*x, cap).0);
+                            }
+                        }
+                    }
+                    run.hide(scores, width, f32::NEG_INFINITY);
+                    absorb(simd, &run, scores, max, sum, scale);
+                    for (o, scale) in o.chunks_exact_mut(stride).zip(&*scale) {
+                        if *scale != 1.0 {
+                            o.iter_mut().for_each(|o| *o *= scale);
+                        }
+                    }
+                    self.job.v.pack(keys.tokens.clone(), self.kv, packed);
+                    for block in &run.blocks {
+                        let from = block.columns.start;
+                        Panel {
+                            sizes: [block.columns.end.min(columns) - from, block.keys.len()],
+                            width: size.next_multiple_of(LANES),
+                            a: scores.as_ptr().add(block.keys.start * width + from),
+                            strides: [1, width],
+                            b: packed.as_ptr().add(block.keys.start * stride),
+                            b_row: stride,
+                            c: o.as_mut_ptr().add(from * stride),
+                            c_row: stride,
+                            keep: true,
+                        }
+                        .run(simd);
+                    }
+                }
+                for c in 0..columns {
+                    let (token, head) = self.job.place(self.tile, self.kv, c);
+                    let (mut max, mut sum, mut scale) = (max[c], sum[c], 1.0);
+                    if let Some(sinks) = self.job.sinks {
+                        let new = max.max(sinks[head]);
+                        scale = exp(max - new);
+                        sum = sum * scale + exp(sinks[head] - new);
+                        max = new;
+                    }
+                    let factor = scale / sum;
+                    let to = self.out.row_mut(token, head).iter_mut();
+                    to.zip(&o[c * stride..]).for_each(|(y, o)| *y = o * factor);
+                    *self.lse.add(token * self.job.n_head + head) = max + sum.ln();
+                }
+            }
+        });
+    }
+}
+
+/// Takes the scores of a run of keys into the running sums of each column; they become `e^(s - max)`, rows of `max.len()`, and what was
+/// summed before is to be scaled by `scale`.
+#[inline(always)]
+fn absorb<S: Simd>(
+    simd: S,
+    run: &Scores,
     scores: &mut [f32],
-    seen: std::ops::Range<usize>,
-    max: &mut f32,
-    sum: &mut f32,
-    o: &mut [f32],
+    max: &mut [f32],
+    sum: &mut [f32],
+    scale: &mut [f32],
 ) {
-    scores[..seen.start].fill(0.0);
-    scores[seen.end..].fill(0.0);
-    let live = &mut scores[seen];
-    let new = maximum(live).max(*max);
-    if new > *max {
-        let scale = exp(*max - new);
-        *sum *= scale;
-        o.iter_mut().for_each(|x| *x *= scale);
+    let per_row = max.len() / S::F32_LANES;
+    let [scores, max, sum, scale] = [scores, max, sum, scale].map(|x| S::as_mut_simd_f32s(x).0);
+    for (v, ((max, sum), scale)) in max.iter_mut().zip(sum).zip(scale).enumerate() {
+        let keys = || {
+            let has = |block: &&Block| block.columns.contains(&(v * S::F32_LANES));
+            run.blocks.iter().filter(has).flat_map(|block| block.keys.clone())
+        };
+        let new = keys().fold(*max, |new, key| simd.max_f32s(new, scores[key * per_row + v]));
+        // Where no key was seen so far there is nothing to scale, and minus infinity less itself is no number.
+        let shift = simd.max_f32s(simd.splat_f32s(f32::MIN), new);
+        let mut total = simd.splat_f32s(0.0);
+        for key in keys() {
+            let score = &mut scores[key * per_row + v];
+            *score = exp_lanes(simd, simd.sub_f32s(*score, shift));
+            total = simd.add_f32s(total, *score);
+        }
+        *scale = exp_lanes(simd, simd.sub_f32s(*max, shift));
+        *sum = simd.mul_add_e_f32s(*sum, *scale, total);
         *max = new;
     }
-    let mut lanes = [0f32; 16];
-    let (chunks, rest) = live.as_chunks_mut::<16>();
-    for chunk in chunks {
-        for i in 0..16 {
-            chunk[i] = exp(chunk[i] - new);
-            lanes[i] += chunk[i];
-        }
-    }
-    for (x, lane) in rest.iter_mut().zip(&mut lanes) {
-        *x = exp(*x - new);
-        *lane += *x;
-    }
-    *sum += lanes.iter().sum::<f32>();
 }

@@ -6,20 +6,27 @@ use std::ops::Range;
 use ggml_sys as sys;
 
 use super::Params;
-use crate::ops::gemm::{Matrix, gemm};
 use crate::ops::logits::softcap_of;
+use crate::ops::panel::{LANES, Strided, transpose};
 use crate::ops::queue::Queue;
 use crate::ops::segments::Segment;
 
-/// Keys of a tile.
+/// Keys of a run.
 pub(super) const KEYS: usize = 128;
+/// Keys that are looked at together where some queries see fewer than others.
+const BLOCK: usize = 16;
 /// Queries of a tile, all heads of a group together: as many tokens as make so many columns, within
 /// these bounds.
-const COLUMNS: usize = 128;
+const COLUMNS: usize = 64;
 const TOKENS: Range<usize> = 16..64;
 /// Floats between packed rows: the rows of heads lie a power of two apart, and so would fall on the same
 /// few cache lines.
 const PAD: usize = 16;
+
+/// Floats from one packed row of a head to the next: whole vectors.
+fn stride(size: usize) -> usize {
+    size.next_multiple_of(LANES) + PAD
+}
 
 /// Heads of one tensor: head `h` of token `t` at `data + t * width + h * size`.
 #[derive(Clone, Copy)]
@@ -45,7 +52,7 @@ impl Heads<*const f32> {
     /// # Safety
     /// As [`Heads::row`], of all tokens.
     pub(super) unsafe fn pack(&self, tokens: Range<usize>, head: usize, packed: &mut [f32]) {
-        for (to, token) in packed.chunks_mut(self.size + PAD).zip(tokens) {
+        for (to, token) in packed.chunks_mut(stride(self.size)).zip(tokens) {
             // SAFETY: by contract.
             to[..self.size].copy_from_slice(unsafe { self.row(token, head) });
         }
@@ -211,10 +218,10 @@ impl<'k> Job<'k> {
 
     /// Floats from one packed row to the next.
     pub(super) fn stride(&self) -> usize {
-        self.size + PAD
+        stride(self.size)
     }
 
-    /// Rows of a tile's queries, head after head: column `g * n + i` is query `i` of the group's head `g`.
+    /// Rows of a tile's queries, query after query: column `i * group + g` is query `i` of the group's head `g`.
     ///
     /// # Safety
     /// The tile lies within the tensor, which has query heads.
@@ -225,35 +232,104 @@ impl<'k> Job<'k> {
         kv: usize,
         packed: &mut [f32],
     ) {
-        let n = tile.queries.len() * self.stride();
-        for (g, part) in packed.chunks_exact_mut(n).take(self.group()).enumerate() {
+        let heads = kv * self.group()..(kv + 1) * self.group();
+        let rows = tile.queries.clone().flat_map(|token| heads.clone().map(move |h| (token, h)));
+        for (to, (token, head)) in packed.chunks_mut(self.stride()).zip(rows) {
             // SAFETY: by contract.
-            unsafe { from.pack(tile.queries.clone(), kv * self.group() + g, part) };
+            to[..self.size].copy_from_slice(unsafe { from.row(token, head) });
         }
     }
 
-    /// `alpha` times the products of packed rows, `(row of a, row of b)` at `out[row of b * ld + row of a]`.
-    pub(super) fn products(
+    /// The same as columns, `columns: [rows of LANES]`, those beyond the queries 0; `rows` are left as [`Job::pack_group`] packs them.
+    ///
+    /// # Safety
+    /// As [`Job::pack_group`].
+    #[inline(always)]
+    pub(super) unsafe fn pack_columns(
         &self,
-        [a, b]: [&[f32]; 2],
-        [rows_a, rows_b]: [usize; 2],
-        out: &mut [f32],
-        alpha: f32,
+        from: &Heads<*const f32>,
+        tile: &Tile,
+        kv: usize,
+        rows: &mut [f32],
+        columns: &mut [f32],
     ) {
-        assert!(a.len() >= rows_a * self.stride() && b.len() >= rows_b * self.stride());
-        assert!(out.len() >= rows_b * LD && rows_a <= LD);
-        // SAFETY: the views lie within the slices, as just asserted.
+        let n = tile.queries.len() * self.group();
+        let width = n.next_multiple_of(LANES);
+        assert!(rows.len() >= n * self.stride() && columns.len() >= self.size * width);
+        // SAFETY: by contract, and as just asserted.
         unsafe {
-            let a = Matrix::new(a.as_ptr(), self.stride(), 1); // (j, d)
-            let b = Matrix::new(b.as_ptr(), 1, self.stride()); // (d, i)
-            let out = Matrix::new(out.as_mut_ptr(), 1, LD); // (j, i)
-            gemm([rows_a, rows_b, self.size], out, false, a, b, alpha);
+            self.pack_group(from, tile, kv, rows);
+            let to = Strided(columns.as_mut_ptr(), width);
+            transpose(Strided(rows.as_ptr(), self.stride()), to, n, self.size);
         }
+        columns.chunks_exact_mut(width).for_each(|row| row[n..].fill(0.0));
+    }
+
+    /// Token and head of a column.
+    pub(super) fn place(&self, tile: &Tile, kv: usize, column: usize) -> (usize, usize) {
+        let group = self.group();
+        (tile.queries.start + column / group, kv * group + column % group)
     }
 }
 
-/// Floats from one column of scores to the next.
-pub(super) const LD: usize = KEYS + PAD;
+/// Keys of a run, and whole vectors of columns outside of which nobody sees any of them.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Block {
+    /// Counted from the run's first key.
+    pub keys: Range<usize>,
+    pub columns: Range<usize>,
+}
+
+/// Scores of a run of keys, a row for each key, and who sees what.
+pub(super) struct Scores {
+    /// Of each query: the keys that it sees.
+    seen: Vec<Range<usize>>,
+    group: usize,
+    /// What is to be computed.
+    pub blocks: Vec<Block>,
+}
+
+impl Scores {
+    pub(super) fn new(tile: &Tile, keys: &Keys, group: usize) -> Scores {
+        let (n, all) = (tile.queries.len(), keys.tokens.len());
+        let seen: Vec<Range<usize>> = (0..n).map(|i| tile.seen(keys, i)).collect();
+        let width = (n * group).next_multiple_of(LANES);
+        if seen.iter().all(|seen| *seen == (0..all)) {
+            let blocks = vec![Block { keys: 0..all, columns: 0..width }];
+            return Scores { seen, group, blocks };
+        }
+        let mut blocks: Vec<Block> = Vec::new();
+        for first in (0..all).step_by(BLOCK) {
+            let keys = first..(first + BLOCK).min(all);
+            // With a window the first queries of a segment see further back than the last ones of the segment before.
+            let sees = |seen: &Range<usize>| seen.start < keys.end && seen.end > keys.start;
+            let from = seen.iter().position(sees).unwrap_or(0);
+            let to = seen.iter().rposition(sees).map_or(from, |last| last + 1);
+            let columns = from * group / LANES * LANES..(to * group).next_multiple_of(LANES);
+            match blocks.last_mut() {
+                Some(last) if last.columns == columns => last.keys.end = keys.end,
+                _ => blocks.push(Block { keys, columns }),
+            }
+        }
+        Scores { seen, group, blocks }
+    }
+
+    /// Puts `value` for the keys that a query does not see, where they were computed; rows of `width`.
+    pub(super) fn hide(&self, scores: &mut [f32], width: usize, value: f32) {
+        for block in &self.blocks {
+            let queries = block.columns.start / self.group
+                ..block.columns.end.div_ceil(self.group).min(self.seen.len());
+            for i in queries {
+                let seen = &self.seen[i];
+                let before = block.keys.start..seen.start.clamp(block.keys.start, block.keys.end);
+                let after = seen.end.clamp(block.keys.start, block.keys.end)..block.keys.end;
+                for key in before.chain(after) {
+                    scores[key * width..][i * self.group..(i + 1) * self.group].fill(value);
+                }
+            }
+        }
+    }
+}
 
 #[cfg(test)]
 mod tests {
@@ -300,6 +376,22 @@ mod tests {
                     want.sort();
                     got.sort();
                     assert_eq!(got, want, "query {query}, window {window}");
+                }
+                for (keys, group) in
+                    tile.keys().flat_map(|keys| [1, 3, 4].map(|g| (keys.clone(), g)))
+                {
+                    let run = Scores::new(tile, &keys, group);
+                    for i in 0..tile.queries.len() {
+                        let of = i * group..(i + 1) * group;
+                        let has = |key: usize| {
+                            run.blocks.iter().any(|block| {
+                                block.keys.contains(&key)
+                                    && block.columns.start <= of.start
+                                    && of.end <= block.columns.end
+                            })
+                        };
+                        assert!(tile.seen(&keys, i).all(has), "query {i} of {keys:?}, {group}");
+                    }
                 }
                 let looked_at: usize = tile.keys().map(|keys| keys.tokens.len()).sum();
                 assert!(looked_at <= most + window, "{looked_at} keys, window {window}");
