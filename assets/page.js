@@ -157,17 +157,22 @@ function fill(name, options) {
   select.parentElement.hidden = options.length < 2;
 }
 function cells(data) {
-  const [completion, figure, tap, model] = ['completion', 'figure', 'tap', 'model'].map(name => grid.querySelector(`[name=${name}]`).value);
-  const both = model === 'difference';
-  const rowsOf = (m, c) => data.models[m][c][tap];
+  const [completion, figure, tap, model, lens] =
+    ['completion', 'figure', 'tap', 'model', 'lens'].map(name => grid.querySelector(`[name=${name}]`).value);
+  // What is less what: two models, or the first through the other lens and through its own.
+  const both = model === 'difference' || lens === 'difference';
+  const sources = lens === 'own' ? data.models : lens === 'other' ? [data.other_lens] : [data.models[0], data.other_lens];
+  // Fewer tokens, and perhaps fewer completions, were looked at through the other lens.
+  const rowsOf = (m, c) => (sources[m][c] ?? {})[tap] ?? [];
   const value = (c, row, column) => {
     const of = m => { const x = rowsOf(m, c)[row][column][figure]; return figure === '3' ? Math.log10(x) : x; };
     const last = row === rowsOf(0, c).length - 1;
     if (figure === '1' && last) return 0;
-    return both ? of(1) - of(0) : of(+model);
+    return both ? of(1) - of(0) : of(shownOf);
   };
+  const shownOf = both ? 1 : lens === 'own' ? +model : 0;
   const all = [];
-  data.completions.forEach((_, c) => rowsOf(0, c).forEach((row, r) => row.forEach((_, t) => all.push(value(c, r, t)))));
+  data.completions.forEach((_, c) => rowsOf(shownOf, c).forEach((row, r) => row.forEach((_, t) => all.push(value(c, r, t)))));
   const finite = all.filter(x => typeof x === 'number' && isFinite(x));
   let low = Math.min(...finite), high = Math.max(...finite);
   if (both) { high = Math.max(Math.abs(low), Math.abs(high)); low = -high; }
@@ -176,8 +181,9 @@ function cells(data) {
   grid.querySelector('[name=high]').textContent = shown(high);
   const one = data.completions[completion];
   grid.querySelector('.prompt').textContent = one.prompt ? `prompt: ${one.prompt}` : '';
-  const table = grid.querySelector('table'), texts = rowsOf(both ? 1 : +model, completion);
+  const table = grid.querySelector('table'), texts = rowsOf(shownOf, completion);
   table.replaceChildren();
+  if (!texts.length) grid.querySelector('.cell').textContent = 'The other lens looked at the first tokens only, none of this completion.';
   for (let r = texts.length - 1; r >= 0; r--) {
     const line = element('tr', undefined, table);
     element('th', r === texts.length - 1 ? 'final' : r + 1, line);
@@ -208,6 +214,13 @@ if (grid) {
   fill('completion', data.completions.map((c, i) => [i, c.title]));
   fill('tap', Object.keys(data.models[0][0]).map(tap => [tap, names[tap]]));
   fill('model', data.models.length > 1 ? [['0', 'first'], ['1', 'second'], ['difference', 'second less first']] : [['0', 'first']]);
+  const [raw, normed] = ['without final norm', 'with final norm'];
+  const [own, other] = data.final_norm ? [normed, raw] : [raw, normed];
+  fill('lens', data.other_lens.length ? [['own', own], ['other', other], ['difference', `${other} less ${own}`]] : [['own', own]]);
+  // The other lens knows the first model alone.
+  const [model, lens] = ['model', 'lens'].map(name => grid.querySelector(`[name=${name}]`));
+  model.addEventListener('input', () => { if (model.value !== '0') lens.value = 'own'; });
+  lens.addEventListener('input', () => { if (lens.value !== 'own') model.value = '0'; });
   grid.querySelectorAll('select').forEach(select => select.addEventListener('input', () => cells(data)));
   cells(data);
 }

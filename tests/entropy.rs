@@ -199,7 +199,7 @@ fn a_resumed_dump_is_the_whole_one() {
     for name in ["layers", "tokens", "samples", "rows", "perplexity", "boundary"] {
         assert_eq!(resumed[name], summary[name], "{name}");
     }
-    for file in ["entropy.jsonl", "entropy.parquet"] {
+    for file in ["entropy.jsonl", "entropy.parquet", "lens.json", "report.html"] {
         assert!(read(&part, file) == read(&whole, file), "{file}");
     }
     // Once more: there is nothing left to do.

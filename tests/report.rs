@@ -178,6 +178,11 @@ fn look_at_grid(page: &Path, taps: &[&str], models: usize) {
                     let n = browser.value(painted).as_u64().unwrap();
                     assert!(n > 10, "{n} cells of {completion} {tap} {figure} {model}");
                 }
+                for lens in ["other", "difference", "own"] {
+                    browser.value(&choose("lens", lens));
+                    let n = browser.value(painted).as_u64().unwrap();
+                    assert!(n > 10, "{n} cells of {completion} {tap} {figure}, lens {lens}");
+                }
             }
         }
     }

@@ -65,7 +65,7 @@ pub struct Settings {
 
 /// How the work is done; none of it changes the figures.
 #[derive(Clone, Debug)]
-pub struct Conduct {
+pub struct DumpOptions {
     /// Folder of the results.
     pub out: PathBuf,
     /// Go on with what is there.
@@ -84,7 +84,7 @@ pub struct Conduct {
     pub figures: bool,
 }
 
-impl Conduct {
+impl DumpOptions {
     /// Whether rows without a completion are answered.
     pub fn answers(&self) -> bool {
         self.figures
@@ -130,6 +130,8 @@ pub struct Findings {
     pub difference: Sums,
     /// A few completions to look at, under the model and under the one it is compared with.
     pub galleries: Vec<Gallery>,
+    /// The same under the model through the other lens, as far as [`Lenses`] took their tokens.
+    pub other_lens: Gallery,
     /// Their prompts.
     pub prompts: Vec<String>,
     /// Completions measured.
@@ -155,7 +157,7 @@ type Figures = Vec<Vec<Vec<Measured>>>;
 struct Dump<'d, 'm> {
     sides: &'d mut [Side<'m>],
     settings: &'d Settings,
-    conduct: &'d Conduct,
+    options: &'d DumpOptions,
     engine: Engine,
     // Of the first rank.
     files: Option<DumpFiles>,
@@ -176,7 +178,7 @@ struct Dump<'d, 'm> {
 pub fn dump<'m>(
     sides: &mut [Side<'m>],
     settings: &Settings,
-    conduct: &Conduct,
+    options: &DumpOptions,
     run: Run<'_>,
 ) -> Result<Findings> {
     let Run { pool, stop, team, watcher } = run;
@@ -191,14 +193,15 @@ pub fn dump<'m>(
     let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
     let answering =
         Answering { max_response: settings.max_response, sampling, seed: settings.seed };
-    let invariant = crate::rollout::invariant(conduct.batch_invariant, model.device(), team)?;
+    let invariant = crate::rollout::invariant(options.batch_invariant, model.device(), team)?;
     let mut answerer = Answerer::new(model, pool.clone(), answering, team, invariant);
-    begin_together(team, sides, settings, conduct, pool)?;
+    begin_together(team, sides, settings, options, pool)?;
     let mut findings = Findings {
         sums: sides.iter().map(|side| Sums::of(side.model.config())).collect(),
         mixers: sides.iter().map(|side| side.model.config().mixers()).collect(),
         difference: Sums::new(n_layer),
         galleries: vec![Gallery::default(); sides.len()],
+        other_lens: Gallery::default(),
         prompts: Vec::new(),
         samples: 0,
         rows: 0,
@@ -211,16 +214,16 @@ pub fn dump<'m>(
     let mut size = hidden::Size::default();
     if let Some(hidden) = &settings.hidden {
         size = team.from_first(|| {
-            let size = hidden::size(model, settings, conduct, hidden)?;
-            HiddenFiles::check_free(hidden, conduct.resume).map(|()| size)
+            let size = hidden::size(model, settings, options, hidden)?;
+            HiddenFiles::check_free(hidden, options.resume).map(|()| size)
         })?;
         watcher.note(&size.to_string());
     }
-    let measured = sides.iter().filter(|_| conduct.figures);
+    let measured = sides.iter().filter(|_| options.figures);
     let mixtures: Vec<bool> = measured.map(|side| side.model.config().is_mixture()).collect();
     let (mut files, mut written) = (None, 0);
     if team.is_first() {
-        let (out, resume) = (&conduct.out, conduct.resume);
+        let (out, resume) = (&options.out, options.resume);
         let open = DumpFiles::open(out, settings, &mixtures, resume, |records| {
             take(&mut findings, records)
         })?;
@@ -252,15 +255,15 @@ pub fn dump<'m>(
             }
         }
     };
-    if conduct.resume {
+    if options.resume {
         let tokens = findings.sums[0].tokens();
-        watcher.resumed(if conduct.figures { tokens } else { written });
+        watcher.resumed(if options.figures { tokens } else { written });
     }
     let mut dump = Dump {
         engine: Engine::on(sides[0].model.device(), pool.clone())?,
         sides,
         settings,
-        conduct,
+        options,
         files,
         hidden,
         findings,
@@ -293,6 +296,7 @@ pub fn dump<'m>(
             });
         }
         dump.findings.lenses = files.progress().lenses.clone();
+        dump.findings.other_lens = files.other_lens().clone();
         dump.findings.prompts = files.progress().prompts.clone();
         return Ok(dump.findings);
     }
@@ -346,7 +350,7 @@ impl<'m> Dump<'_, 'm> {
                 match rows.next(self.longest())? {
                     None => break,
                     Some(Ok(row)) => usable.push(row),
-                    Some(Err(unusable)) if self.conduct.strict => return Err(unusable),
+                    Some(Err(unusable)) if self.options.strict => return Err(unusable),
                     Some(Err(unusable)) => {
                         self.watcher.note(&format!("left out: {unusable}"));
                         self.unusable.push((rows.read() - 1, unusable.to_string()));
@@ -358,7 +362,7 @@ impl<'m> Dump<'_, 'm> {
                 break;
             }
             let mut samples = self.samples(usable, answerer)?;
-            let room = self.conduct.samples.map_or(u64::MAX, |n| n - n.min(self.findings.samples));
+            let room = self.options.samples.map_or(u64::MAX, |n| n - n.min(self.findings.samples));
             samples.truncate(room.try_into().unwrap_or(usize::MAX));
             self.measure(samples, end)?;
         }
@@ -372,8 +376,8 @@ impl<'m> Dump<'_, 'm> {
             .filter(|row| row.completions.is_empty())
             .map(|row| (row.row, row.prompt.clone()))
             .collect();
-        let mut answers = vec![Vec::new(); if self.conduct.answers() { 0 } else { open.len() }];
-        if !open.is_empty() && self.conduct.answers() {
+        let mut answers = vec![Vec::new(); if self.options.answers() { 0 } else { open.len() }];
+        if !open.is_empty() && self.options.answers() {
             let lora = self.sides[0].lora.as_mut();
             let watcher = &mut *self.watcher;
             let mut progress = |p| watcher.answering(p);
@@ -396,7 +400,7 @@ impl<'m> Dump<'_, 'm> {
     /// Measures samples; after each batch whatever rows are complete are noted as done, at the end all up
     /// to `end`.
     fn measure(&mut self, samples: Vec<Sample>, end: usize) -> Result<()> {
-        let batches = split(samples, self.settings.pick, self.conduct.batch_tokens);
+        let batches = split(samples, self.settings.pick, self.options.batch_tokens);
         let firsts: Vec<usize> = batches.iter().map(|runs| runs[0][0].row).collect();
         let (mut whole, nothing) = (true, batches.is_empty());
         let shared = match self.team.is_alone() {
@@ -414,7 +418,7 @@ impl<'m> Dump<'_, 'm> {
             self.batch(runs, measured)?;
             let written = self.hidden.as_ref().map_or(0, HiddenFiles::written);
             let tokens = self.findings.sums[0].tokens();
-            let tokens = if self.conduct.figures { tokens } else { written };
+            let tokens = if self.options.figures { tokens } else { written };
             self.watcher.measured(self.findings.samples, tokens);
             if let Some(files) = &mut self.files {
                 files.hidden(written);
@@ -439,11 +443,11 @@ impl<'m> Dump<'_, 'm> {
 
     /// Tokens that a row without a completion gets.
     fn longest(&self) -> usize {
-        if self.conduct.answers() { self.settings.max_response } else { 0 }
+        if self.options.answers() { self.settings.max_response } else { 0 }
     }
 
     fn limit_reached(&self) -> bool {
-        self.conduct.samples.is_some_and(|n| self.findings.samples >= n)
+        self.options.samples.is_some_and(|n| self.findings.samples >= n)
     }
 
     /// The rows before `rows` are done.
@@ -473,7 +477,7 @@ impl<'m> Dump<'_, 'm> {
             }
             hidden.advance(hidden.count(&runs, pick));
         }
-        if !self.conduct.figures {
+        if !self.options.figures {
             self.findings.samples += runs.iter().map(|run| run.len() as u64).sum::<u64>();
             return Ok(());
         }
@@ -506,40 +510,43 @@ impl<'m> Dump<'_, 'm> {
         let (model, lora) = (self.sides[0].model, self.sides[0].lora.as_ref());
         let places = (&packed.batch, packed.picked.as_slice());
         let (engine, look) = (&mut self.engine, self.settings.look);
-        files.lenses().take(engine, (model, lora), places, &measured[0], look)?;
+        let through = files.lenses().take(engine, (model, lora), places, &measured[0], look)?;
+        let vocab = model.engine().vocab();
         let mut at = 0;
         for (sample, n) in &packed.samples {
             let own = at..at + n;
             at += n;
+            let record = |measured: &[Vec<Measured>], layer: usize, i: usize| -> Result<Record> {
+                let scored = packed.batch.scored[packed.picked[i]];
+                let mut m = measured[layer][i].clone();
+                check_finite(&m, sample)?;
+                for top in m.tops.iter_mut().flatten() {
+                    top.texts = top.tokens.iter().map(|&t| vocab.text(&[t], true)).collect();
+                }
+                Ok(Record {
+                    row: sample.row,
+                    completion: sample.completion,
+                    layer: layer + 1,
+                    position: packed.batch.positions[scored.row as usize] as usize,
+                    token: scored.target,
+                    text: vocab.text(&[scored.target], true),
+                    figures: m.figures,
+                    tops: m.tops,
+                    routed: m.routed,
+                })
+            };
             for layer in 0..model.config().n_layer {
                 for i in own.clone() {
-                    let scored = packed.batch.scored[packed.picked[i]];
-                    let mut records: Vec<Record> = Vec::with_capacity(measured.len());
-                    for side in &measured {
-                        let mut m = side[layer][i].clone();
-                        check_finite(&m, sample)?;
-                        let vocab = model.engine().vocab();
-                        for top in m.tops.iter_mut().flatten() {
-                            top.texts =
-                                top.tokens.iter().map(|&t| vocab.text(&[t], true)).collect();
-                        }
-                        records.push(Record {
-                            row: sample.row,
-                            completion: sample.completion,
-                            layer: layer + 1,
-                            position: packed.batch.positions[scored.row as usize] as usize,
-                            token: scored.target,
-                            text: model.engine().vocab().text(&[scored.target], true),
-                            figures: m.figures,
-                            tops: m.tops,
-                            routed: m.routed,
-                        });
-                    }
+                    let sides = measured.iter().map(|side| record(side, layer, i));
+                    let records = sides.collect::<Result<Vec<Record>>>()?;
                     files.write(&records)?;
                     take(&mut self.findings, &records);
+                    if through.first().is_some_and(|taken| i < taken.len()) {
+                        files.other_lens().take(&record(&through, layer, i)?);
+                    }
                 }
             }
-            let prompt = |tokens: &[i32]| model.engine().vocab().text(tokens, false);
+            let prompt = |tokens: &[i32]| vocab.text(tokens, false);
             files.keep_prompt(self.findings.samples, || prompt(&sample.prompt));
             self.findings.samples += 1;
         }

@@ -10,7 +10,7 @@ use super::dump::Settings;
 use super::lenses::Lenses;
 use super::parquet;
 use super::record::{Kind, Record, columns};
-use super::samples::SAMPLES;
+use super::samples::{Gallery, SAMPLES};
 use crate::error::json_fault;
 use crate::gguf::{refuse_filled, write_atomically};
 use crate::{Error, Result};
@@ -18,6 +18,8 @@ use crate::{Error, Result};
 /// Names of the record files by side, without their ending.
 pub const RECORDS: [&str; 2] = ["entropy", "compare"];
 const PROGRESS: &str = "progress.json";
+/// The first completions through the other lens.
+const LENS: &str = "lens.json";
 
 /// What of the record files is whole.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -51,6 +53,9 @@ pub struct DumpFiles {
     // Of each side.
     columns: Vec<Vec<(String, Kind)>>,
     progress: Progress,
+    other_lens: Gallery,
+    // Tokens that `lenses` had taken when LENS was written.
+    lens_tokens: usize,
 }
 
 impl DumpFiles {
@@ -98,7 +103,10 @@ impl DumpFiles {
         };
         let writers = paths.iter().map(open).collect::<Result<_>>()?;
         let columns = mixtures.iter().map(|&m| columns(settings.look.top_k > 0, m)).collect();
-        let mut files = DumpFiles { out: out.into(), writers, columns, progress };
+        let other_lens = read_other_lens(out, &progress)?;
+        let lens_tokens = progress.lenses.tokens;
+        let mut files =
+            DumpFiles { out: out.into(), writers, columns, progress, other_lens, lens_tokens };
         if sides == 0 {
             files.note()?;
         }
@@ -113,6 +121,11 @@ impl DumpFiles {
     /// The first tokens through both lenses, to be added to; kept with the next commit.
     pub fn lenses(&mut self) -> &mut Lenses {
         &mut self.progress.lenses
+    }
+
+    /// The first completions through the other lens, to be added to; kept with the next commit.
+    pub fn other_lens(&mut self) -> &mut Gallery {
+        &mut self.other_lens
     }
 
     /// Positions whose hidden states are written, noted with the next commit.
@@ -134,7 +147,7 @@ impl DumpFiles {
     /// [`Error::Io`] when the system refuses.
     pub fn drop_json_lines(out: &Path) -> Result<()> {
         let names = RECORDS.iter().map(|name| format!("{name}.jsonl"));
-        for path in names.chain([PROGRESS.into()]).map(|name| out.join(name)) {
+        for path in names.chain([PROGRESS, LENS].map(Into::into)).map(|name| out.join(name)) {
             if path.exists() {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
@@ -164,15 +177,15 @@ impl DumpFiles {
         }
         let p = &mut self.progress;
         (p.rows, p.samples, p.refused, p.reasons) = (rows, samples, refused, reasons.to_vec());
+        if self.lens_tokens < p.lenses.tokens {
+            self.lens_tokens = p.lenses.tokens;
+            write_json(&self.out.join(LENS), &self.other_lens)?;
+        }
         self.note()
     }
 
     fn note(&mut self) -> Result<()> {
-        let path = self.out.join(PROGRESS);
-        write_atomically(&path, |w| {
-            serde_json::to_writer(w, &self.progress)
-                .map_err(|e| Error::io("write", &path)(e.into()))
-        })
+        write_json(&self.out.join(PROGRESS), &self.progress)
     }
 
     /// Cuts off what is not whole and writes the Parquet files.
@@ -192,7 +205,7 @@ impl DumpFiles {
     /// Takes the files away again: nothing was measured.
     pub fn discard(self) -> Result<()> {
         let names = RECORDS.iter().flat_map(|n| [format!("{n}.jsonl"), format!("{n}.parquet")]);
-        for path in names.chain([PROGRESS.into()]).map(|name| self.out.join(name)) {
+        for path in names.chain([PROGRESS, LENS].map(Into::into)).map(|name| self.out.join(name)) {
             if path.exists() {
                 fs::remove_file(&path).map_err(Error::io("remove", &path))?;
             }
@@ -206,6 +219,31 @@ impl DumpFiles {
     }
 }
 
+/// On one line: it is written again and again.
+fn write_json(path: &Path, what: &impl Serialize) -> Result<()> {
+    write_atomically(path, |w| {
+        serde_json::to_writer(w, what).map_err(|e| Error::io("write", path)(e.into()))
+    })
+}
+
+/// The first completions through the other lens, of the rows that are whole.
+fn read_other_lens(out: &Path, progress: &Progress) -> Result<Gallery> {
+    let path = out.join(LENS);
+    let mut gallery: Gallery = match fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Gallery::default()),
+        other => read_json(&path, &other.map_err(Error::io("read", &path))?)?,
+    };
+    gallery.views.retain(|view| (view.row as u64) < progress.rows);
+    Ok(gallery)
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| {
+        let advice = "start anew in another folder";
+        Error::invalid(path.display().to_string(), "a dump's progress", json_fault(&e), advice)
+    })
+}
+
 /// The progress of a dump with these settings; none where nothing was begun.
 fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
     let path = out.join(PROGRESS);
@@ -213,10 +251,7 @@ fn read_progress(out: &Path, settings: &Settings) -> Result<Option<Progress>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(Error::io("read", &path))?,
     };
-    let progress: Progress = serde_json::from_str(&text).map_err(|e| {
-        let advice = "start anew in another folder";
-        Error::invalid(path.display().to_string(), "a dump's progress", json_fault(&e), advice)
-    })?;
+    let progress: Progress = read_json(&path, &text)?;
     let fields = |s: &Settings| match serde_json::to_value(s) {
         Ok(serde_json::Value::Object(map)) => map,
         _ => serde_json::Map::new(),

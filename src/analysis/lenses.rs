@@ -37,6 +37,7 @@ pub struct Seen {
 
 impl Lenses {
     /// Takes the picked tokens of a batch, as far as more are wanted; `measured`: by layer and token, through `look`.
+    /// What was measured of them through the other lens, by layer and token.
     ///
     /// # Errors
     /// Those of the engine.
@@ -47,12 +48,12 @@ impl Lenses {
         (batch, picked): (&Batch, &[usize]),
         measured: &[Vec<Measured>],
         look: Look,
-    ) -> Result<()> {
+    ) -> Result<Vec<Vec<Measured>>> {
         let wanted = picked.len().min(TOKENS.saturating_sub(self.tokens));
         if wanted == 0 {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let other = Look { top_k: 0, final_norm: !look.final_norm };
+        let other = Look { final_norm: !look.final_norm, ..look };
         let through = measure(engine, model, lora, batch, &picked[..wanted], other)?;
         let (raw, normed) = match look.final_norm {
             false => (measured, through.as_slice()),
@@ -61,7 +62,7 @@ impl Lenses {
         add(&mut self.raw, raw, wanted);
         add(&mut self.normed, normed, wanted);
         self.tokens += wanted;
-        Ok(())
+        Ok(through)
     }
 
     /// Means by layer: without the final norm, and with it.

@@ -28,7 +28,7 @@ mod samples;
 mod sides;
 mod summary;
 
-pub use dump::{Conduct, Findings, Run, Settings, Unwatched, Watcher, dump};
+pub use dump::{DumpOptions, Findings, Run, Settings, Unwatched, Watcher, dump};
 pub use lenses::{Lenses, Seen};
 pub use measure::{Look, Measured, cosine, measure};
 pub use outcome::{Difference, Means, Outcome};
@@ -71,10 +71,10 @@ pub struct Written {
 pub fn hidden_states<'m>(
     sides: &mut [Side<'m>],
     settings: &Settings,
-    conduct: &Conduct,
+    options: &DumpOptions,
     run: Run<'_>,
 ) -> Result<Written> {
-    let findings = dump(sides, settings, conduct, run)?;
+    let findings = dump(sides, settings, options, run)?;
     let (positions, bytes) = findings.hidden.unwrap_or_default();
     Ok(Written {
         file: settings.hidden.as_ref().map(|h| h.file.clone()).unwrap_or_default(),
@@ -88,7 +88,7 @@ pub fn hidden_states<'m>(
     })
 }
 
-/// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `conduct.out`. None of a rank that is
+/// The whole of `bupo-gguf entropy`: the dump, its summary and its report, all in `options.out`. None of a rank that is
 /// not the first.
 ///
 /// # Errors
@@ -96,19 +96,19 @@ pub fn hidden_states<'m>(
 pub fn entropy<'m>(
     sides: &mut [Side<'m>],
     settings: &Settings,
-    conduct: &Conduct,
+    options: &DumpOptions,
     run: Run<'_>,
 ) -> Result<Option<Outcome>> {
     let team = run.team.clone();
-    let findings = dump(sides, settings, conduct, run)?;
+    let findings = dump(sides, settings, options, run)?;
     if !team.is_first() {
         return Ok(None);
     }
     let outcome = Outcome::new(settings, &findings);
-    write_json_atomically(&conduct.out.join("summary.json"), &outcome)?;
-    report::write(&report::of_dump(&outcome, &findings), &conduct.out)?;
-    if !conduct.json_lines && !findings.interrupted {
-        files::DumpFiles::drop_json_lines(&conduct.out)?;
+    write_json_atomically(&options.out.join("summary.json"), &outcome)?;
+    report::write(&report::of_dump(&outcome, &findings), &options.out)?;
+    if !options.json_lines && !findings.interrupted {
+        files::DumpFiles::drop_json_lines(&options.out)?;
     }
     Ok(Some(outcome))
 }

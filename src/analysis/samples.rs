@@ -1,5 +1,7 @@
 //! A few completions kept for looking at: each token under each layer's policy.
 
+use serde::{Deserialize, Serialize};
+
 use super::record::{Figure, Record, Tap};
 
 /// Completions kept.
@@ -8,7 +10,7 @@ pub(super) const SAMPLES: usize = 6;
 const POSITIONS: usize = 96;
 
 /// One policy at one position.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Glance {
     /// Entropy, nats.
     pub entropy: f32,
@@ -23,7 +25,7 @@ pub struct Glance {
 }
 
 /// One completion, as far as it is kept.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct View {
     /// Row of the data, from 0.
     pub row: usize,
@@ -45,7 +47,7 @@ const TAPS: [(Tap, Figure); 3] = [
 ];
 
 /// The first completions of a dump.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Gallery {
     /// In the order of the data.
     pub views: Vec<View>,

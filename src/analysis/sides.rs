@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::dump::{Conduct, Settings};
+use super::dump::{DumpOptions, Settings};
 use crate::ggml::ThreadPool;
 use crate::model::{Lora, Model};
 use crate::team::{Fact, Team};
@@ -21,7 +21,7 @@ pub(super) fn begin_together(
     team: &Team,
     sides: &[Side<'_>],
     settings: &Settings,
-    conduct: &Conduct,
+    options: &DumpOptions,
     pool: &ThreadPool,
 ) -> Result<()> {
     if team.is_alone() {
@@ -31,14 +31,14 @@ pub(super) fn begin_together(
     let files = sides.iter().flat_map(|side| side.model.files().iter().cloned());
     let files = files.chain(adapters.into_iter().flatten().map(PathBuf::from));
     let sums = files.map(|file| crate::gguf::sha256(&file)).collect::<Result<Vec<_>>>()?;
-    let what = (settings, conduct.figures);
-    let how = (what, conduct.samples, conduct.strict, conduct.batch_tokens);
+    let what = (settings, options.figures);
+    let how = (what, options.samples, options.strict, options.batch_tokens);
     let how = serde_json::to_string(&how).unwrap_or_default();
-    let options = "start all ranks with the same options";
+    let advice = "start all ranks with the same options";
     team.alike(&[
         Fact::program()?,
         Fact::new("SHA-256 of models and adapters", sums.join(" "), "copy the first rank's files"),
-        Fact::new("settings", how, options),
+        Fact::new("settings", how, advice),
         Fact::new("threads", pool.n_threads().to_string(), "say how many with --threads"),
         Fact::processor(),
     ])

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::{DeviceArgs, ModelArgs, open_adapter, print_json, print_line, stop_on_signal};
 use crate::analysis::hidden::{self, Element, Hidden, Positions, Ranges};
 use crate::analysis::{
-    Conduct, Look, Pick, Run, Settings, Side, Tap, Unwatched, Watcher, entropy, hidden_states,
+    DumpOptions, Look, Pick, Run, Settings, Side, Tap, Unwatched, Watcher, entropy, hidden_states,
 };
 use crate::ggml::ThreadPool;
 use crate::options::at_least_one;
@@ -216,7 +216,7 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         }),
     };
     let alone = settings.hidden.as_ref().map(|hidden| hidden::partial(&hidden.file));
-    let conduct = Conduct {
+    let options = DumpOptions {
         out: args.out.clone().or(alone).unwrap_or_default(),
         figures: args.out.is_some(),
         resume: args.resume,
@@ -228,7 +228,7 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
     };
     let model = args.device.open(&args.model)?;
     if let (true, Some(hidden)) = (args.dry_run, &settings.hidden) {
-        let size = hidden::size(&model, &settings, &conduct, hidden)?;
+        let size = hidden::size(&model, &settings, &options, hidden)?;
         return if args.json { print_json(&size) } else { print_line(&size.to_string()) };
     }
     let other = args.compare.as_ref().map(|path| args.device.open_file(path)).transpose()?;
@@ -246,7 +246,7 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
     let run = Run { pool: &pool, stop: &stop, team, watcher };
     let interrupted = match &args.out {
         Some(out) => {
-            let Some(outcome) = entropy(&mut sides, &settings, &conduct, run)? else {
+            let Some(outcome) = entropy(&mut sides, &settings, &options, run)? else {
                 return Ok(());
             };
             watch.bar.finish_and_clear();
@@ -262,7 +262,7 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
             outcome.interrupted
         }
         None => {
-            let written = hidden_states(&mut sides, &settings, &conduct, run)?;
+            let written = hidden_states(&mut sides, &settings, &options, run)?;
             if !team.is_first() {
                 return Ok(());
             }

@@ -86,7 +86,7 @@ impl Dump<'_, '_> {
                 let under = (side.model, side.lora.as_ref());
                 hidden.take(starts[i], &mut self.engine, under, &batches[i], pick)?;
             }
-            let figures = match self.conduct.figures {
+            let figures = match self.options.figures {
                 true => self.figures(&self.packed(batches[i].clone())?)?,
                 false => Figures::new(),
             };

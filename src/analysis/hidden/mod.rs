@@ -19,7 +19,7 @@ pub use streams::{HiddenFiles, Writer, partial};
 
 use std::path::Path;
 
-use super::dump::{Conduct, Settings};
+use super::dump::{DumpOptions, Settings};
 use super::rows::{Rows, Sample};
 use super::{Pick, Tap};
 use crate::model::{Batch, Engine, Lora, Model};
@@ -61,20 +61,20 @@ impl std::fmt::Display for Size {
 pub fn size(
     model: &Model,
     settings: &Settings,
-    conduct: &Conduct,
+    options: &DumpOptions,
     hidden: &Hidden,
 ) -> Result<Size> {
     let config = model.config();
     hidden.check(config.n_layer)?;
     let mut rows = Rows::open(model, Path::new(&settings.data), settings.system.clone())?;
     let mut size = Size::default();
-    let (answers, pick) = (conduct.answers(), settings.pick);
-    let mut room = conduct.samples.unwrap_or(u64::MAX);
+    let (answers, pick) = (options.answers(), settings.pick);
+    let mut room = options.samples.unwrap_or(u64::MAX);
     while room > 0 {
         let row = match rows.next(if answers { settings.max_response } else { 0 })? {
             None => break,
             Some(Ok(row)) => row,
-            Some(Err(unusable)) if conduct.strict => return Err(unusable),
+            Some(Err(unusable)) if options.strict => return Err(unusable),
             Some(Err(_)) => continue,
         };
         size.rows += 1;

@@ -50,7 +50,7 @@ pub fn of_dump(outcome: &Outcome, findings: &Findings) -> Page {
     if let Some(difference) = &outcome.difference {
         page.sections.push(differences(&difference.layers));
     }
-    if let Some(part) = grid::part(findings, outcome.means.layers.len()) {
+    if let Some(part) = grid::part(findings, outcome.means.layers.len(), settings.look.final_norm) {
         page.sections.push(Section {
             title: "Token by token".into(),
             text: "In each cell the likeliest token of a layer's policy where the token above the column is chosen; a frame \

@@ -5,18 +5,20 @@ use serde_json::{Value, json};
 use super::page::Part;
 use crate::analysis::dump::Findings;
 use crate::analysis::record::Tap;
-use crate::analysis::samples::{Glance, View};
+use crate::analysis::samples::{Gallery, Glance, View};
 
 /// Cells of a page: what they hold is most of its size.
 const CELLS: usize = 9000;
 /// Tokens of a completion at least, whatever the number of layers.
 const LEAST_TOKENS: usize = 12;
 
-/// The grid of the first completions, under one model or two; none without completions.
-pub(super) fn part(findings: &Findings, n_layer: usize) -> Option<Part> {
+/// The grid of the first completions, under one model or two, and under the first through the other lens; none without
+/// completions. `final_norm`: the lens that all was measured through.
+pub(super) fn part(findings: &Findings, n_layer: usize, final_norm: bool) -> Option<Part> {
     let first = findings.galleries.first().filter(|gallery| !gallery.views.is_empty())?;
     let taps: usize = first.views[0].taps.len();
-    let all = first.views.len() * n_layer * taps * findings.galleries.len();
+    let galleries = findings.galleries.len() + 1;
+    let all = first.views.len() * n_layer * taps * galleries;
     let tokens = (CELLS / all).max(LEAST_TOKENS);
     let completions: Vec<Value> = first
         .views
@@ -30,12 +32,16 @@ pub(super) fn part(findings: &Findings, n_layer: usize) -> Option<Part> {
             })
         })
         .collect();
-    let models: Vec<Value> = findings
-        .galleries
-        .iter()
-        .map(|gallery| gallery.views.iter().map(|view| cells(view, tokens)).collect())
-        .collect();
-    Some(Part::Grid(json!({"completions": completions, "models": models})))
+    let shown = |gallery: &Gallery| -> Value {
+        gallery.views.iter().map(|view| cells(view, tokens)).collect()
+    };
+    let models: Vec<Value> = findings.galleries.iter().map(shown).collect();
+    Some(Part::Grid(json!({
+        "completions": completions,
+        "models": models,
+        "other_lens": shown(&findings.other_lens),
+        "final_norm": final_norm,
+    })))
 }
 
 /// Rows of cells by tap, the lowest layer first, the final policy last.

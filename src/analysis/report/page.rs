@@ -226,6 +226,7 @@ const GRID: &str = r#"<div class="controls"><label>completion <select name="comp
 <label>colour <select name="figure"><option value="0">entropy, nats</option><option value="1">KL to the final policy, nats</option>
 <option value="2">probability of the token taken</option><option value="3">rank of the token taken</option></select></label>
 <label>of <select name="tap"></select></label><label>model <select name="model"></select></label>
+<label>lens <select name="lens"></select></label>
 <span class="scale"><output name="low"></output><i></i><output name="high"></output></span></div>
 <p class="prompt"></p><div class="scroll"><table></table></div><pre class="cell"></pre>"#;
 
