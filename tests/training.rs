@@ -354,13 +354,13 @@ fn shared_prefixes_change_nothing_but_the_work() {
     let tokens: Vec<&[i32]> = row.completions.iter().map(Vec::as_slice).collect();
     let mut shared = Batch::default();
     shared.push_group(&row.prompt, &tokens, n_vocab).unwrap();
-    let mut apart = Batch::default();
+    let mut separate = Batch::default();
     for completion in &tokens {
-        apart.push_group(&row.prompt, &[completion], n_vocab).unwrap();
+        separate.push_group(&row.prompt, &[completion], n_vocab).unwrap();
     }
-    assert!(shared.len() < apart.len());
+    assert!(shared.len() < separate.len());
     let mut results = Vec::new();
-    for batch in [&shared, &apart] {
+    for batch in [&shared, &separate] {
         engine.forward(&golden.model, Some(&lora), batch, policy.depth()).unwrap();
         let scores = engine.score(&golden.model, Some(&lora), batch, policy, 1.0, true).unwrap();
         let cotangents: Vec<f32> = (0..scores.logprobs.len()).map(|i| (i as f32).sin()).collect();

@@ -393,23 +393,23 @@ pub(super) fn check_head_copy(folder: &Path, base: &GgufSet) -> Result<()> {
     let (from, to) = (part.bytes(head), copy.data());
     let [base_row, copy_row] = [from.len(), to.len()].map(|n| n / head.shape[1].max(1) as usize);
     let mut row = vec![0.0; n_in];
-    let (mut apart, mut size) = (0.0, 0.0);
+    let (mut off, mut size) = (0.0, 0.0);
     for (from, to) in from.chunks_exact(base_row.max(1)).zip(to.chunks_exact(copy_row.max(1))) {
         head.ty.dequantize(from, &mut row);
         let copy = TensorView::new(copy.dtype(), vec![n_in], to);
         let copy =
             floats(&copy.map_err(|e| Error::engine(&place, e.to_string(), "report it"))?, &place)?;
         for (base, copy) in row.iter().zip(copy) {
-            apart += f64::from(base - copy).powi(2);
+            off += f64::from(base - copy).powi(2);
             size += f64::from(*base).powi(2);
         }
     }
-    if apart <= FAR * size {
+    if off <= FAR * size {
         return Ok(());
     }
     refuse(
         format!("the base's {OUTPUT}"),
-        format!("other numbers, {:.2} of its size away", (apart / size).sqrt()),
+        format!("other numbers, {:.2} of its size away", (off / size).sqrt()),
     )
 }
 

@@ -1,6 +1,6 @@
 //! Forward and backward through the layers, one graph each.
 //!
-//! The forward keeps the residual that enters each layer, and the dear activations of as many layers as
+//! The forward keeps the residual that enters each layer, and the costly activations of as many layers as
 //! the budget allows ([`Engine::keep_up_to`]); the backward builds a layer's graph again and computes what
 //! was not kept. Memory: `(depth + 1) x tokens x D`, plus one layer, plus the budget. Nothing above the
 //! policy's layer is built, computed or stored.

@@ -28,7 +28,7 @@ pub struct Largest {
 }
 
 /// Activations of micro batches up to these sizes through `depth` layers under an adapter. `keeps`: every layer's
-/// dear activations are kept for its backward, which else computes all again.
+/// costly activations are kept for its backward, which else computes all again.
 ///
 /// # Errors
 /// Without memory for the adapter of one layer.

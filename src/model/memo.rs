@@ -1,6 +1,6 @@
 //! Activations kept from the forward for the backward, as far as memory is given for them.
 //!
-//! A layer's tape hands every node that is dear to compute, and that its vjp needs again, to a [`Memo`]: in a
+//! A layer's tape hands every node that is costly to compute, and that its vjp needs again, to a [`Memo`]: in a
 //! training forward they are noted and copied into kept memory, in the backward they are read from there, so that
 //! what made them is never reached. What is cheap beside the copy (norms, rotations, gates) is always computed
 //! again. The values are the same bits either way.
@@ -13,7 +13,7 @@ use crate::ggml::{Arena, Device, Graph, Shape, Tensor, TensorSet};
 /// Kept parts begin at multiples of this many floats: a cache line.
 const ALIGN: usize = 16;
 
-/// Where a forward's dear nodes go, or come from.
+/// Where a forward's costly nodes go, or come from.
 pub enum Memo<'a> {
     /// Built, and nothing more.
     Off,

@@ -71,11 +71,11 @@ impl Rollouts {
     ) -> Result<Rollouts> {
         let RolloutSizes { n_seq, n_ctx_seq, n_batch, .. } = options.sizes(model)?;
         let (draws, has_states) = (!model.device().is_host(), model.state_bytes()? > 0);
-        let apart = draws || has_states;
-        let n_slots = if apart { n_seq.min(MAX_PARALLEL - 1) } else { n_seq };
+        let spare = draws || has_states;
+        let n_slots = if spare { n_seq.min(MAX_PARALLEL - 1) } else { n_seq };
         let sizes = ContextOptions {
             n_ctx_seq,
-            n_seq: n_slots + apart as usize,
+            n_seq: n_slots + spare as usize,
             n_batch,
             kv_f32: false,
             products: Products::default(),

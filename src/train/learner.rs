@@ -173,7 +173,7 @@ impl Learner<'_> {
         groups: &mut [ResponseGroup],
         config: &UpdateConfig,
     ) -> Result<Option<f64>> {
-        let mut apart = None;
+        let mut drift = None;
         if let Objective::PolicyGradient(settings) = config.objective {
             if self.critic.is_some() {
                 self.fill_old(groups, config)?;
@@ -185,9 +185,9 @@ impl Learner<'_> {
                 let first = config.mini_batch.min(groups.len());
                 let later = &mut groups[first..];
                 if config.old_from_rollout {
-                    apart = self.check_rollouts(later, config)?;
+                    drift = self.check_rollouts(later, config)?;
                 }
-                match apart.is_some_and(|nats| nats <= ROLLOUTS_CLOSE) {
+                match drift.is_some_and(|nats| nats <= ROLLOUTS_CLOSE) {
                     true => take_rollouts(later),
                     false => self.fill_old(later, config)?,
                 }
@@ -196,7 +196,7 @@ impl Learner<'_> {
         if config.objective.has_reference() {
             self.fill_reference(groups, config)?;
         }
-        Ok(apart)
+        Ok(drift)
     }
 
     /// Mean distance of the log-probs that sampling gave from recomputed ones, nats, over the first group that teaches
@@ -217,8 +217,8 @@ impl Learner<'_> {
             // Responses without signal were not measured.
             response.rollout.iter().zip(&now.logprobs)
         });
-        let apart: Vec<f64> = both.map(|(a, b)| (a - b).abs() as f64).collect();
-        Ok(Some(apart.iter().sum::<f64>() / apart.len() as f64))
+        let drift: Vec<f64> = both.map(|(a, b)| (a - b).abs() as f64).collect();
+        Ok(Some(drift.iter().sum::<f64>() / drift.len() as f64))
     }
 
     /// Sets `old`, where there is none yet, and `values` of all responses from the current adapter.
@@ -446,8 +446,8 @@ impl Learner<'_> {
             let measured = self.measure(&crossed, config, whose)?;
             Ok(measured.iter().flat_map(|m| &m.logprobs).map(|&l| l as f64).sum())
         };
-        let apart = sum(Whose::Policy)? - sum(Whose::Reference)?;
-        Ok((apart / crossed.len() as f64).max(0.0))
+        let kl = sum(Whose::Policy)? - sum(Whose::Reference)?;
+        Ok((kl / crossed.len() as f64).max(0.0))
     }
 
     /// Tokens that updates on these groups put through forward and backward.

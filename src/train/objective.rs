@@ -215,7 +215,7 @@ impl PolicyGradient {
             tally.clipped += token.clipped as usize;
             tally.kl += token.kl as f64;
             if !response.old_is_rollout {
-                tally.drift += response.apart(t, contexts[t].old).abs() as f64;
+                tally.drift += response.log_ratio(t, contexts[t].old).abs() as f64;
                 tally.drift_tokens += 1;
             }
         }
@@ -243,11 +243,11 @@ impl Scored<'_> {
 /// What is known of a response's token t; `new` stands for an `old` that was not taken.
 fn context(response: &Response, t: usize, new: f32, tis_cap: f32) -> TokenContext {
     let old = response.old.as_ref().map_or(new, |old| old[t]);
-    let apart = response.apart(t, old);
+    let log_ratio = response.log_ratio(t, old);
     TokenContext {
         advantage: response.advantages[t],
         old,
         base: response.base.as_ref().map(|base| base[t]),
-        importance: if tis_cap > 0.0 { apart.exp().min(tis_cap) } else { 1.0 },
+        importance: if tis_cap > 0.0 { log_ratio.exp().min(tis_cap) } else { 1.0 },
     }
 }

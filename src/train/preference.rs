@@ -123,8 +123,8 @@ impl PairConfig {
                         (lack.max(0.0), if lack > 0.0 { -b } else { 0.0 }, [1.0; 2])
                     }
                     DpoLoss::Ipo => {
-                        let apart = per[0] * chosen.ratio() - per[1] * rejected.ratio() - 0.5 / b;
-                        (apart * apart, 2.0 * apart, per)
+                        let over = per[0] * chosen.ratio() - per[1] * rejected.ratio() - 0.5 / b;
+                        (over * over, 2.0 * over, per)
                     }
                 };
                 PairOutcome { loss, gradient: [slope * scale[0], -slope * scale[1]], rewards }

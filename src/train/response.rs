@@ -78,8 +78,8 @@ impl Response {
         self.weights.first().map_or(1.0, |&w| w as f64)
     }
 
-    /// How far a log-prob before the update is from the rollout engine's, nats.
-    pub(super) fn apart(&self, t: usize, old: f32) -> f32 {
+    /// The log-prob before the update less the rollout engine's, nats.
+    pub(super) fn log_ratio(&self, t: usize, old: f32) -> f32 {
         self.rollout.get(t).map_or(0.0, |rollout| old - rollout)
     }
 }

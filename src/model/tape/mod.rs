@@ -67,7 +67,7 @@ pub struct Parts<'a> {
 /// A value's node, and whether it would cost much to compute again.
 struct Value<'a> {
     node: Tensor<'a>,
-    dear: bool,
+    costly: bool,
 }
 
 /// A part of a linear map's outputs: rows of W, and of B.
@@ -168,21 +168,21 @@ impl<'a> Tape<'a> {
         self.push(node, false)
     }
 
-    fn push(&mut self, node: Tensor<'a>, dear: bool) -> Var {
-        self.values.push(Value { node, dear });
+    fn push(&mut self, node: Tensor<'a>, costly: bool) -> Var {
+        self.values.push(Value { node, costly });
         Var(self.values.len() - 1)
     }
 
-    /// A value whose node costs little beside its inputs: it is dear where one of them is.
+    /// A value whose node costs little beside its inputs: it is costly where one of them is.
     fn push_cheap(&mut self, node: Tensor<'a>, inputs: &[Var]) -> Var {
-        let dear = inputs.iter().any(|x| self.values[x.0].dear);
-        self.push(node, dear)
+        let costly = inputs.iter().any(|x| self.values[x.0].costly);
+        self.push(node, costly)
     }
 
-    /// The vjp of a step to come needs this value again: one that is dear is kept, or was.
+    /// The vjp of a step to come needs this value again: one that is costly is kept, or was.
     fn keep(&mut self, v: Var) {
         let value = &mut self.values[v.0];
-        if std::mem::take(&mut value.dear) {
+        if std::mem::take(&mut value.costly) {
             value.node = self.memo.node(value.node);
         }
     }

@@ -50,7 +50,7 @@ pub(super) fn near(a: &Expr, b: &Expr, steps: &Steps) -> bool {
     }
     match (value(a), value(b)) {
         (Some(a), Some(b)) => {
-            a.sub(b).is_some_and(|apart| apart.size() <= 0.01 * a.size().max(b.size()))
+            a.sub(b).is_some_and(|gap| gap.size() <= 0.01 * a.size().max(b.size()))
         }
         _ => false,
     }
