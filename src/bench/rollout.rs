@@ -4,9 +4,9 @@ use std::sync::atomic::AtomicBool;
 
 use super::measure::{median, once};
 use super::{Bench, Row, row};
-use crate::Result;
 use crate::llama::{Context, ContextOptions, Products, Token, TokenBatch};
 use crate::rollout::{Request, RolloutOptions, Rollouts, Sampling};
+use crate::{Error, Result};
 
 /// Tokens of the prompt.
 const PROMPT: usize = 128;
@@ -55,6 +55,9 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
 }
 
 /// Seconds until the first tokens, and tokens per second after them.
+///
+/// # Errors
+/// Those of decoding; [`Error::Invalid`] where the model hardly says more than one token.
 fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize) -> Result<(f64, f64)> {
     let stop = AtomicBool::new(false);
     let request =
@@ -68,6 +71,12 @@ fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize) -> Result<(f64, f64
     };
     let (first, first_tokens) = generate(1)?;
     let (all, tokens) = generate(DECODED)?;
+    if tokens < 2 * first_tokens {
+        let got = format!("{tokens} tokens of {n} completions");
+        let expected = "a model that goes on after a prompt of random tokens";
+        let advice = "measure one of the same shape that `synth` makes";
+        return Err(Error::invalid("bench rollout", expected, got, advice));
+    }
     Ok((first, (tokens - first_tokens) as f64 / (all - first).max(1e-9)))
 }
 
