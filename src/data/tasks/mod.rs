@@ -11,8 +11,9 @@
 //! | `task:guess` | `Guess my number, 0 to 99. I say higher or lower.` | `17` |
 //! | `task:words` | a story of one or two steps (`words.rs`) | `42` |
 //!
-//! `task:guess` is for environments (its problem is the first number alone). The answer is expected as `\boxed{42}`. Parameters follow a
-//! question mark: `task:add?digits=3`, `task:words?stories=new&rows=200`.
+//! The answer is expected as `\boxed{42}`. `task:guess` is for environments; its second number tells rounds with the same number apart, so
+//! that rounds are held out and not numbers: a number that training never asks for is one that it teaches not to guess. Parameters follow
+//! a question mark: `task:add?digits=3`, `task:words?stories=new&rows=200`.
 //!
 //! Split: a pair is held out for evaluation when Knuth's multiplicative hash of it falls into the lowest fifth,
 //! `(x * 10^digits + y) * 2654435761 mod 2^32 < 2^32 / 5`. `tools/pretrain_demo.py` keeps to the same rule.
@@ -212,10 +213,7 @@ impl Task {
     }
 
     fn pairs(&self) -> u64 {
-        match self.kind {
-            Kind::Guess => self.base(),
-            _ => self.base() * self.base(),
-        }
+        self.base() * self.base()
     }
 
     /// A pair as one number, `x * 10^digits + y`.
@@ -244,7 +242,7 @@ impl Task {
             Kind::Guess => {
                 let most = self.base() - 1;
                 let question = format!("Guess my number, 0 to {most}. I say higher or lower.");
-                (source(pair.to_string()), question, pair as i64, String::new(), 0)
+                (source(format!("{x}, round {y}")), question, x, String::new(), 0)
             }
             Kind::Words(stories) => {
                 let story = stories.tell(x, y, rng, held_out);
@@ -335,9 +333,12 @@ mod tests {
             assert_eq!((question(&problem), problem.answer.as_str()), (asked, answer));
             assert_eq!(problem.source, format!("{spec} {}", asked.trim_end_matches('=')));
         }
-        let problem = Task::parse("task:guess").unwrap().worked(57, &mut rng, false).problem;
+        let problem = Task::parse("task:guess").unwrap().worked(57_13, &mut rng, false).problem;
         assert_eq!(question(&problem), "Guess my number, 0 to 99. I say higher or lower.");
-        assert_eq!((problem.answer.as_str(), problem.id.as_str()), ("57", "task:guess 57"));
+        assert_eq!(
+            (problem.answer.as_str(), problem.id.as_str()),
+            ("57", "task:guess 57, round 13")
+        );
     }
 
     #[test]
