@@ -162,6 +162,7 @@ function cells(data) {
   // What is less what: two models, or the first through the other lens and through its own.
   const both = model === 'difference' || lens === 'difference';
   const sources = lens === 'own' ? data.models : lens === 'other' ? [data.other_lens] : [data.models[0], data.other_lens];
+  const shownOf = both ? 1 : lens === 'own' ? +model : 0;
   // Fewer tokens, and perhaps fewer completions, were looked at through the other lens.
   const rowsOf = (m, c) => (sources[m][c] ?? {})[tap] ?? [];
   const value = (c, row, column) => {
@@ -170,7 +171,6 @@ function cells(data) {
     if (figure === '1' && last) return 0;
     return both ? of(1) - of(0) : of(shownOf);
   };
-  const shownOf = both ? 1 : lens === 'own' ? +model : 0;
   const all = [];
   data.completions.forEach((_, c) => rowsOf(shownOf, c).forEach((row, r) => row.forEach((_, t) => all.push(value(c, r, t)))));
   const finite = all.filter(x => typeof x === 'number' && isFinite(x));

@@ -50,7 +50,7 @@ mod vnni {
 
     use super::super::linear::steps;
     use super::super::narrow::ROWS;
-    use super::super::panel::{MOST_ROWS, Strided, transpose};
+    use super::super::panel::{MOST_ROWS, Strided, aligned, transpose};
     use super::*;
     use crate::ggml::{QUANTS, Quants};
 
@@ -90,8 +90,7 @@ mod vnni {
         let [k, n, t] = p.sizes;
         let blocks = k / QUANTS;
         let width = t.next_multiple_of(LANES);
-        let skip = p.scratch.as_ptr().align_offset(64).min(LANES);
-        let (x, rest) = p.scratch[skip..].split_at_mut(blocks * BLOCK_ROWS * width);
+        let (x, rest) = aligned(p.scratch).split_at_mut(blocks * BLOCK_ROWS * width);
         let (sums, tile) = rest.split_at_mut(ROWS * width);
         // SAFETY: within x, y and scratch by contract; any bits are a `Quants`, which floats are aligned for.
         unsafe {

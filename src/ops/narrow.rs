@@ -9,7 +9,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::linear::Weight;
-use super::panel::{LANES, MOST_ROWS, Panel, Strided, most_vectors, rows_with, transpose};
+use super::panel::{LANES, MOST_ROWS, Panel, Strided, aligned, most_vectors, rows_with, transpose};
 
 /// Inputs that one pass over a row sums: a multiple of every block size, and what the L1 cache holds of a few rows.
 const DEPTH: usize = 256;
@@ -59,8 +59,7 @@ impl WithSimd for Dispatched<'_> {
 unsafe fn product<S: Simd>(simd: S, p: Narrow<'_>) {
     let [k, n, t] = p.sizes;
     let width = t.next_multiple_of(S::F32_LANES);
-    let skip = p.scratch.as_ptr().align_offset(64).min(LANES);
-    let (x, rest) = p.scratch[skip..].split_at_mut(k * width);
+    let (x, rest) = aligned(p.scratch).split_at_mut(k * width);
     let (sums, tile) = rest.split_at_mut(ROWS * width);
     let fit = rows_with::<S>((width / S::F32_LANES).min(most_vectors::<S>()));
     // SAFETY: within x, y and scratch by contract.

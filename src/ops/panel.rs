@@ -10,6 +10,12 @@ pub(super) const LANES: usize = 16;
 /// Rows of A that are read at a time, at most.
 pub(super) const MOST_ROWS: usize = 12;
 
+/// Scratch from its first whole vector on: up to [`LANES`] floats less.
+pub(super) fn aligned(scratch: &mut [f32]) -> &mut [f32] {
+    let skip = scratch.as_ptr().align_offset(4 * LANES).min(LANES);
+    &mut scratch[skip..]
+}
+
 /// One product.
 #[derive(Clone, Copy)]
 pub(super) struct Panel {

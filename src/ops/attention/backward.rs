@@ -8,7 +8,7 @@ use pulp::{Simd, WithSimd};
 use super::tiles::{Heads, Job, KEYS, Scores, Tile, query_tiles};
 use crate::ops::exp::{exp, exp_lanes, softcap};
 use crate::ops::gemm::with_scratch;
-use crate::ops::panel::{LANES, Panel};
+use crate::ops::panel::{LANES, aligned};
 use crate::ops::rows::dot;
 use crate::ops::segments::trees;
 
@@ -84,8 +84,7 @@ impl WithSimd for OfTree<'_, '_> {
         let (all, stride) = (tokens.len() * job.stride(), job.stride());
         let tile = 3 * columns * stride + (2 * job.size + 2 * KEYS + 2) * width;
         with_scratch(4 * all + tile + LANES, |scratch| {
-            let skip = scratch.as_ptr().align_offset(64).min(LANES);
-            let (k, rest) = scratch[skip..].split_at_mut(all);
+            let (k, rest) = aligned(scratch).split_at_mut(all);
             let (v, rest) = rest.split_at_mut(all);
             let (dk, rest) = rest.split_at_mut(all);
             let (dv, rest) = rest.split_at_mut(all);
@@ -140,8 +139,8 @@ impl Back<'_> {
         let d = &mut rest[..width];
         // SAFETY: by contract.
         unsafe {
-            job.pack_columns(&job.q, tile, kv, q_rows, q);
-            job.pack_columns(&self.d_out, tile, kv, d_out_rows, d_out);
+            job.pack_queries(&job.q, tile, kv, q_rows, q);
+            job.pack_queries(&self.d_out, tile, kv, d_out_rows, d_out);
             lse.fill(0.0);
             d.fill(0.0);
             for c in 0..columns {
@@ -155,75 +154,23 @@ impl Back<'_> {
         }
         dq.fill(0.0);
         for keys in tile.keys() {
-            let run = Scores::new(tile, &keys, job.group());
+            let run = Scores::new(tile, &keys, [size, job.group()]);
             let at = (keys.tokens.start - tree.first) * stride;
-            for block in &run.blocks {
-                let place = block.keys.start * width + block.columns.start;
-                let from = at + block.keys.start * stride;
-                let product = |rows: &[f32], columns: &[f32], out: &mut [f32]| Panel {
-                    sizes: [block.keys.len(), size],
-                    width: block.columns.len(),
-                    a: rows[from..].as_ptr(),
-                    strides: [stride, 1],
-                    b: columns[block.columns.start..].as_ptr(),
-                    b_row: width,
-                    c: out[place..].as_mut_ptr(),
-                    c_row: width,
-                    keep: false,
-                };
-                // SAFETY: the panels lie within the packed slices.
-                unsafe {
-                    product(tree.k, q, p).run(simd);
-                    product(tree.v, d_out, ds).run(simd);
+            run.fill(simd, &tree.k[at..], q, p);
+            run.fill(simd, &tree.v[at..], d_out, ds);
+            for (row, block) in run.rows() {
+                let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
+                let (lse, d) = (&lse[block.columns.clone()], &d[block.columns.clone()]);
+                match job.softcap {
+                    None => plain(simd, p, ds, lse, d),
+                    Some(cap) => capped(p, ds, lse, d, cap),
                 }
             }
-            for block in &run.blocks {
-                for key in block.keys.clone() {
-                    let row = key * width + block.columns.start..key * width + block.columns.end;
-                    let (p, ds) = (&mut p[row.clone()], &mut ds[row]);
-                    let (lse, d) = (&lse[block.columns.clone()], &d[block.columns.clone()]);
-                    match job.softcap {
-                        None => plain(simd, p, ds, lse, d),
-                        Some(cap) => capped(p, ds, lse, d, cap),
-                    }
-                }
-            }
-            run.hide(p, width, 0.0);
-            run.hide(ds, width, 0.0);
-            for block in &run.blocks {
-                let place = block.keys.start * width + block.columns.start;
-                let from = at + block.keys.start * stride;
-                let real = block.columns.start..block.columns.end.min(columns);
-                let (p, ds) = (&p[place..], &ds[place..]);
-                let product = |scores: &[f32], rows: &[f32], out: &mut [f32]| Panel {
-                    sizes: [block.keys.len(), real.len()],
-                    width: size.next_multiple_of(LANES),
-                    a: scores.as_ptr(),
-                    strides: [width, 1],
-                    b: rows[real.start * stride..].as_ptr(),
-                    b_row: stride,
-                    c: out[from..].as_mut_ptr(),
-                    c_row: stride,
-                    keep: true,
-                };
-                let to_q = Panel {
-                    sizes: [real.len(), block.keys.len()],
-                    width: size.next_multiple_of(LANES),
-                    a: ds.as_ptr(),
-                    strides: [1, width],
-                    b: tree.k[from..].as_ptr(),
-                    b_row: stride,
-                    c: dq[real.start * stride..].as_mut_ptr(),
-                    c_row: stride,
-                    keep: true,
-                };
-                // SAFETY: the same.
-                unsafe {
-                    product(p, d_out_rows, tree.dv).run(simd);
-                    product(ds, q_rows, tree.dk).run(simd);
-                    to_q.run(simd);
-                }
-            }
+            run.hide(p, 0.0);
+            run.hide(ds, 0.0);
+            run.add_to_keys(simd, p, d_out_rows, &mut tree.dv[at..]);
+            run.add_to_keys(simd, ds, q_rows, &mut tree.dk[at..]);
+            run.add_to_queries(simd, ds, &tree.k[at..], dq);
         }
         for c in 0..columns {
             let (token, head) = job.place(tile, kv, c);

@@ -9,7 +9,7 @@ use pulp::{Simd, WithSimd};
 use super::tiles::{Block, Heads, Job, KEYS, Scores, Tile, query_tiles};
 use crate::ops::exp::{exp, exp_lanes, softcap};
 use crate::ops::gemm::with_scratch;
-use crate::ops::panel::{LANES, Panel};
+use crate::ops::panel::{LANES, aligned};
 use crate::ops::segments::trees;
 
 pub(super) unsafe extern "C" fn kernel(
@@ -56,8 +56,7 @@ impl WithSimd for Forward<'_, '_> {
         let width = columns.next_multiple_of(LANES);
         let sizes = [size * width, columns * stride, KEYS * stride, KEYS * width];
         with_scratch(sizes.iter().sum::<usize>() + 3 * width + LANES, |scratch| {
-            let skip = scratch.as_ptr().align_offset(64).min(LANES);
-            let (q, rest) = scratch[skip..].split_at_mut(sizes[0]);
+            let (q, rest) = aligned(scratch).split_at_mut(sizes[0]);
             let (o, rest) = rest.split_at_mut(sizes[1]);
             let (packed, rest) = rest.split_at_mut(sizes[2]);
             let (scores, rest) = rest.split_at_mut(sizes[3]);
@@ -66,40 +65,22 @@ impl WithSimd for Forward<'_, '_> {
             let scale = &mut rest[..width];
             max.fill(f32::NEG_INFINITY);
             sum.fill(0.0);
-            // SAFETY: by what `Forward` says of its fields; packed rows and panels lie within the scratch.
+            // SAFETY: by what `Forward` says of its fields; packed rows lie within the scratch.
             unsafe {
                 // Until there are results their rows are the queries'.
-                self.job.pack_columns(&self.job.q, self.tile, self.kv, o, q);
+                self.job.pack_queries(&self.job.q, self.tile, self.kv, o, q);
                 q.iter_mut().for_each(|q| *q *= self.job.scale);
                 o.fill(0.0);
                 for keys in self.tile.keys() {
-                    let run = Scores::new(self.tile, &keys, group);
+                    let run = Scores::new(self.tile, &keys, [size, group]);
                     self.job.k.pack(keys.tokens.clone(), self.kv, packed);
-                    for block in &run.blocks {
-                        Panel {
-                            sizes: [block.keys.len(), size],
-                            width: block.columns.len(),
-                            a: packed.as_ptr().add(block.keys.start * stride),
-                            strides: [stride, 1],
-                            b: q.as_ptr().add(block.columns.start),
-                            b_row: width,
-                            c: scores
-                                .as_mut_ptr()
-                                .add(block.keys.start * width + block.columns.start),
-                            c_row: width,
-                            keep: false,
-                        }
-                        .run(simd);
-                    }
+                    run.fill(simd, packed, q, scores);
                     if let Some(cap) = self.job.softcap {
-                        for block in &run.blocks {
-                            for key in block.keys.clone() {
-                                let row = &mut scores[key * width..][block.columns.clone()];
-                                row.iter_mut().for_each(|x| *x = softcap(*x, cap).0);
-                            }
+                        for (row, _) in run.rows() {
+                            scores[row].iter_mut().for_each(|x| *x = softcap(*x, cap).0);
                         }
                     }
-                    run.hide(scores, width, f32::NEG_INFINITY);
+                    run.hide(scores, f32::NEG_INFINITY);
                     absorb(simd, &run, scores, max, sum, scale);
                     for (o, scale) in o.chunks_exact_mut(stride).zip(&*scale) {
                         if *scale != 1.0 {
@@ -107,21 +88,7 @@ impl WithSimd for Forward<'_, '_> {
                         }
                     }
                     self.job.v.pack(keys.tokens.clone(), self.kv, packed);
-                    for block in &run.blocks {
-                        let from = block.columns.start;
-                        Panel {
-                            sizes: [block.columns.end.min(columns) - from, block.keys.len()],
-                            width: size.next_multiple_of(LANES),
-                            a: scores.as_ptr().add(block.keys.start * width + from),
-                            strides: [1, width],
-                            b: packed.as_ptr().add(block.keys.start * stride),
-                            b_row: stride,
-                            c: o.as_mut_ptr().add(from * stride),
-                            c_row: stride,
-                            keep: true,
-                        }
-                        .run(simd);
-                    }
+                    run.add_to_queries(simd, scores, packed, o);
                 }
                 for c in 0..columns {
                     let (token, head) = self.job.place(self.tile, self.kv, c);

@@ -4,10 +4,11 @@ use std::ffi::c_void;
 use std::ops::Range;
 
 use ggml_sys as sys;
+use pulp::Simd;
 
 use super::Params;
 use crate::ops::logits::softcap_of;
-use crate::ops::panel::{LANES, Strided, transpose};
+use crate::ops::panel::{LANES, Panel, Strided, transpose};
 use crate::ops::queue::Queue;
 use crate::ops::segments::Segment;
 
@@ -221,31 +222,13 @@ impl<'k> Job<'k> {
         stride(self.size)
     }
 
-    /// Rows of a tile's queries, query after query: column `i * group + g` is query `i` of the group's head `g`.
+    /// A tile's queries, query after query: column `i * group + g` is query `i` of the group's head `g`. Packed as `rows`, and as `columns`,
+    /// `[size, width of Scores]`, those beyond the queries 0.
     ///
     /// # Safety
     /// The tile lies within the tensor, which has query heads.
-    pub(super) unsafe fn pack_group(
-        &self,
-        from: &Heads<*const f32>,
-        tile: &Tile,
-        kv: usize,
-        packed: &mut [f32],
-    ) {
-        let heads = kv * self.group()..(kv + 1) * self.group();
-        let rows = tile.queries.clone().flat_map(|token| heads.clone().map(move |h| (token, h)));
-        for (to, (token, head)) in packed.chunks_mut(self.stride()).zip(rows) {
-            // SAFETY: by contract.
-            to[..self.size].copy_from_slice(unsafe { from.row(token, head) });
-        }
-    }
-
-    /// The same as columns, `columns: [rows of LANES]`, those beyond the queries 0; `rows` are left as [`Job::pack_group`] packs them.
-    ///
-    /// # Safety
-    /// As [`Job::pack_group`].
     #[inline(always)]
-    pub(super) unsafe fn pack_columns(
+    pub(super) unsafe fn pack_queries(
         &self,
         from: &Heads<*const f32>,
         tile: &Tile,
@@ -256,12 +239,14 @@ impl<'k> Job<'k> {
         let n = tile.queries.len() * self.group();
         let width = n.next_multiple_of(LANES);
         assert!(rows.len() >= n * self.stride() && columns.len() >= self.size * width);
-        // SAFETY: by contract, and as just asserted.
-        unsafe {
-            self.pack_group(from, tile, kv, rows);
-            let to = Strided(columns.as_mut_ptr(), width);
-            transpose(Strided(rows.as_ptr(), self.stride()), to, n, self.size);
+        for (c, row) in rows.chunks_mut(self.stride()).enumerate().take(n) {
+            let (token, head) = self.place(tile, kv, c);
+            // SAFETY: by contract.
+            row[..self.size].copy_from_slice(unsafe { from.row(token, head) });
         }
+        let to = Strided(columns.as_mut_ptr(), width);
+        // SAFETY: both hold them, as just asserted.
+        unsafe { transpose(Strided(rows.as_ptr(), self.stride()), to, n, self.size) };
         columns.chunks_exact_mut(width).for_each(|row| row[n..].fill(0.0));
     }
 
@@ -280,23 +265,27 @@ pub(super) struct Block {
     pub columns: Range<usize>,
 }
 
-/// Scores of a run of keys, a row for each key, and who sees what.
+/// Scores of a run of keys, a row for each key, and who sees what. Rows of packed heads are [`stride`] apart, those of scores and of
+/// columns `width`; what nobody sees of them is neither computed nor read.
 pub(super) struct Scores {
     /// Of each query: the keys that it sees.
     seen: Vec<Range<usize>>,
     group: usize,
+    size: usize,
+    width: usize,
     /// What is to be computed.
     pub blocks: Vec<Block>,
 }
 
 impl Scores {
-    pub(super) fn new(tile: &Tile, keys: &Keys, group: usize) -> Scores {
+    /// Of heads of `size`, `group` of them to a key.
+    pub(super) fn new(tile: &Tile, keys: &Keys, [size, group]: [usize; 2]) -> Scores {
         let (n, all) = (tile.queries.len(), keys.tokens.len());
         let seen: Vec<Range<usize>> = (0..n).map(|i| tile.seen(keys, i)).collect();
         let width = (n * group).next_multiple_of(LANES);
         if seen.iter().all(|seen| *seen == (0..all)) {
             let blocks = vec![Block { keys: 0..all, columns: 0..width }];
-            return Scores { seen, group, blocks };
+            return Scores { seen, group, size, width, blocks };
         }
         let mut blocks: Vec<Block> = Vec::new();
         for first in (0..all).step_by(BLOCK) {
@@ -311,11 +300,120 @@ impl Scores {
                 _ => blocks.push(Block { keys, columns }),
             }
         }
-        Scores { seen, group, blocks }
+        Scores { seen, group, size, width, blocks }
     }
 
-    /// Puts `value` for the keys that a query does not see, where they were computed; rows of `width`.
-    pub(super) fn hide(&self, scores: &mut [f32], width: usize, value: f32) {
+    /// Checks that rows of the keys and of the scores are there.
+    fn check(&self, keys: &[f32], scores: &[f32]) {
+        let n = self.blocks.last().map_or(0, |block| block.keys.end);
+        assert!(keys.len() >= n * stride(self.size) && scores.len() >= n * self.width);
+    }
+
+    /// `scores[key, column] = keys[key] . columns[column]`.
+    #[inline(always)]
+    pub(super) fn fill<S: Simd>(&self, simd: S, keys: &[f32], columns: &[f32], scores: &mut [f32]) {
+        self.check(keys, scores);
+        assert!(columns.len() >= self.size * self.width);
+        for block in &self.blocks {
+            let from = block.keys.start;
+            // SAFETY: within the slices, as just asserted.
+            unsafe {
+                Panel {
+                    sizes: [block.keys.len(), self.size],
+                    width: block.columns.len(),
+                    a: keys.as_ptr().add(from * stride(self.size)),
+                    strides: [stride(self.size), 1],
+                    b: columns.as_ptr().add(block.columns.start),
+                    b_row: self.width,
+                    c: scores.as_mut_ptr().add(from * self.width + block.columns.start),
+                    c_row: self.width,
+                    keep: false,
+                }
+                .run(simd);
+            }
+        }
+    }
+
+    /// `queries[column] += sum over keys of scores[key, column] keys[key]`.
+    #[inline(always)]
+    pub(super) fn add_to_queries<S: Simd>(
+        &self,
+        simd: S,
+        scores: &[f32],
+        keys: &[f32],
+        queries: &mut [f32],
+    ) {
+        self.check(keys, scores);
+        assert!(queries.len() >= self.seen.len() * self.group * stride(self.size));
+        for block in &self.blocks {
+            let (from, real) = (block.keys.start, self.real(block));
+            // SAFETY: within the slices, as just checked.
+            unsafe {
+                Panel {
+                    sizes: [real.len(), block.keys.len()],
+                    width: self.size.next_multiple_of(LANES),
+                    a: scores.as_ptr().add(from * self.width + real.start),
+                    strides: [1, self.width],
+                    b: keys.as_ptr().add(from * stride(self.size)),
+                    b_row: stride(self.size),
+                    c: queries.as_mut_ptr().add(real.start * stride(self.size)),
+                    c_row: stride(self.size),
+                    keep: true,
+                }
+                .run(simd);
+            }
+        }
+    }
+
+    /// `keys[key] += sum over columns of scores[key, column] queries[column]`.
+    #[inline(always)]
+    pub(super) fn add_to_keys<S: Simd>(
+        &self,
+        simd: S,
+        scores: &[f32],
+        queries: &[f32],
+        keys: &mut [f32],
+    ) {
+        self.check(keys, scores);
+        assert!(queries.len() >= self.seen.len() * self.group * stride(self.size));
+        for block in &self.blocks {
+            let (from, real) = (block.keys.start, self.real(block));
+            // SAFETY: within the slices, as just checked.
+            unsafe {
+                Panel {
+                    sizes: [block.keys.len(), real.len()],
+                    width: self.size.next_multiple_of(LANES),
+                    a: scores.as_ptr().add(from * self.width + real.start),
+                    strides: [self.width, 1],
+                    b: queries.as_ptr().add(real.start * stride(self.size)),
+                    b_row: stride(self.size),
+                    c: keys.as_mut_ptr().add(from * stride(self.size)),
+                    c_row: stride(self.size),
+                    keep: true,
+                }
+                .run(simd);
+            }
+        }
+    }
+
+    /// A block's columns less those that fill up the last vector.
+    fn real(&self, block: &Block) -> Range<usize> {
+        block.columns.start..block.columns.end.min(self.seen.len() * self.group)
+    }
+
+    /// What is computed of each key's row, as ranges of all scores.
+    pub(super) fn rows(&self) -> impl Iterator<Item = (Range<usize>, &Block)> {
+        self.blocks.iter().flat_map(|block| {
+            let range = |key| {
+                let row = key * self.width;
+                row + block.columns.start..row + block.columns.end
+            };
+            block.keys.clone().map(move |key| (range(key), block))
+        })
+    }
+
+    /// Puts `value` for the keys that a query does not see, where they were computed.
+    pub(super) fn hide(&self, scores: &mut [f32], value: f32) {
         for block in &self.blocks {
             let queries = block.columns.start / self.group
                 ..block.columns.end.div_ceil(self.group).min(self.seen.len());
@@ -324,7 +422,8 @@ impl Scores {
                 let before = block.keys.start..seen.start.clamp(block.keys.start, block.keys.end);
                 let after = seen.end.clamp(block.keys.start, block.keys.end)..block.keys.end;
                 for key in before.chain(after) {
-                    scores[key * width..][i * self.group..(i + 1) * self.group].fill(value);
+                    let row = &mut scores[key * self.width..];
+                    row[i * self.group..(i + 1) * self.group].fill(value);
                 }
             }
         }
@@ -380,7 +479,7 @@ mod tests {
                 for (keys, group) in
                     tile.keys().flat_map(|keys| [1, 3, 4].map(|g| (keys.clone(), g)))
                 {
-                    let run = Scores::new(tile, &keys, group);
+                    let run = Scores::new(tile, &keys, [8, group]);
                     for i in 0..tile.queries.len() {
                         let of = i * group..(i + 1) * group;
                         let has = |key: usize| {
