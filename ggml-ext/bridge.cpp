@@ -139,21 +139,12 @@ bupo_status bupo_model_tensor(const llama_model * model, size_t index, const cha
     return BUPO_OK;
 }
 
-bupo_status bupo_model_decoding(llama_model * model, const bupo_decoding * decoding) {
-    if (!model || !decoding || !decoding->product || !decoding->columns || !decoding->attention) {
+bupo_status bupo_offer_decoding(const bupo_decoding * decoding) {
+    if (!decoding || !decoding->product || !decoding->columns || !decoding->attention) {
         return fail(BUPO_ERR_ARGUMENT, "null argument");
     }
-    return guarded([&] {
-        bupo::set_attention(decoding->attention, decoding->most_heads);
-        for (const auto & [name, w] : llama_internal_get_tensor_map(model)) {
-            const bool converts = w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float;
-            const bool plain    = w->ne[3] == 1 && ggml_is_contiguous(w) && !w->extra;
-            if (converts && plain && w->buffer && ggml_backend_buffer_is_host(w->buffer)) {
-                bupo::mark_weight(w, *decoding);
-            }
-        }
-        return BUPO_OK;
-    });
+    bupo::offer(*decoding);
+    return BUPO_OK;
 }
 
 bupo_status bupo_adapter_new(llama_model * model, float alpha, const bupo_lora_pair * pairs, size_t n_pairs,
@@ -253,12 +244,12 @@ bupo_status bupo_quantize_types(const llama_model * model, int32_t ftype, const 
 }
 
 bupo_status bupo_decode(llama_context * context, llama_batch batch, ggml_threadpool_t pool, bupo_products products,
-                        int32_t * result) {
+                        const bupo_lineage * lineages, int32_t * result) {
     if (!context || !result) {
         return fail(BUPO_ERR_ARGUMENT, "null argument");
     }
     return guarded([&] {
-        const bupo::OwnProducts own(pool, products);
+        const bupo::OwnProducts own(pool, products, lineages);
         *result = llama_decode(context, batch);
         return BUPO_OK;
     });

@@ -383,6 +383,16 @@ struct bupo_lora_pair {
 // each of `nth` threads, with its number.
 typedef void (*bupo_product)(struct ggml_tensor * dst, int ith, int nth);
 
+// What a sequence has in common with others: its first `rows` keys and values are those of every sequence with the same `origin`, as many of them
+// as both have; 0: of none.
+struct bupo_lineage {
+    uint32_t origin;
+    uint32_t rows;
+};
+
+// A kernel for attention; `lineages`: of the node's sequences, or null.
+typedef void (*bupo_attention)(struct ggml_tensor * dst, const struct bupo_lineage * lineages, int ith, int nth);
+
 // Chooses the CPU backend for this processor, makes it the one in ggml's registry, and makes it ask for our products; once,
 // however often it is called, and by the functions below, too. Before a model is opened or anything is computed in this
 // process: ggml's lists have no locks. Gives the backend's name: baseline, or what it was compiled for beyond it.
@@ -420,7 +430,7 @@ enum bupo_products {
 struct bupo_decoding {
     bupo_product    product;   // with weights
     const int64_t * columns;   // from which it is the faster one, by type: GGML_TYPE_COUNT numbers, 0: never
-    bupo_product    attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each (of any
+    bupo_attention  attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each (of any
                                // number with BUPO_PRODUCTS_INVARIANT), q F32, k, v and mask F16 in whole rows in host memory, without sinks, slopes or softcap
     int64_t         most_heads; // of queries to a head of keys, for which `attention` is made
 };
@@ -428,8 +438,8 @@ struct bupo_decoding {
 // Sequences from which on attention is ours.
 #define BUPO_ATTENTION_SEQUENCES 4
 
-// Offers these for the model's weights that lie in host memory. One for all models of the process.
-enum bupo_status bupo_model_decoding(struct llama_model * model, const struct bupo_decoding * decoding);
+// Offers these for the weights of all models of the process that lie in host memory.
+enum bupo_status bupo_offer_decoding(const struct bupo_decoding * decoding);
 
 // An adapter whose tensors are the caller's: what is written into them, the next decode uses.
 // `product` computes the products with B that lie in host memory. One for all adapters of the process.
@@ -470,9 +480,9 @@ void             bupo_draw_set(struct llama_sampler * sampler, float uniform, fl
 enum bupo_status bupo_draw_attach(struct llama_context * context, llama_seq_id sequence, struct llama_sampler * sampler);
 
 // llama_decode with exceptions stopped at the header. *result: its return value. `pool` is the context's, which computes
-// with these products meanwhile.
+// with these products meanwhile; `lineages`: of every sequence of the context, which has a stream of the cache for each, or null.
 enum bupo_status bupo_decode(struct llama_context * context, struct llama_batch batch, ggml_threadpool_t pool,
-                             enum bupo_products products, int32_t * result);
+                             enum bupo_products products, const struct bupo_lineage * lineages, int32_t * result);
 
 #ifdef __cplusplus
 }

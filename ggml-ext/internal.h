@@ -25,20 +25,17 @@ template <typename F> bupo_status guarded(F && body, bupo_status thrown = BUPO_E
 // From now on products with the factor `b`, a tensor in host memory, are computed by `kernel` (products.cpp).
 void mark_factor(ggml_tensor * b, bupo_product kernel);
 
-// From now on products with the weight `w`, a matrix or a stack of experts' in host memory, are computed by the kernels of `decoding` where OwnProducts
-// asks for them.
-void mark_weight(ggml_tensor * w, const bupo_decoding & decoding);
-
-// From now on attention is computed by `kernel` where OwnProducts asks for ours and bupo_decoding allows it.
-void set_attention(bupo_product kernel, int64_t most_heads);
+// From now on products with models' weights in host memory, matrices and stacks of experts', and attention are computed by the kernels of `decoding`
+// where OwnProducts asks for them.
+void offer(const bupo_decoding & decoding);
 
 // The buffer type by which a CPU backend asks for our products.
 ggml_backend_buffer_type_t products_type(ggml_backend_reg_t cpu);
 
-// In its life, these products of marked weights, and with them our attention, are taken in what `pool` computes.
+// In its life, these products with weights, and with them our attention, are taken in what `pool` computes.
 class OwnProducts {
 public:
-    OwnProducts(const ggml_threadpool * pool, bupo_products products);
+    OwnProducts(const ggml_threadpool * pool, bupo_products products, const bupo_lineage * lineages);
     ~OwnProducts();
     OwnProducts(const OwnProducts &) = delete;
     OwnProducts & operator=(const OwnProducts &) = delete;

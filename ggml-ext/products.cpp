@@ -19,24 +19,30 @@ namespace {
 
 std::atomic<bupo_product> product{ nullptr };
 std::atomic<bupo_product> weight_product{ nullptr };
-std::atomic<bupo_product> attention{ nullptr };
-std::atomic<int64_t>      most_heads{ 0 };
+std::atomic<bupo_attention> attention{ nullptr };
+std::atomic<int64_t>        most_heads{ 0 };
 
 // The thread pools that decode with our products at the moment.
 struct Decoding {
     std::atomic<const ggml_threadpool *> pool{ nullptr };
     std::atomic<bupo_products>           products{ BUPO_PRODUCTS_GGML };
+    std::atomic<const bupo_lineage *>    lineages{ nullptr };
 };
 
 Decoding decoding[64];
 
-bupo_products products_of(const ggml_threadpool * pool) {
+const Decoding * decoding_of(const ggml_threadpool * pool) {
     for (const Decoding & d : decoding) {
         if (d.pool.load(std::memory_order_acquire) == pool) {
-            return d.products.load(std::memory_order_relaxed);
+            return &d;
         }
     }
-    return BUPO_PRODUCTS_GGML;
+    return nullptr;
+}
+
+bupo_products products_of(const ggml_threadpool * pool) {
+    const Decoding * d = decoding_of(pool);
+    return d ? d->products.load(std::memory_order_relaxed) : BUPO_PRODUCTS_GGML;
 }
 
 struct Product : ggml::cpu::tensor_traits {
@@ -54,7 +60,7 @@ struct Product : ggml::cpu::tensor_traits {
 
 Product traits;
 
-// Of weights of one type.
+// With weights of one type.
 struct WeightProduct : ggml::cpu::tensor_traits {
     std::atomic<int64_t> columns{ 0 }; // from which ours is the faster one; 0: never
 
@@ -87,16 +93,23 @@ struct Attention : ggml::cpu::tensor_traits {
     bool work_size(int, const ggml_tensor *, size_t &) override { return false; }
 
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
-        const bupo_products wanted = products_of(params->threadpool);
+        const Decoding *    ours   = decoding_of(params->threadpool);
+        const bupo_products wanted = ours ? ours->products.load(std::memory_order_relaxed) : BUPO_PRODUCTS_GGML;
         const int64_t       least  = wanted == BUPO_PRODUCTS_INVARIANT ? 1 : BUPO_ATTENTION_SEQUENCES;
         if (wanted == BUPO_PRODUCTS_GGML || !serves(op, least)) {
             return false;
         }
-        attention.load(std::memory_order_acquire)(op, params->ith, params->nth);
+        const bupo_lineage * lineages = ours->lineages.load(std::memory_order_relaxed);
+        attention.load(std::memory_order_acquire)(op, lineages ? lineages + first_stream(op->src[1]) : nullptr, params->ith, params->nth);
         return true;
     }
 
 private:
+    // The cache's stream that a view of keys begins with.
+    static int64_t first_stream(const ggml_tensor * k) {
+        return k->view_src ? ((const char *) k->data - (const char *) k->view_src->data) / (int64_t) k->nb[3] : 0;
+    }
+
     static bool host(const ggml_tensor * t) {
         const ggml_tensor * whole = t->view_src ? t->view_src : t;
         return whole->buffer && ggml_backend_buffer_is_host(whole->buffer);
@@ -122,6 +135,14 @@ private:
 
 Attention attention_traits;
 
+// Whether `w` is a model's weight of which our kernels read whole rows. It is not marked, for ggml keeps the fastest of its own kernels from
+// tensors with an `extra`.
+bool is_weight(const ggml_tensor * w) {
+    return w->op == GGML_OP_NONE && !w->extra && w->buffer && ggml_backend_buffer_get_usage(w->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS &&
+           ggml_backend_buffer_is_host(w->buffer) && w->ne[3] == 1 && ggml_is_contiguous(w) &&
+           (w->type == GGML_TYPE_F32 || ggml_get_type_traits(w->type)->to_float);
+}
+
 struct Products : ggml::cpu::extra_buffer_type {
     // No weight is to be put into a buffer of this type.
     bool supports_op(ggml_backend_dev_t, const ggml_tensor *) override { return false; }
@@ -137,7 +158,7 @@ struct Products : ggml::cpu::extra_buffer_type {
         ggml::cpu::tensor_traits * ours = nullptr;
         if (op->src[0]->extra == &traits && !of_experts) {
             ours = &traits;
-        } else if (op->src[0]->extra == &weight_traits[op->src[0]->type]) {
+        } else if (weight_product.load(std::memory_order_acquire) && is_weight(op->src[0])) {
             ours = &weight_traits[op->src[0]->type];
         } else {
             return nullptr;
@@ -176,24 +197,23 @@ void mark_factor(ggml_tensor * b, bupo_product kernel) {
     b->extra = &traits;
 }
 
-void mark_weight(ggml_tensor * w, const bupo_decoding & decoding) {
+void offer(const bupo_decoding & decoding) {
+    for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
+        weight_traits[type].columns.store(decoding.columns[type], std::memory_order_relaxed);
+    }
+    most_heads.store(decoding.most_heads, std::memory_order_relaxed);
     weight_product.store(decoding.product, std::memory_order_release);
-    weight_traits[w->type].columns.store(decoding.columns[w->type], std::memory_order_relaxed);
-    w->extra = &weight_traits[w->type];
+    attention.store(decoding.attention, std::memory_order_release);
 }
 
-void set_attention(bupo_product kernel, int64_t heads) {
-    most_heads.store(heads, std::memory_order_relaxed);
-    attention.store(kernel, std::memory_order_release);
-}
-
-OwnProducts::OwnProducts(const ggml_threadpool * pool, bupo_products products) {
+OwnProducts::OwnProducts(const ggml_threadpool * pool, bupo_products products, const bupo_lineage * lineages) {
     if (!pool || products == BUPO_PRODUCTS_GGML) {
         return;
     }
     for (Decoding & d : decoding) {
         const ggml_threadpool * free = nullptr;
         if (d.pool.compare_exchange_strong(free, pool, std::memory_order_acq_rel)) {
+            d.lineages.store(lineages, std::memory_order_release);
             d.products.store(products, std::memory_order_release);
             place_ = &d;
             return;
@@ -206,6 +226,7 @@ OwnProducts::~OwnProducts() {
     if (place_) {
         Decoding & d = *static_cast<Decoding *>(place_);
         d.products.store(BUPO_PRODUCTS_GGML, std::memory_order_release);
+        d.lineages.store(nullptr, std::memory_order_release);
         d.pool.store(nullptr, std::memory_order_release);
     }
 }

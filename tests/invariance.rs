@@ -3,10 +3,12 @@
 mod common;
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use bupo_gguf::ggml::ThreadPool;
+use bupo_gguf::llama::{Context, ContextOptions, Products, Token, TokenBatch};
 use bupo_gguf::rollout::{
     Answer, Completion, Finish, Partner, Request, RolloutOptions, Rollouts, Sampling, Segment,
     Which,
@@ -65,6 +67,67 @@ fn completions_do_not_depend_on_who_is_decoded_beside_them() {
         }
     }
     assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Sequences that are copies of another read what they have in common once: the same logits as of sequences that each
+/// decoded it themselves, also where some forgot a part of it, and of a window of keys.
+#[test]
+fn what_sequences_have_in_common_is_read_once_and_changes_nothing() {
+    const SEQUENCES: usize = 11;
+    for name in ["llama-q4_0", "qwen3-f32", "gemma3-f32", "qwen35-q8_0"] {
+        let golden = Golden::load(name);
+        let pool = Arc::new(ThreadPool::new(2).unwrap());
+        let options = ContextOptions {
+            n_ctx_seq: 256,
+            n_seq: SEQUENCES,
+            n_batch: 256,
+            kv_f32: false,
+            products: Products::Invariant,
+            experts: false,
+        };
+        let n_vocab = golden.model.config().n_vocab;
+        let id = |i: usize| ((5 + 11 * i) % n_vocab) as i32;
+        let forgets = golden.model.engine().state_bytes().unwrap() == 0;
+        let logits = |copies: bool| {
+            let mut context = Context::new(golden.model.engine(), &pool, options).unwrap();
+            let feed = |context: &mut Context, sequence: usize, positions: Range<usize>| {
+                let token = |position: usize| Token {
+                    id: id(position),
+                    position: position as i32,
+                    sequence: sequence as i32,
+                    logits: position + 1 == positions.end,
+                };
+                context.decode(&TokenBatch(positions.clone().map(token).collect())).unwrap();
+            };
+            feed(&mut context, 0, 0..150);
+            for sequence in 1..SEQUENCES {
+                match copies {
+                    true => context.copy(0, sequence),
+                    false => feed(&mut context, sequence, 0..150),
+                }
+                if forgets && sequence % 4 == 3 {
+                    context.forget(sequence, 70).unwrap();
+                    feed(&mut context, sequence, 70..150);
+                }
+            }
+            // One more of another beginning, beside them from now on.
+            context.forget(5, 0).unwrap();
+            feed(&mut context, 5, 0..150);
+            let mut all = Vec::new();
+            for step in 0..4 {
+                let token = |sequence: usize| Token {
+                    id: id(7 * sequence + step),
+                    position: (150 + step) as i32,
+                    sequence: sequence as i32,
+                    logits: true,
+                };
+                context.decode(&TokenBatch((0..SEQUENCES).map(token).collect())).unwrap();
+                all.extend((0..SEQUENCES).map(|i| context.logits(i).to_vec()));
+            }
+            all
+        };
+        assert!(logits(true) == logits(false), "{name}");
+    }
 }
 
 /// Answers three turns, with tokens that depend on what was said; now and then it rewrites what stands before.

@@ -14,7 +14,7 @@ pub(super) type Converter = unsafe fn(from: *const u8, out: &mut [f32]);
 /// Neighbours of a row that a [`Quants`] holds.
 pub(crate) const QUANTS: usize = 32;
 
-/// Neighbours of a quantised row, `y = scale q + add`; q between -4096 and 4096.
+/// Neighbours of a quantised row, `y = scale q + add`.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Quants {
@@ -23,18 +23,31 @@ pub(crate) struct Quants {
     pub add: f32,
 }
 
-/// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
-pub(super) type QuantsReader = unsafe fn(from: *const u8, out: &mut [Quants]);
+/// The largest q, by [`QuantsReader::share`].
+pub(crate) const LARGEST: usize = 4096;
 
-/// The reader of a type for this processor, where there is one, and whether its `add` is ever other than 0.
+/// How a type's rows are read as whole numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantsReader {
+    /// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
+    pub read: unsafe fn(from: *const u8, out: &mut [Quants]),
+    /// Whether anything is ever added.
+    pub adds: bool,
+    /// So many [`Quants`] have one scale, and their q are at most [`LARGEST`] by as many.
+    pub share: usize,
+}
+
+/// The reader of a type for this processor, where there is one.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn quants_reader(ty: Type) -> Option<(QuantsReader, bool)> {
+pub(super) fn quants_reader(ty: Type) -> Option<QuantsReader> {
+    let read = has_avx2().then(|| whole::converter(ty)).flatten()?;
     let adds = matches!(ty.name(), "q4_1" | "q5_1" | "q4_K" | "q5_K");
-    has_avx2().then(|| whole::converter(ty)).flatten().map(|reader| (reader, adds))
+    let share = if matches!(ty.name(), "q4_K" | "q5_K") { 2 } else { 1 };
+    Some(QuantsReader { read, adds, share })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn quants_reader(_: Type) -> Option<(QuantsReader, bool)> {
+pub(super) fn quants_reader(_: Type) -> Option<QuantsReader> {
     None
 }
 
@@ -69,17 +82,23 @@ fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Scales and offsets, six bits each, of the eight parts of a block of `q4_K` or `q5_K`.
+/// The scales, and `-least` times the offsets, six bits each, of the eight parts of a block of `q4_K` or `q5_K`.
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn scales_and_offsets(packed: *const u8) -> [[f32; 8]; 2] {
+#[target_feature(enable = "avx2")]
+#[inline]
+unsafe fn scales_and_adds(packed: *const u8, least: f32) -> ([i8; 8], [f32; 8]) {
     // SAFETY: twelve readable bytes, by the callers' contract.
     let [a, b, c] = unsafe { packed.cast::<[u32; 3]>().read_unaligned() }.map(u32::from_le);
     let (six, four, two) = (0x3f3f_3f3f, 0x0f0f_0f0f, 0x3030_3030);
-    let bytes = |first: u32, last: u32| (first as u64 | (last as u64) << 32).to_le_bytes();
+    let bytes = |first: u32, last: u32| first as u64 | (last as u64) << 32;
     let scales = bytes(a & six, c & four | a >> 2 & two);
     let offsets = bytes(b & six, c >> 4 & four | b >> 2 & two);
-    [scales.map(f32::from), offsets.map(f32::from)]
+    let offsets = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(offsets as i64));
+    let mut adds = [0.0; 8];
+    let add = _mm256_mul_ps(_mm256_cvtepi32_ps(offsets), _mm256_set1_ps(-least));
+    // SAFETY: eight floats.
+    unsafe { _mm256_storeu_ps(adds.as_mut_ptr(), add) };
+    (scales.to_le_bytes().map(|scale| scale as i8), adds)
 }
 
 /// The number of a half.
@@ -109,8 +128,8 @@ unsafe fn f16(from: *const u8, out: &mut [f32]) {
     }
 }
 
-/// The converters into `$out`, each of `$per` elements, for one instruction set. `put` takes `scale (times q) + add` of sixteen
-/// signed bytes q, and the place of the first among the elements of `out`.
+/// The converters into `$out`, each of `$per` elements, for one instruction set. `put` takes `scale (times q) + add` of two
+/// times sixteen signed bytes q, and the place of the first among the elements of `out`.
 #[cfg(target_arch = "x86_64")]
 macro_rules! converters {
     ($name:ident, $features:literal, $out:ty, $per:expr, $put:item) => {
@@ -178,8 +197,8 @@ macro_rules! converters {
                     unsafe {
                         let (scale, q) = (half(from), bytes(from.add(2)));
                         let eight = _mm_set1_epi8(8);
-                        put(_mm_sub_epi8(low(q), eight), 1, scale, 0.0, out, 0);
-                        put(_mm_sub_epi8(high(q), eight), 1, scale, 0.0, out, 16);
+                        let q = [low(q), high(q)].map(|q| _mm_sub_epi8(q, eight));
+                        put(q, [1, 1], scale, 0.0, out, 0);
                         from = from.add(18);
                     }
                 }
@@ -191,8 +210,7 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(4)));
-                        put(low(q), 1, scale, add, out, 0);
-                        put(high(q), 1, scale, add, out, 16);
+                        put([low(q), high(q)], [1, 1], scale, add, out, 0);
                         from = from.add(20);
                     }
                 }
@@ -208,8 +226,8 @@ macro_rules! converters {
                         let sixteen = _mm_set1_epi8(16);
                         let first = _mm_or_si128(low(q), fifth_bits(a));
                         let second = _mm_or_si128(high(q), fifth_bits(b));
-                        put(_mm_sub_epi8(first, sixteen), 1, scale, 0.0, out, 0);
-                        put(_mm_sub_epi8(second, sixteen), 1, scale, 0.0, out, 16);
+                        let q = [first, second].map(|q| _mm_sub_epi8(q, sixteen));
+                        put(q, [1, 1], scale, 0.0, out, 0);
                         from = from.add(22);
                     }
                 }
@@ -222,8 +240,9 @@ macro_rules! converters {
                     unsafe {
                         let (scale, add, q) = (half(from), half(from.add(2)), bytes(from.add(8)));
                         let [a, b] = from.add(4).cast::<[u16; 2]>().read_unaligned();
-                        put(_mm_or_si128(low(q), fifth_bits(a)), 1, scale, add, out, 0);
-                        put(_mm_or_si128(high(q), fifth_bits(b)), 1, scale, add, out, 16);
+                        let first = _mm_or_si128(low(q), fifth_bits(a));
+                        let second = _mm_or_si128(high(q), fifth_bits(b));
+                        put([first, second], [1, 1], scale, add, out, 0);
                         from = from.add(24);
                     }
                 }
@@ -235,8 +254,8 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let scale = half(from);
-                        put(bytes(from.add(2)), 1, scale, 0.0, out, 0);
-                        put(bytes(from.add(18)), 1, scale, 0.0, out, 16);
+                        let q = [bytes(from.add(2)), bytes(from.add(18))];
+                        put(q, [1, 1], scale, 0.0, out, 0);
                         from = from.add(34);
                     }
                 }
@@ -248,16 +267,12 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
-                        let [scales, offsets] = scales_and_offsets(from.add(4));
+                        let (scales, adds) = scales_and_adds(from.add(4), least);
                         for (pair, out) in out.chunks_exact_mut(64 / $per).enumerate() {
-                            let q = from.add(16 + 32 * pair);
-                            let [a, b] = [0, 1].map(|i| scales[2 * pair + i]);
-                            let [am, bm] = [0, 1].map(|i| offsets[2 * pair + i]);
-                            for half in [0, 16] {
-                                let q = bytes(q.add(half));
-                                put(low(q), 1, d * a, -(least * am), out, half);
-                                put(high(q), 1, d * b, -(least * bm), out, 32 + half);
-                            }
+                            let q = [0, 16].map(|half| bytes(from.add(16 + 32 * pair + half)));
+                            let (a, b) = (2 * pair, 2 * pair + 1);
+                            put(q.map(|q| low(q)), [scales[a]; 2], d, adds[a], out, 0);
+                            put(q.map(|q| high(q)), [scales[b]; 2], d, adds[b], out, 32);
                         }
                         from = from.add(144);
                     }
@@ -270,19 +285,20 @@ macro_rules! converters {
                     // SAFETY: whole blocks, by the contract of `Converter`.
                     unsafe {
                         let (d, least) = (half(from), half(from.add(2)));
-                        let [scales, offsets] = scales_and_offsets(from.add(4));
+                        let (scales, adds) = scales_and_adds(from.add(4), least);
+                        let more = [0, 16].map(|half| bytes(from.add(16 + half)));
                         for (pair, out) in out.chunks_exact_mut(64 / $per).enumerate() {
-                            let q = from.add(48 + 32 * pair);
-                            let [a, b] = [0, 1].map(|i| scales[2 * pair + i]);
-                            let [am, bm] = [0, 1].map(|i| offsets[2 * pair + i]);
-                            let fifth = |i: usize| _mm_set1_epi8((1u8 << (2 * pair + i)) as i8);
-                            for half in [0, 16] {
-                                let (q, more) = (bytes(q.add(half)), bytes(from.add(16 + half)));
-                                let first = _mm_or_si128(low(q), where_set(more, fifth(0), 16));
-                                let second = _mm_or_si128(high(q), where_set(more, fifth(1), 16));
-                                put(first, 1, d * a, -(least * am), out, half);
-                                put(second, 1, d * b, -(least * bm), out, 32 + half);
-                            }
+                            let q = [0, 16].map(|half| bytes(from.add(48 + 32 * pair + half)));
+                            let (a, b) = (2 * pair, 2 * pair + 1);
+                            let fifth = |more, bit| {
+                                where_set(more, _mm_set1_epi8((1u8 << bit) as i8), 16)
+                            };
+                            let both = |q: [__m128i; 2], bit| {
+                                [0, 1].map(|i| _mm_or_si128(q[i], fifth(more[i], bit)))
+                            };
+                            let (first, second) = (q.map(|q| low(q)), q.map(|q| high(q)));
+                            put(both(first, a), [scales[a]; 2], d, adds[a], out, 0);
+                            put(both(second, b), [scales[b]; 2], d, adds[b], out, 32);
                         }
                         from = from.add(176);
                     }
@@ -298,7 +314,7 @@ macro_rules! converters {
                         for (part, out) in out.chunks_exact_mut(128 / $per).enumerate() {
                             let (low_bits, high_bits) = (from.add(64 * part), from.add(128 + 32 * part));
                             let scales = from.add(192 + 8 * part).cast::<i8>();
-                            for half in [0, 16] {
+                            let halves = [0, 16].map(|half| {
                                 let more = bytes(high_bits.add(half));
                                 let (a, b) = (bytes(low_bits.add(half)), bytes(low_bits.add(32 + half)));
                                 let top = |shifted| {
@@ -310,10 +326,12 @@ macro_rules! converters {
                                     _mm_or_si128(high(a), top(_mm_srli_epi16::<4>(more))),
                                     _mm_or_si128(high(b), top(_mm_srli_epi16::<6>(more))),
                                 ];
-                                for (i, q) in q.into_iter().enumerate() {
-                                    let q = _mm_sub_epi8(q, _mm_set1_epi8(32));
-                                    put(q, *scales.add(2 * i + half / 16), d, 0.0, out, 32 * i + half);
-                                }
+                                q.map(|q| _mm_sub_epi8(q, _mm_set1_epi8(32)))
+                            });
+                            for i in 0..4 {
+                                let q = halves.map(|half| half[i]);
+                                let times = [0, 1].map(|half| *scales.add(2 * i + half));
+                                put(q, times, d, 0.0, out, 32 * i);
                             }
                         }
                         from = from.add(210);
@@ -330,13 +348,15 @@ converters!(
     "avx512f,avx512bw,f16c",
     f32,
     1,
-    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [f32], at: usize) {
-        let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
-        let scale = _mm512_set1_ps(scale * times as f32);
-        let y = _mm512_fmadd_ps(q, scale, _mm512_set1_ps(add));
-        let out = &mut out[at..at + 16];
-        // SAFETY: sixteen floats.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) }
+    fn put(q: [__m128i; 2], times: [i8; 2], scale: f32, add: f32, out: &mut [f32], at: usize) {
+        let halves = out[at..at + 32].as_chunks_mut::<16>().0;
+        for ((q, times), out) in q.into_iter().zip(times).zip(halves) {
+            let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+            let scale = _mm512_set1_ps(scale * times as f32);
+            let y = _mm512_fmadd_ps(q, scale, _mm512_set1_ps(add));
+            // SAFETY: sixteen floats.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) }
+        }
     }
 );
 
@@ -346,32 +366,35 @@ converters!(
     "avx2,fma,f16c",
     f32,
     1,
-    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [f32], at: usize) {
-        let (scale, add) = (_mm256_set1_ps(scale * times as f32), _mm256_set1_ps(add));
-        for (q, out) in
-            [q, _mm_srli_si128::<8>(q)].into_iter().zip(out[at..at + 16].chunks_exact_mut(8))
-        {
-            let y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), scale, add);
-            // SAFETY: eight floats.
-            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), y) }
+    fn put(q: [__m128i; 2], times: [i8; 2], scale: f32, add: f32, out: &mut [f32], at: usize) {
+        let halves = out[at..at + 32].as_chunks_mut::<16>().0;
+        for ((q, times), out) in q.into_iter().zip(times).zip(halves) {
+            let (scale, add) = (_mm256_set1_ps(scale * times as f32), _mm256_set1_ps(add));
+            for (q, out) in [q, _mm_srli_si128::<8>(q)].into_iter().zip(out.chunks_exact_mut(8)) {
+                let y = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q)), scale, add);
+                // SAFETY: eight floats.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr(), y) }
+            }
         }
     }
 );
 
-// Sixteen at a time: both halves of a `Quants` have one scale, whose factors of sixteen elements each are in q.
+// Both halves of a `Quants` have one scale, whose factors of sixteen elements each are in q.
 #[cfg(target_arch = "x86_64")]
 converters!(
     whole,
     "avx2,f16c",
     Quants,
     QUANTS,
-    fn put(q: __m128i, times: i8, scale: f32, add: f32, out: &mut [Quants], at: usize) {
+    fn put(q: [__m128i; 2], times: [i8; 2], scale: f32, add: f32, out: &mut [Quants], at: usize) {
         let part = &mut out[at / QUANTS];
         (part.scale, part.add) = (scale, add);
-        let q = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(q), _mm256_set1_epi16(times as i16));
-        let half = &mut part.q.as_chunks_mut::<16>().0[at % QUANTS / 16];
-        // SAFETY: sixteen numbers.
-        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), q) }
+        let halves = part.q.as_chunks_mut::<16>().0;
+        for ((q, times), out) in q.into_iter().zip(times).zip(halves) {
+            let q = _mm256_mullo_epi16(_mm256_cvtepi8_epi16(q), _mm256_set1_epi16(times as i16));
+            // SAFETY: sixteen numbers.
+            unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), q) }
+        }
     }
 );
 
@@ -439,16 +462,19 @@ mod tests {
                 });
                 tried += 1;
             }
-            let Some((reader, adds)) = quants_reader(ty) else { continue };
+            let Some(reader) = quants_reader(ty) else { continue };
             agrees(ty, |bytes, out| {
                 let mut quants =
                     vec![Quants { q: [0; QUANTS], scale: 0.0, add: 0.0 }; out.len() / QUANTS];
                 // SAFETY: as above.
-                unsafe { reader(bytes.as_ptr(), &mut quants) };
+                unsafe { (reader.read)(bytes.as_ptr(), &mut quants) };
+                for parts in quants.chunks(reader.share) {
+                    assert!(parts.iter().all(|part| part.scale == parts[0].scale), "{ty}");
+                }
                 for (part, out) in quants.iter().zip(out.chunks_exact_mut(QUANTS)) {
-                    assert!(adds || part.add == 0.0, "{ty}");
+                    assert!(reader.adds || part.add == 0.0, "{ty}");
                     for (q, out) in part.q.iter().zip(out) {
-                        assert!(q.unsigned_abs() <= 4096, "{ty}");
+                        assert!(q.unsigned_abs() as usize <= LARGEST / reader.share, "{ty}");
                         *out = part.scale.mul_add(*q as f32, part.add);
                     }
                 }

@@ -17,7 +17,7 @@ mod types;
 
 pub use backend::{Computed, Executor, Graph, Input, Rates, ThreadPool};
 pub use bytes::ByteSize;
-pub(crate) use convert::{QUANTS, Quants};
+pub(crate) use convert::{LARGEST, QUANTS, Quants, QuantsReader};
 pub use cores::usable_cores;
 pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;

@@ -98,10 +98,9 @@ impl Type {
         own[self.raw() as usize]
     }
 
-    /// Reads rows as whole numbers, where this processor has the instructions for it and the type is one of those; and
-    /// whether anything is added to them.
-    pub(crate) fn quants_reader(self) -> Option<(QuantsReader, bool)> {
-        static READERS: OnceLock<Vec<Option<(QuantsReader, bool)>>> = OnceLock::new();
+    /// How rows are read as whole numbers, where this processor has the instructions for it and the type is one of those.
+    pub(crate) fn quants_reader(self) -> Option<QuantsReader> {
+        static READERS: OnceLock<Vec<Option<QuantsReader>>> = OnceLock::new();
         let readers = READERS.get_or_init(|| {
             let types = (0..sys::GGML_TYPE_COUNT).map(Type::from_ggml);
             types.map(|ty| ty.and_then(quants_reader)).collect()

@@ -83,6 +83,8 @@ pub struct Context {
     // Of sequences 0, 1, ..; made when they are first wanted.
     draws: Vec<Draw>,
     draws_attached: bool,
+    // Of each sequence.
+    lineages: Lineages,
     n_vocab: usize,
     _adapter: Option<Arc<LiveAdapter>>,
     // What llama.cpp's callback writes to, which has its address.
@@ -167,6 +169,7 @@ impl Context {
             drawn: Vec::new(),
             draws: Vec::new(),
             draws_attached: false,
+            lineages: Lineages::new(options.n_seq),
             n_vocab: model.vocab().n_tokens(),
             _adapter: None,
             recorder,
@@ -268,9 +271,11 @@ impl Context {
         let mut decode = |threads: usize| unsafe {
             sys::llama_set_n_threads(self.raw.as_ptr(), threads as i32, threads as i32);
             let products = self.options.products.raw();
-            sys::bupo_decode(self.raw.as_ptr(), raw, pool.raw(), products, &mut result)
+            let lineages = self.lineages.of_all.as_ptr();
+            sys::bupo_decode(self.raw.as_ptr(), raw, pool.raw(), products, lineages, &mut result)
         };
         let status = if ours { pool.with_spare(decode) } else { decode(pool.n_threads()) };
+        self.lineages.decoded(tokens, status == sys::BUPO_OK && result == 0);
         self.has_logits.clear();
         self.drawn.clear();
         check("decoding", status, "report it with the model's name")?;
@@ -369,6 +374,7 @@ impl Context {
             sys::llama_memory_seq_rm(memory, sequence as i32, from as i32, -1)
         };
         if done {
+            self.lineages.forget(sequence, from);
             return Ok(());
         }
         let call = format!("forgetting sequence {sequence} from position {from} on");
@@ -384,12 +390,56 @@ impl Context {
             let memory = sys::llama_get_memory(self.raw.as_ptr());
             sys::llama_memory_seq_cp(memory, from as i32, to as i32, -1, -1);
         }
+        self.lineages.copy(from, to);
     }
 
     /// Forgets everything.
     pub fn clear(&mut self) {
+        self.lineages = Lineages::new(self.options.n_seq);
         // SAFETY: a live context.
         unsafe { sys::llama_memory_clear(sys::llama_get_memory(self.raw.as_ptr()), false) }
+    }
+}
+
+/// What sequences have in common, so that attention reads it once for all of them.
+struct Lineages {
+    of_all: Vec<sys::bupo_lineage>,
+    /// Tokens of each sequence.
+    tokens: Vec<u32>,
+    newest: u32,
+}
+
+impl Lineages {
+    fn new(n_seq: usize) -> Lineages {
+        let of_all = vec![sys::bupo_lineage { origin: 0, rows: 0 }; n_seq];
+        Lineages { of_all, tokens: vec![0; n_seq], newest: 0 }
+    }
+
+    /// After a decode; nothing is known of its sequences where it failed.
+    fn decoded(&mut self, batch: &[Token], well: bool) {
+        for token in batch {
+            let (sequence, position) = (token.sequence as usize, token.position as u32);
+            let lineage = &mut self.of_all[sequence];
+            lineage.rows = if well { lineage.rows.min(position) } else { 0 };
+            self.tokens[sequence] = position + 1;
+        }
+    }
+
+    fn forget(&mut self, sequence: usize, from: usize) {
+        let from = u32::try_from(from).unwrap_or(u32::MAX);
+        self.tokens[sequence] = self.tokens[sequence].min(from);
+        let lineage = &mut self.of_all[sequence];
+        lineage.rows = lineage.rows.min(from);
+    }
+
+    fn copy(&mut self, from: usize, to: usize) {
+        if self.of_all[from].rows == 0 {
+            self.newest += 1;
+            let rows = self.tokens[from];
+            self.of_all[from] = sys::bupo_lineage { origin: self.newest, rows };
+        }
+        self.of_all[to] = self.of_all[from];
+        self.tokens[to] = self.tokens[from];
     }
 }
 

@@ -113,9 +113,8 @@ impl Model {
                 attention: Some(ops::decode_attention),
                 most_heads: ops::MOST_HEADS as i64,
             };
-            // SAFETY: a live model that nobody computes with yet; kernels that keep the header's contract; a number for
-            // each type.
-            let status = unsafe { sys::bupo_model_decoding(model.raw(), &decoding) };
+            // SAFETY: kernels that keep the header's contract; a number for each type.
+            let status = unsafe { sys::bupo_offer_decoding(&decoding) };
             check("offering our products", status, "report it")?;
         }
         Ok(model)

@@ -20,7 +20,7 @@ use ggml_sys as sys;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::queue::Queue;
 use super::rows::{each_part, part_of, parts};
-use crate::ggml::{Arena, QUANTS, Quants, Tensor, Type};
+use crate::ggml::{Arena, QUANTS, Quants, QuantsReader, Tensor, Type};
 
 /// Floats of a dequantised tile: 512 KiB, half of a usual L2 cache.
 pub(super) const TILE: usize = 128 * 1024;
@@ -197,6 +197,12 @@ impl Weight {
         }
     }
 
+    /// Of rows of `k` elements in these bytes, which outlive it.
+    #[cfg(test)]
+    pub(super) fn of_bytes(ty: Type, bytes: &[u8], k: usize) -> Weight {
+        Weight { ty, data: bytes.as_ptr(), row_bytes: ty.row_bytes(k).expect("whole blocks") }
+    }
+
     /// Elements of a block.
     pub(super) fn block_size(&self) -> usize {
         self.ty.block_size()
@@ -262,22 +268,22 @@ impl Weight {
         self.ty
     }
 
-    /// Columns of row `n` from `k` on as whole numbers, as many as `out` holds; whether anything is added to them. The
-    /// caller counts them.
+    /// Columns of row `n` from `k` on as whole numbers, as many as `out` holds. The caller counts them.
     ///
     /// # Safety
-    /// They are whole blocks within the tensor.
-    ///
-    /// # Panics
-    /// On a processor, or of a type, without a reader ([`Type::quants_reader`]).
+    /// They are whole blocks within the tensor; the reader is that of the weight's type.
     #[inline]
-    pub(super) unsafe fn read_quants(&self, n: usize, k: usize, out: &mut [Quants]) -> bool {
+    pub(super) unsafe fn read_quants(
+        &self,
+        reader: QuantsReader,
+        n: usize,
+        k: usize,
+        out: &mut [Quants],
+    ) {
         debug_assert!((out.len() * QUANTS).is_multiple_of(self.block_size()));
-        let (reader, adds) = self.ty.quants_reader().expect("a type that is read as whole numbers");
         let skip = k / self.ty.block_size() * self.ty.block_bytes();
         // SAFETY: within the tensor by contract.
-        unsafe { reader(self.data.add(n * self.row_bytes + skip), out) };
-        adds
+        unsafe { (reader.read)(self.data.add(n * self.row_bytes + skip), out) }
     }
 }
 

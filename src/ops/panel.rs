@@ -158,18 +158,27 @@ pub(super) unsafe fn transpose(
     n: usize,
 ) {
     const B: usize = 4;
+    /// Columns in which rows of either side are walked: what is read or written in part is still in the L1 cache for the rest.
+    const RUN: usize = 64;
     let (m_blocks, n_blocks) = (m / B * B, n / B * B);
     // SAFETY: within both, by the caller.
     unsafe {
         let from_row = |i: usize, j: usize| from.0.add(i * from.1 + j);
         let to_row = |j: usize, i: usize| to.0.add(j * to.1 + i);
-        for i in (0..m_blocks).step_by(B) {
-            for j in (0..n_blocks).step_by(B) {
-                let rows =
-                    std::array::from_fn(|r| from_row(i + r, j).cast::<[f32; B]>().read_unaligned());
-                for (r, row) in turned(rows).into_iter().enumerate() {
-                    to_row(j + r, i).cast::<[f32; B]>().write_unaligned(row);
-                }
+        let block = |i: usize, j: usize| {
+            let rows =
+                std::array::from_fn(|r| from_row(i + r, j).cast::<[f32; B]>().read_unaligned());
+            for (r, row) in turned(rows).into_iter().enumerate() {
+                to_row(j + r, i).cast::<[f32; B]>().write_unaligned(row);
+            }
+        };
+        for run in (0..n_blocks).step_by(RUN) {
+            let js = (run..(run + RUN).min(n_blocks)).step_by(B);
+            let is = (0..m_blocks).step_by(B);
+            // Along the side whose rows lie farther apart, for they share few lines of a cache.
+            match to.1 > from.1 {
+                true => js.for_each(|j| is.clone().for_each(|i| block(i, j))),
+                false => is.for_each(|i| js.clone().for_each(|j| block(i, j))),
             }
         }
         for i in 0..m {

@@ -177,7 +177,8 @@ fn outer_products() {
     }
 }
 
-/// Activations in fixed point: off by 1/32766 of the largest of 32, and what becomes of a column depends on that column alone.
+/// Activations in fixed point: off by 1/32766 of the largest of 32, or 64, and what becomes of a column depends on that column
+/// alone.
 #[test]
 fn product_in_fixed_point() {
     let mut served = 0;
@@ -212,7 +213,8 @@ fn product_in_fixed_point() {
                 let x = &x[column * k..][..k];
                 for (row, (w, (y, want))) in rows.clone().zip(y.iter().zip(want)).enumerate() {
                     // Each activation is off by half a step, at most.
-                    let blocks = w.chunks(32).zip(x.chunks(32));
+                    let share = if matches!(ty.name(), "q4_K" | "q5_K") { 64 } else { 32 };
+                    let blocks = w.chunks(share).zip(x.chunks(share));
                     let bound: f64 = blocks
                         .map(|(w, x)| {
                             let most = x.iter().fold(0f32, |m, x| m.max(x.abs())) as f64;
@@ -242,17 +244,20 @@ fn product_in_fixed_point() {
 #[test]
 fn product_in_fixed_point_of_no_number() {
     let mut random = Random::new(4);
-    for what in [f32::NAN, f32::INFINITY] {
-        let mut x = random.normal(64 * 3);
-        x[64 + 9] = what;
-        let (w, _) = Random::new(5).weight(Type::Q8_0, 64, 7);
-        let y = run(1, &[w, Source::f32(&x, &[64, 3])], |arena, s| {
+    let types = weight_types().into_iter().filter(|ty| ty.block_size() > 1);
+    for (ty, what) in types.flat_map(|ty| [(ty, f32::NAN), (ty, f32::INFINITY)]) {
+        let k = 256;
+        let mut x = random.normal(k * 3);
+        x[k + 9] = what;
+        let (w, _) = Random::new(5).weight(ty, k, 7);
+        let y = run(1, &[w, Source::f32(&x, &[k, 3])], |arena, s| {
             let y = ops::fixed_product(arena, s[0], s[1]);
             vec![y.unwrap_or_else(|| ops::product(arena, s[0], s[1]))]
         })
         .remove(0);
         for (column, y) in y.chunks(7).enumerate() {
-            assert!(y.iter().all(|y| y.is_finite() == (column != 1)), "{what}, {column}: {y:?}");
+            let right = y.iter().all(|y| y.is_finite() == (column != 1));
+            assert!(right, "{ty} {what}, {column}: {y:?}");
         }
     }
 }
