@@ -24,14 +24,16 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     let mut bare = Bare::new(bench, n_seq, &prompt)?;
 
     let (mut prefill, mut off, mut on, mut loops) = (vec![], vec![], vec![], vec![]);
+    let mut bare_prefill = vec![];
     let (mut overhead, mut adapted) = (vec![], vec![]);
     for rep in 0..bench.options.reps + 1 {
         rollouts.set_adapter(None)?;
         let (first, without) = decode(&mut rollouts, &prompt, n_seq)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
         let (_, with) = decode(&mut rollouts, &prompt, n_seq)?;
-        let bare = bare.run()?;
+        let (bare_first, bare) = bare.run()?;
         if rep > 0 {
+            bare_prefill.push(PROMPT as f64 / bare_first);
             prefill.push(PROMPT as f64 / first);
             off.push(without);
             on.push(with);
@@ -47,6 +49,7 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
             ("prefill_tokens_per_s", median(&mut prefill)),
             ("decode_tokens_per_s", median(&mut off)),
             ("decode_with_adapter_tokens_per_s", median(&mut on)),
+            ("bare_prefill_tokens_per_s", median(&mut bare_prefill)),
             ("bare_loop_tokens_per_s", median(&mut loops)),
             ("share_of_bare_loop", median(&mut overhead)),
             ("adapter_on_over_off", median(&mut adapted)),
@@ -102,8 +105,8 @@ impl Bare {
         Ok(Bare { context, prompt: prompt.to_vec(), n_seq })
     }
 
-    /// Tokens per second of the loop.
-    fn run(&mut self) -> Result<f64> {
+    /// Seconds of the prompt, and tokens per second of the loop.
+    fn run(&mut self) -> Result<(f64, f64)> {
         self.context.clear();
         let token = |id, position: usize, sequence: usize, logits| Token {
             id,
@@ -113,7 +116,12 @@ impl Bare {
         };
         let prompt = self.prompt.iter().enumerate();
         let prompt = prompt.map(|(i, &id)| token(id, i, 0, i + 1 == PROMPT)).collect();
-        self.context.decode(&TokenBatch(prompt))?;
+        let (first, ran) = once(|| -> Result<()> {
+            self.context.decode(&TokenBatch(prompt))?;
+            std::hint::black_box(self.context.logits(PROMPT - 1)[0]);
+            Ok(())
+        });
+        ran?;
         for to in 1..self.n_seq {
             self.context.copy(0, to);
         }
@@ -128,6 +136,6 @@ impl Bare {
             Ok(())
         });
         ran?;
-        Ok((self.n_seq * (DECODED - 1)) as f64 / time.as_secs_f64())
+        Ok((first.as_secs_f64(), (self.n_seq * (DECODED - 1)) as f64 / time.as_secs_f64()))
     }
 }

@@ -12,7 +12,7 @@ use crate::{Error, Result};
 
 /// Whose products with a model's weights decoding takes on the CPU. ggml's round activations to 8 bits where weights are
 /// quantised; ours take them as they are, as training does, or in fixed point of 15 bits where the processor has
-/// instructions for that (AVX-512 VNNI): nothing beside the rounding of keys and values.
+/// instructions for that (VNNI): nothing beside the rounding of keys and values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
     /// ggml's.
