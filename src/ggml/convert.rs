@@ -101,6 +101,35 @@ unsafe fn scales_and_adds(packed: *const u8, least: f32) -> ([i8; 8], [f32; 8]) 
     (scales.to_le_bytes().map(|scale| scale as i8), adds)
 }
 
+/// What the sixteen numbers of `iq4_nl` and `iq4_xs` stand for.
+#[cfg(target_arch = "x86_64")]
+const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Twice the numbers of four bits in floating point (E2M1).
+#[cfg(target_arch = "x86_64")]
+const FP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Half of 2^(e - 127).
+#[cfg(target_arch = "x86_64")]
+fn half_power(e: u8) -> f32 {
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e as u32 - 1) << 23 })
+}
+
+/// The scales, six bits each less 32, of the sixteen parts of a block of `q3_K`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn q3_scales(packed: *const u8) -> [i8; 16] {
+    // SAFETY: twelve readable bytes, by the callers' contract.
+    let [a, b, top] = unsafe { packed.cast::<[u32; 3]>().read_unaligned() }.map(u32::from_le);
+    let four = |bits: u32, top: u32| bits & 0x0f0f_0f0f | (top & 0x0303_0303) << 4;
+    let words = [four(a, top), four(b, top >> 2), four(a >> 4, top >> 4), four(b >> 4, top >> 6)];
+    let mut scales = [0; 16];
+    for (scales, word) in scales.as_chunks_mut::<4>().0.iter_mut().zip(words) {
+        *scales = word.to_le_bytes().map(|scale| scale as i8 - 32);
+    }
+    scales
+}
+
 /// The number of a half.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "f16c")]
@@ -143,6 +172,10 @@ macro_rules! converters {
                     "q5_0" => q5_0,
                     "q5_1" => q5_1,
                     "q8_0" => q8_0,
+                    "iq4_nl" => iq4_nl,
+                    "mxfp4" => mxfp4,
+                    "q3_K" => q3_k,
+                    "iq4_xs" => iq4_xs,
                     "q4_K" => q4_k,
                     "q5_K" => q5_k,
                     "q6_K" => q6_k,
@@ -257,6 +290,90 @@ macro_rules! converters {
                         let q = [bytes(from.add(2)), bytes(from.add(18))];
                         put(q, [1, 1], scale, 0.0, out, 0);
                         from = from.add(34);
+                    }
+                }
+            }
+
+            /// What sixteen numbers of four bits stand for.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn looked_up(q: __m128i, values: [i8; 16]) -> __m128i {
+                // SAFETY: sixteen bytes.
+                let values = unsafe { _mm_loadu_si128(values.as_ptr().cast()) };
+                _mm_shuffle_epi8(values, q)
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn iq4_nl(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
+                    unsafe {
+                        let (scale, q) = (half(from), bytes(from.add(2)));
+                        let q = [low(q), high(q)].map(|q| looked_up(q, IQ4));
+                        put(q, [1, 1], scale, 0.0, out, 0);
+                        from = from.add(18);
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn mxfp4(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(32 / $per) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
+                    unsafe {
+                        let (scale, q) = (half_power(*from), bytes(from.add(1)));
+                        let q = [low(q), high(q)].map(|q| looked_up(q, FP4));
+                        put(q, [1, 1], scale, 0.0, out, 0);
+                        from = from.add(17);
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn q3_k(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(256 / $per) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
+                    unsafe {
+                        let d = half(from.add(108));
+                        let scales = q3_scales(from.add(96));
+                        let third = [0, 16].map(|half| bytes(from.add(half)));
+                        for (i, out) in out.chunks_exact_mut(32 / $per).enumerate() {
+                            let bit = _mm_set1_epi8((1u8 << i) as i8);
+                            let low_bits = from.add(32 + 32 * (i / 4));
+                            let q = [0, 1].map(|half| {
+                                let q = bytes(low_bits.add(16 * half));
+                                let q = match i % 4 {
+                                    0 => q,
+                                    1 => _mm_srli_epi16::<2>(q),
+                                    2 => _mm_srli_epi16::<4>(q),
+                                    _ => _mm_srli_epi16::<6>(q),
+                                };
+                                let q = _mm_and_si128(q, _mm_set1_epi8(3));
+                                let q = _mm_or_si128(q, where_set(third[half], bit, 4));
+                                _mm_sub_epi8(q, _mm_set1_epi8(4))
+                            });
+                            put(q, [scales[2 * i], scales[2 * i + 1]], d, 0.0, out, 0);
+                        }
+                        from = from.add(110);
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn iq4_xs(mut from: *const u8, out: &mut [$out]) {
+                for out in out.chunks_exact_mut(256 / $per) {
+                    // SAFETY: whole blocks, by the contract of `Converter`.
+                    unsafe {
+                        let d = half(from);
+                        let top = u16::from_le(from.add(2).cast::<u16>().read_unaligned());
+                        for (i, out) in out.chunks_exact_mut(32 / $per).enumerate() {
+                            let low_bits = *from.add(4 + i / 2) >> (4 * (i % 2)) & 15;
+                            let scale = low_bits as i8 | ((top >> (2 * i) & 3) << 4) as i8;
+                            let q = bytes(from.add(8 + 16 * i));
+                            let q = [low(q), high(q)].map(|q| looked_up(q, IQ4));
+                            put(q, [scale - 32; 2], d, 0.0, out, 0);
+                        }
+                        from = from.add(136);
                     }
                 }
             }
@@ -408,7 +525,9 @@ mod tests {
     fn halves(ty: Type) -> &'static [usize] {
         match ty.name() {
             "f16" => &[0],
-            "q4_0" | "q5_0" | "q8_0" => &[0],
+            "q4_0" | "q5_0" | "q8_0" | "iq4_nl" | "iq4_xs" => &[0],
+            "q3_K" => &[108],
+            "mxfp4" => &[],
             "q6_K" => &[208],
             _ => &[0, 2],
         }
@@ -420,6 +539,10 @@ mod tests {
         let mut bytes = vec![0; n * ty.block_bytes()];
         random.fill_bytes(&mut bytes);
         for (i, block) in bytes.chunks_exact_mut(ty.block_bytes()).enumerate() {
+            if ty.name() == "mxfp4" {
+                // Powers that a sum holds, and the two that are subnormal.
+                block[0] = if i < 2 { i as u8 } else { 115 + i as u8 };
+            }
             for &at in halves(ty) {
                 // Subnormal ones among them.
                 let value =

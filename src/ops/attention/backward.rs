@@ -1,6 +1,7 @@
 //! Cotangents of q, k and v.
 
 use std::ffi::{c_int, c_void};
+use std::ops::Range;
 
 use ggml_sys as sys;
 use pulp::{Simd, WithSimd};
@@ -40,7 +41,10 @@ pub(super) unsafe extern "C" fn kernel(
             .collect();
         let (n_kv, simd) = (back.job.n_head_kv, pulp::Arch::new());
         back.job.units.each(trees.len() * n_kv, nth, |unit| {
-            simd.dispatch(OfTree { back: &back, tiles: &trees[unit / n_kv], kv: unit % n_kv });
+            let (tiles, kv) = (&trees[unit / n_kv], unit % n_kv);
+            with_scratch(OfTree::scratch(&back.job, tiles), |scratch| {
+                simd.dispatch(OfTree { back: &back, tiles, kv, scratch });
+            });
         });
     }
 }
@@ -69,45 +73,58 @@ struct OfTree<'b, 'k> {
     back: &'b Back<'k>,
     tiles: &'b [Tile],
     kv: usize,
+    /// [`OfTree::scratch`] floats.
+    scratch: &'b mut [f32],
 }
 
+impl OfTree<'_, '_> {
+    /// Tokens of a tree.
+    fn tokens(tiles: &[Tile]) -> Range<usize> {
+        tiles[0].queries.start..tiles[tiles.len() - 1].queries.end
+    }
+
+    /// Keys and values, packed, and the sums of their cotangents; what a tile takes.
+    fn scratch(job: &Job<'_>, tiles: &[Tile]) -> usize {
+        let columns = job.tile_tokens() * job.group();
+        let width = columns.next_multiple_of(LANES);
+        let tile = 3 * columns * job.stride() + (2 * job.size + 2 * KEYS + 2) * width;
+        4 * OfTree::tokens(tiles).len() * job.stride() + tile + LANES
+    }
+}
+
+// No closure takes part in what is computed with vectors: it would not be compiled for the processor that was dispatched on.
 impl WithSimd for OfTree<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let OfTree { back, tiles, kv } = self;
+        let OfTree { back, tiles, kv, scratch } = self;
         let job = &back.job;
-        let tokens = tiles[0].queries.start..tiles[tiles.len() - 1].queries.end;
-        let columns = job.tile_tokens() * job.group();
-        let width = columns.next_multiple_of(LANES);
+        let tokens = OfTree::tokens(tiles);
         let (all, stride) = (tokens.len() * job.stride(), job.stride());
-        let tile = 3 * columns * stride + (2 * job.size + 2 * KEYS + 2) * width;
-        with_scratch(4 * all + tile + LANES, |scratch| {
-            let (k, rest) = aligned(scratch).split_at_mut(all);
-            let (v, rest) = rest.split_at_mut(all);
-            let (dk, rest) = rest.split_at_mut(all);
-            let (dv, rest) = rest.split_at_mut(all);
-            // SAFETY: by what `OfTree` says of its fields.
+        let (k, rest) = aligned(scratch).split_at_mut(all);
+        let (v, rest) = rest.split_at_mut(all);
+        let (dk, rest) = rest.split_at_mut(all);
+        let (dv, rest) = rest.split_at_mut(all);
+        // SAFETY: by what `OfTree` says of its fields.
+        unsafe {
+            job.k.pack(tokens.clone(), kv, k);
+            job.v.pack(tokens.clone(), kv, v);
+        }
+        dk.fill(0.0);
+        dv.fill(0.0);
+        let mut tree = Tree { first: tokens.start, k, v, dk, dv };
+        for tile in tiles {
+            // SAFETY: the same.
+            unsafe { back.tile(simd, &mut tree, tile, kv, rest) };
+        }
+        for (token, i) in tokens.zip((0..).step_by(stride)) {
+            // SAFETY: the same.
             unsafe {
-                job.k.pack(tokens.clone(), kv, k);
-                job.v.pack(tokens.clone(), kv, v);
+                back.dk.row_mut(token, kv).copy_from_slice(&tree.dk[i..i + job.size]);
+                back.dv.row_mut(token, kv).copy_from_slice(&tree.dv[i..i + job.size]);
             }
-            dk.fill(0.0);
-            dv.fill(0.0);
-            let mut tree = Tree { first: tokens.start, k, v, dk, dv };
-            for tile in tiles {
-                // SAFETY: the same.
-                unsafe { back.tile(simd, &mut tree, tile, kv, rest) };
-            }
-            for (token, i) in tokens.zip((0..).step_by(stride)) {
-                // SAFETY: the same.
-                unsafe {
-                    back.dk.row_mut(token, kv).copy_from_slice(&tree.dk[i..i + job.size]);
-                    back.dv.row_mut(token, kv).copy_from_slice(&tree.dv[i..i + job.size]);
-                }
-            }
-        });
+        }
     }
 }
 

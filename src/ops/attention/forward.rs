@@ -33,7 +33,9 @@ pub(super) unsafe extern "C" fn kernel(
     job.units.each(tiles.len() * job.n_head_kv, nth, |unit| {
         // One head's tiles after another: its keys and values stay in the cache.
         let (tile, kv) = (&tiles[unit % tiles.len()], unit / tiles.len());
-        simd.dispatch(Forward { job: &job, tile, kv, out, lse });
+        with_scratch(Forward::sizes(&job, tile).iter().sum::<usize>() + LANES, |scratch| {
+            simd.dispatch(Forward { job: &job, tile, kv, out, lse, scratch });
+        });
     });
 }
 
@@ -44,8 +46,20 @@ struct Forward<'j, 'k> {
     kv: usize,
     out: Heads<*mut f32>,
     lse: *mut f32,
+    /// [`Forward::sizes`], and a vector more.
+    scratch: &'j mut [f32],
 }
 
+impl Forward<'_, '_> {
+    /// Floats of the queries, of their results, of a run of packed keys or values, of scores, and of three numbers a column.
+    fn sizes(job: &Job<'_>, tile: &Tile) -> [usize; 5] {
+        let columns = tile.queries.len() * job.group();
+        let width = columns.next_multiple_of(LANES);
+        [job.size * width, columns * job.stride(), KEYS * job.stride(), KEYS * width, 3 * width]
+    }
+}
+
+// No closure takes part in what is computed with vectors: it would not be compiled for the processor that was dispatched on.
 impl WithSimd for Forward<'_, '_> {
     type Output = ();
 
@@ -54,58 +68,56 @@ impl WithSimd for Forward<'_, '_> {
         let (size, stride, group) = (self.job.size, self.job.stride(), self.job.group());
         let columns = self.tile.queries.len() * group;
         let width = columns.next_multiple_of(LANES);
-        let sizes = [size * width, columns * stride, KEYS * stride, KEYS * width];
-        with_scratch(sizes.iter().sum::<usize>() + 3 * width + LANES, |scratch| {
-            let (q, rest) = aligned(scratch).split_at_mut(sizes[0]);
-            let (o, rest) = rest.split_at_mut(sizes[1]);
-            let (packed, rest) = rest.split_at_mut(sizes[2]);
-            let (scores, rest) = rest.split_at_mut(sizes[3]);
-            let (max, rest) = rest.split_at_mut(width);
-            let (sum, rest) = rest.split_at_mut(width);
-            let scale = &mut rest[..width];
-            max.fill(f32::NEG_INFINITY);
-            sum.fill(0.0);
-            // SAFETY: by what `Forward` says of its fields; packed rows lie within the scratch.
-            unsafe {
-                // Until there are results their rows are the queries'.
-                self.job.pack_queries(&self.job.q, self.tile, self.kv, o, q);
-                q.iter_mut().for_each(|q| *q *= self.job.scale);
-                o.fill(0.0);
-                for keys in self.tile.keys() {
-                    let run = Scores::new(self.tile, &keys, [size, group]);
-                    self.job.k.pack(keys.tokens.clone(), self.kv, packed);
-                    run.fill(simd, packed, q, scores);
-                    if let Some(cap) = self.job.softcap {
-                        for (row, _) in run.rows() {
-                            scores[row].iter_mut().for_each(|x| *x = softcap(*x, cap).0);
-                        }
+        let sizes = Forward::sizes(self.job, self.tile);
+        let (q, rest) = aligned(self.scratch).split_at_mut(sizes[0]);
+        let (o, rest) = rest.split_at_mut(sizes[1]);
+        let (packed, rest) = rest.split_at_mut(sizes[2]);
+        let (scores, rest) = rest.split_at_mut(sizes[3]);
+        let (max, rest) = rest.split_at_mut(width);
+        let (sum, rest) = rest.split_at_mut(width);
+        let scale = &mut rest[..width];
+        max.fill(f32::NEG_INFINITY);
+        sum.fill(0.0);
+        // SAFETY: by what `Forward` says of its fields; packed rows lie within the scratch.
+        unsafe {
+            // Until there are results their rows are the queries'.
+            self.job.pack_queries(&self.job.q, self.tile, self.kv, o, q);
+            q.iter_mut().for_each(|q| *q *= self.job.scale);
+            o.fill(0.0);
+            for keys in self.tile.keys() {
+                let run = Scores::new(self.tile, &keys, [size, group]);
+                self.job.k.pack(keys.tokens.clone(), self.kv, packed);
+                run.fill(simd, packed, q, scores);
+                if let Some(cap) = self.job.softcap {
+                    for (row, _) in run.rows() {
+                        scores[row].iter_mut().for_each(|x| *x = softcap(*x, cap).0);
                     }
-                    run.hide(scores, f32::NEG_INFINITY);
-                    absorb(simd, &run, scores, max, sum, scale);
-                    for (o, scale) in o.chunks_exact_mut(stride).zip(&*scale) {
-                        if *scale != 1.0 {
-                            o.iter_mut().for_each(|o| *o *= scale);
-                        }
-                    }
-                    self.job.v.pack(keys.tokens.clone(), self.kv, packed);
-                    run.add_to_queries(simd, scores, packed, o);
                 }
-                for c in 0..columns {
-                    let (token, head) = self.job.place(self.tile, self.kv, c);
-                    let (mut max, mut sum, mut scale) = (max[c], sum[c], 1.0);
-                    if let Some(sinks) = self.job.sinks {
-                        let new = max.max(sinks[head]);
-                        scale = exp(max - new);
-                        sum = sum * scale + exp(sinks[head] - new);
-                        max = new;
+                run.hide(scores, f32::NEG_INFINITY);
+                absorb(simd, &run, scores, max, sum, scale);
+                for (o, scale) in o.chunks_exact_mut(stride).zip(&*scale) {
+                    if *scale != 1.0 {
+                        o.iter_mut().for_each(|o| *o *= scale);
                     }
-                    let factor = scale / sum;
-                    let to = self.out.row_mut(token, head).iter_mut();
-                    to.zip(&o[c * stride..]).for_each(|(y, o)| *y = o * factor);
-                    *self.lse.add(token * self.job.n_head + head) = max + sum.ln();
                 }
+                self.job.v.pack(keys.tokens.clone(), self.kv, packed);
+                run.add_to_queries(simd, scores, packed, o);
             }
-        });
+            for c in 0..columns {
+                let (token, head) = self.job.place(self.tile, self.kv, c);
+                let (mut max, mut sum, mut scale) = (max[c], sum[c], 1.0);
+                if let Some(sinks) = self.job.sinks {
+                    let new = max.max(sinks[head]);
+                    scale = exp(max - new);
+                    sum = sum * scale + exp(sinks[head] - new);
+                    max = new;
+                }
+                let factor = scale / sum;
+                let to = self.out.row_mut(token, head).iter_mut();
+                to.zip(&o[c * stride..]).for_each(|(y, o)| *y = o * factor);
+                *self.lse.add(token * self.job.n_head + head) = max + sum.ln();
+            }
+        }
     }
 }
 
