@@ -19,6 +19,7 @@ use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
 use ggml_sys as sys;
+use pulp::{Simd, WithSimd};
 
 use super::exp::exp;
 use super::gemm::with_scratch;
@@ -310,7 +311,7 @@ impl Job {
     /// # Safety
     /// Both ranges lie within the sources, which are live.
     unsafe fn part(&self, columns: Range<usize>, vocab: Range<usize>) -> Part {
-        let (head, n) = (&self.head, columns.len());
+        let (head, n, arch) = (&self.head, columns.len(), pulp::Arch::new());
         let mut part = Part {
             sums: vec![NOTHING; n],
             best: vec![Vec::with_capacity(self.top_k + 1); if self.top_k > 0 { n } else { 0 }],
@@ -334,8 +335,9 @@ impl Job {
                         self.look(&mut part, c, columns.start + c, &vs, l);
                     }
                     let groups = logits.chunks_exact_mut(width * self.group);
-                    for (sums, l) in part.sums[cs].chunks_exact_mut(self.group).zip(groups) {
-                        absorb(sums, vs.start, l, &mut others[..width]);
+                    for (sums, logits) in part.sums[cs].chunks_exact_mut(self.group).zip(groups) {
+                        let (first, others) = (vs.start, &mut others[..width]);
+                        arch.dispatch(Absorbed { sums, first, logits, others });
                     }
                 }
             }
@@ -457,8 +459,26 @@ fn raise(s: &mut Sums, first: usize, l: &[f32]) {
     }
 }
 
+/// What [`absorb`] takes, for the widest vectors of this processor.
+struct Absorbed<'a> {
+    sums: &'a mut [Sums],
+    first: usize,
+    logits: &'a mut [f32],
+    others: &'a mut [f32],
+}
+
+impl WithSimd for Absorbed<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        absorb(self.sums, self.first, self.logits, self.others);
+    }
+}
+
 /// Takes the logits of a group, column after column, of one vocabulary tile into their sums. `first` is the
 /// tile's first token; `others` has room for a column.
+#[inline(always)]
 fn absorb(sums: &mut [Sums], first: usize, logits: &mut [f32], others: &mut [f32]) {
     let width = others.len();
     let (last, rest) = sums.split_last_mut().expect("a group has a column");
@@ -505,6 +525,7 @@ fn absorb(sums: &mut [Sums], first: usize, logits: &mut [f32], others: &mut [f32
 }
 
 /// One column, compared with another's `x' = l' - max'` and `e^x'`.
+#[inline(always)]
 fn absorb_compared(s: &mut Sums, l: &[f32], other_x: &[f32], other_e: &[f32]) {
     let max = s.max;
     let mut lanes = [[0f64; 16]; 4]; // sum, weighted, forward, back

@@ -5,7 +5,8 @@
 //! x[k, t] = d[b, t] p[k, t], rounded; p whole, -16383 to 16383
 //! ```
 //!
-//! b: 32 neighbours of k, for which the weight is `scale q + add`. The inner sum is one of whole numbers, exact, and takes
+//! b: 32 neighbours of k, for which the weight is `scale q + add`; of Q4_K and Q5_K, where the scales of 32 are factors of q, two
+//! such blocks have one scale and one d. The inner sum is one of whole numbers, exact, and takes
 //! half as many instructions as in F32, for one multiplies and adds two pairs of 16 bits in a lane (VNNI,
 //! `vpdpwssd`). An activation is off by at most 1/32766 of the largest of its block, 250 times less than in the 8 bits
 //! that ggml's products have. Lanes of a vector are columns: what becomes of a column depends neither on the others nor on
