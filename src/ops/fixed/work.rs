@@ -3,10 +3,12 @@
 use std::array::from_fn;
 use std::sync::OnceLock;
 
+use pulp::x86::{V3, V4};
+
 use super::super::linear::steps;
 use super::super::narrow::{Narrow, ROWS};
 use super::super::panel::{self, MOST_ROWS, Strided, aligned, transpose};
-use super::lanes::{Avx512Vnni, AvxVnni, Lanes};
+use super::lanes::Pairs;
 use crate::ggml::{LARGEST, QUANTS, Quants};
 
 /// The largest p: 32 products with q of at most 4096 ([`LARGEST`]) stay below 2^31.
@@ -34,24 +36,19 @@ pub(in super::super) fn scratch(k: usize, t: usize) -> usize {
     (k / QUANTS * BLOCK_ROWS + ROWS) * width + MOST_ROWS * DEPTH * QUANTS_FLOATS + panel::LANES
 }
 
-/// What this processor has of them.
+/// What this processor has of them, as pulp's vectors that go with them.
 #[derive(Clone, Copy)]
 pub(super) enum Instructions {
-    Avx512Vnni,
-    AvxVnni,
+    Avx512Vnni(V4),
+    AvxVnni(V3),
 }
 
 pub(super) fn instructions() -> Option<Instructions> {
     static HAS: OnceLock<Option<Instructions>> = OnceLock::new();
     *HAS.get_or_init(|| {
-        let wide = is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vnni");
-        let narrow = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("avxvnni");
-        let found = [(wide, Instructions::Avx512Vnni), (narrow, Instructions::AvxVnni)];
-        found.into_iter().find_map(|(has, which)| has.then_some(which))
+        let wide = V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
+        let narrow = || V3::try_new().filter(|_| is_x86_feature_detected!("avxvnni"));
+        wide.map(Instructions::Avx512Vnni).or_else(|| narrow().map(Instructions::AvxVnni))
     })
 }
 
@@ -61,37 +58,39 @@ pub(in super::super) unsafe fn run(p: Narrow<'_>) {
     // SAFETY: by contract; the processor was asked.
     unsafe {
         match instructions().expect("a type that is served") {
-            Instructions::Avx512Vnni => by_avx512(p),
-            Instructions::AvxVnni => by_avx(p),
+            Instructions::Avx512Vnni(simd) => by_avx512(simd, p),
+            Instructions::AvxVnni(simd) => by_avx(simd, p),
         }
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn by_avx512(p: Narrow<'_>) {
+// What a processor of x86-64-v4 and -v3 has, which pulp's methods are compiled for, and the products.
+
+#[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,fma")]
+unsafe fn by_avx512(simd: V4, p: Narrow<'_>) {
     // SAFETY: by contract.
-    unsafe { product::<Avx512Vnni>(p) }
+    unsafe { product(simd, p) }
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
-unsafe fn by_avx(p: Narrow<'_>) {
+unsafe fn by_avx(simd: V3, p: Narrow<'_>) {
     // SAFETY: by contract.
-    unsafe { product::<AvxVnni>(p) }
+    unsafe { product(simd, p) }
 }
 
 #[inline(always)]
-unsafe fn product<L: Lanes>(p: Narrow<'_>) {
+unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
     let [k, n, t] = p.sizes;
     let reader = p.weight.ty().quants_reader().expect("a type that is served");
     let blocks = k / QUANTS;
-    let width = t.next_multiple_of(L::LANES);
+    let width = t.next_multiple_of(S::F32_LANES);
     let (x, rest) = aligned(p.scratch).split_at_mut(blocks * BLOCK_ROWS * width);
     let (sums, tile) = rest.split_at_mut(ROWS * width);
     // SAFETY: within x, y and scratch by contract; any bits are a `Quants`, which floats are aligned for.
     unsafe {
-        for panel in panels::<L>(width) {
+        for panel in panels::<S>(width) {
             let out = x.as_mut_ptr().add(panel.from * blocks * BLOCK_ROWS);
-            pack::<L>(p.x.add(panel.from * k), [k, t - panel.from], reader.share, panel, out);
+            pack(simd, p.x.add(panel.from * k), [k, t - panel.from], reader.share, panel, out);
         }
         let tile =
             std::slice::from_raw_parts_mut(tile.as_mut_ptr().cast::<Quants>(), MOST_ROWS * DEPTH);
@@ -103,8 +102,8 @@ unsafe fn product<L: Lanes>(p: Narrow<'_>) {
                         let out = &mut out[..bs.len()];
                         p.weight.read_quants(reader, ns.start + row, bs.start * QUANTS, out);
                     }
-                    for panel in panels::<L>(width) {
-                        let first = panel.from * blocks + bs.start * panel.vectors * L::LANES;
+                    for panel in panels::<S>(width) {
+                        let first = panel.from * blocks + bs.start * panel.vectors * S::F32_LANES;
                         let part = Part {
                             blocks: bs.len(),
                             w: tile.as_ptr(),
@@ -114,9 +113,9 @@ unsafe fn product<L: Lanes>(p: Narrow<'_>) {
                             first: bs.start == 0,
                         };
                         match (reader.adds, reader.share) {
-                            (true, 1) => part.rows::<L, true, 1>(rows.len(), panel.vectors),
-                            (true, _) => part.rows::<L, true, 2>(rows.len(), panel.vectors),
-                            (false, _) => part.rows::<L, false, 1>(rows.len(), panel.vectors),
+                            (true, 1) => part.rows::<S, true, 1>(simd, rows.len(), panel.vectors),
+                            (true, _) => part.rows::<S, true, 2>(simd, rows.len(), panel.vectors),
+                            (false, _) => part.rows::<S, false, 1>(simd, rows.len(), panel.vectors),
                         }
                     }
                 }
@@ -127,6 +126,18 @@ unsafe fn product<L: Lanes>(p: Narrow<'_>) {
     }
 }
 
+#[inline(always)]
+unsafe fn load<V>(from: *const f32) -> V {
+    // SAFETY: a vector lies there, by the caller.
+    unsafe { from.cast::<V>().read_unaligned() }
+}
+
+#[inline(always)]
+unsafe fn store<V>(to: *mut f32, x: V) {
+    // SAFETY: a vector has its place there, by the caller.
+    unsafe { to.cast::<V>().write_unaligned(x) }
+}
+
 /// Columns from one on, of so many vectors.
 #[derive(Clone, Copy)]
 struct Columns {
@@ -134,52 +145,53 @@ struct Columns {
     vectors: usize,
 }
 
-fn panels<L: Lanes>(width: usize) -> impl Iterator<Item = Columns> {
-    steps(0..width, VECTORS * L::LANES)
-        .map(|columns| Columns { from: columns.start, vectors: columns.len() / L::LANES })
+fn panels<S: Pairs>(width: usize) -> impl Iterator<Item = Columns> {
+    steps(0..width, VECTORS * S::F32_LANES)
+        .map(|columns| Columns { from: columns.start, vectors: columns.len() / S::F32_LANES })
 }
 
 /// A panel of `x: [K, T]` in fixed point: of each block of k its pairs, d and sums; d is that of `share` blocks. Columns beyond
 /// T are 0.
 #[inline(always)]
-unsafe fn pack<L: Lanes>(
+unsafe fn pack<S: Pairs>(
+    simd: S,
     x: *const f32,
     [k, t]: [usize; 2],
     share: usize,
     panel: Columns,
     out: *mut f32,
 ) {
-    let width = panel.vectors * L::LANES;
+    let width = panel.vectors * S::F32_LANES;
     for v in 0..panel.vectors {
-        let from = v * L::LANES;
-        let columns = L::LANES.min(t - from);
+        let from = v * S::F32_LANES;
+        let columns = S::F32_LANES.min(t - from);
         let mut turned = [0f32; MOST_SHARE * QUANTS * panel::LANES];
         for bs in steps(0..k / QUANTS, share) {
             // SAFETY: x holds these columns, `out` a block's rows for each block of k.
             unsafe {
                 let numbers = bs.len() * QUANTS;
                 let block = Strided(x.add(from * k + bs.start * QUANTS), k);
-                transpose(block, Strided(turned.as_mut_ptr(), L::LANES), columns, numbers);
-                let number = |i: usize| L::load(turned.as_ptr().add(i * L::LANES));
-                let mut most = L::each(LEAST);
+                transpose(block, Strided(turned.as_mut_ptr(), S::F32_LANES), columns, numbers);
+                let number = |i: usize| load::<S::f32s>(turned.as_ptr().add(i * S::F32_LANES));
+                let mut most = simd.splat_f32s(LEAST);
                 for i in 0..numbers {
-                    most = L::max(L::abs(number(i)), most);
+                    most = simd.max_f32s(simd.abs_f32s(number(i)), most);
                 }
-                let times = L::div(L::each(MOST), most);
-                let d = L::mul(most, L::each(1.0 / MOST));
+                let times = simd.div_f32s(simd.splat_f32s(MOST), most);
+                let d = simd.mul_f32s(most, simd.splat_f32s(1.0 / MOST));
                 for (i, b) in bs.enumerate() {
                     let out = out.add(b * BLOCK_ROWS * width + from);
-                    let mut sum = L::each(0.0);
+                    let mut sum = simd.splat_f32s(0.0);
                     for pair in 0..PAIRS {
                         let [first, second] =
                             [0, 1].map(|half| number(i * QUANTS + 2 * pair + half));
-                        sum = L::add(sum, L::add(first, second));
-                        let pairs = L::pairs(L::mul(first, times), L::mul(second, times));
-                        L::store_whole(out.add(pair * width), pairs);
+                        sum = simd.add_f32s(sum, simd.add_f32s(first, second));
+                        let pairs = simd.pairs(simd.mul_f32s(first, times), simd.mul_f32s(second, times));
+                        store(out.add(pair * width), pairs);
                     }
                     // What is no number stays none.
-                    L::store(out.add(PAIRS * width), L::add(d, L::sub(sum, sum)));
-                    L::store(out.add((PAIRS + 1) * width), sum);
+                    store(out.add(PAIRS * width), simd.add_f32s(d, simd.sub_f32s(sum, sum)));
+                    store(out.add((PAIRS + 1) * width), sum);
                 }
             }
         }
@@ -204,8 +216,9 @@ struct Part {
 impl Part {
     /// All rows, of a panel of so many vectors.
     #[inline(always)]
-    unsafe fn rows<L: Lanes, const ADDS: bool, const SHARE: usize>(
+    unsafe fn rows<S: Pairs, const ADDS: bool, const SHARE: usize>(
         self,
+        simd: S,
         rows: usize,
         vectors: usize,
     ) {
@@ -217,13 +230,13 @@ impl Part {
                 let sums = self.sums.add(row * self.width);
                 let part = Part { w, sums, ..self };
                 match (rows - row, vectors) {
-                    (12.., 1) => part.kernel::<L, ADDS, SHARE, 12, 1>(),
-                    (6.., 1) => part.kernel::<L, ADDS, SHARE, 6, 1>(),
-                    (6.., _) => part.kernel::<L, ADDS, SHARE, 6, 2>(),
-                    (2.., 1) => part.kernel::<L, ADDS, SHARE, 2, 1>(),
-                    (2.., _) => part.kernel::<L, ADDS, SHARE, 2, 2>(),
-                    (_, 1) => part.kernel::<L, ADDS, SHARE, 1, 1>(),
-                    (_, _) => part.kernel::<L, ADDS, SHARE, 1, 2>(),
+                    (12.., 1) => part.kernel::<S, ADDS, SHARE, 12, 1>(simd),
+                    (6.., 1) => part.kernel::<S, ADDS, SHARE, 6, 1>(simd),
+                    (6.., _) => part.kernel::<S, ADDS, SHARE, 6, 2>(simd),
+                    (2.., 1) => part.kernel::<S, ADDS, SHARE, 2, 1>(simd),
+                    (2.., _) => part.kernel::<S, ADDS, SHARE, 2, 2>(simd),
+                    (_, 1) => part.kernel::<S, ADDS, SHARE, 1, 1>(simd),
+                    (_, _) => part.kernel::<S, ADDS, SHARE, 1, 2>(simd),
                 }
             };
         }
@@ -232,64 +245,65 @@ impl Part {
     /// Rows that were multiplied.
     #[inline(always)]
     unsafe fn kernel<
-        L: Lanes,
+        S: Pairs,
         const ADDS: bool,
         const SHARE: usize,
         const R: usize,
         const V: usize,
     >(
         self,
+        simd: S,
     ) -> usize {
         // SAFETY: R rows and V vectors lie within w, x and the sums, by the caller.
         unsafe {
-            let place = |r: usize, v: usize| self.sums.add(r * self.width + v * L::LANES);
-            let mut sums = [[L::each(0.0); V]; R];
+            let place = |r: usize, v: usize| self.sums.add(r * self.width + v * S::F32_LANES);
+            let mut sums = [[simd.splat_f32s(0.0); V]; R];
             if !self.first {
                 for (r, sums) in sums.iter_mut().enumerate() {
                     for (v, sum) in sums.iter_mut().enumerate() {
-                        *sum = L::load(place(r, v));
+                        *sum = load(place(r, v));
                     }
                 }
             }
             for first in (0..self.blocks).step_by(SHARE) {
                 let row = |b: usize, i: usize, v: usize| {
-                    self.x.add(((b * BLOCK_ROWS + i) * V + v) * L::LANES)
+                    self.x.add(((b * BLOCK_ROWS + i) * V + v) * S::F32_LANES)
                 };
                 let w = |r: usize, b: usize| &*self.w.add(r * DEPTH + b);
-                let mut whole = [[L::each_whole(0); V]; R];
+                let mut whole = [[simd.splat_i32s(0); V]; R];
                 for b in first..first + SHARE {
                     for pair in 0..PAIRS {
-                        let p: [_; V] = from_fn(|v| L::load_whole(row(b, pair, v)));
+                        let p: [S::i32s; V] = from_fn(|v| load(row(b, pair, v)));
                         for (r, whole) in whole.iter_mut().enumerate() {
                             let pairs = w(r, b).q.as_ptr().cast::<i32>();
-                            let q = L::each_whole(pairs.add(pair).read());
+                            let q = simd.splat_i32s(pairs.add(pair).read());
                             for (whole, p) in whole.iter_mut().zip(p) {
-                                *whole = L::dot(*whole, q, p);
+                                *whole = simd.dot(*whole, q, p);
                             }
                         }
                     }
                     if ADDS {
-                        let of_x: [_; V] = from_fn(|v| L::load(row(b, PAIRS + 1, v)));
+                        let of_x: [S::f32s; V] = from_fn(|v| load(row(b, PAIRS + 1, v)));
                         for (r, sums) in sums.iter_mut().enumerate() {
-                            let add = L::each(w(r, b).add);
+                            let add = simd.splat_f32s(w(r, b).add);
                             for (sum, of_x) in sums.iter_mut().zip(of_x) {
-                                *sum = L::mul_add(add, of_x, *sum);
+                                *sum = simd.mul_add_e_f32s(add, of_x, *sum);
                             }
                         }
                     }
                 }
                 let last = first + SHARE - 1;
-                let d: [_; V] = from_fn(|v| L::load(row(last, PAIRS, v)));
+                let d: [S::f32s; V] = from_fn(|v| load(row(last, PAIRS, v)));
                 for (r, (sums, whole)) in sums.iter_mut().zip(whole).enumerate() {
-                    let scale = L::each(w(r, last).scale);
+                    let scale = simd.splat_f32s(w(r, last).scale);
                     for ((sum, whole), d) in sums.iter_mut().zip(whole).zip(d) {
-                        *sum = L::mul_add(L::floats(whole), L::mul(scale, d), *sum);
+                        *sum = simd.mul_add_e_f32s(simd.floats(whole), simd.mul_f32s(scale, d), *sum);
                     }
                 }
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (v, sum) in sums.iter().enumerate() {
-                    L::store(place(r, v), *sum);
+                    store(place(r, v), *sum);
                 }
             }
         }
@@ -305,11 +319,11 @@ mod tests {
 
     #[test]
     fn vectors_of_either_width_give_the_same_bits() {
-        let both = instructions().is_some_and(|has| matches!(has, Instructions::Avx512Vnni))
-            && is_x86_feature_detected!("avxvnni");
-        if !both {
+        let has_both =
+            is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avxvnni");
+        let (Some(wide), Some(narrow), true) = (V4::try_new(), V3::try_new(), has_both) else {
             return eprintln!("skipped: this processor has not both");
-        }
+        };
         for ty in Type::all().filter(|ty| super::super::serves(*ty)) {
             for [n, t] in [[5, 1], [30, 9], [61, 33], [12, 70]] {
                 let k = 768;
@@ -319,20 +333,22 @@ mod tests {
                 bytes.iter_mut().for_each(|byte| *byte &= 0x3b);
                 let weight = Weight::of_bytes(ty, &bytes, k);
                 let x: Vec<f32> = (0..k * t).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
-                let results = [by_avx512, by_avx].map(|by| {
+                let results = [true, false].map(|is_wide| {
                     let mut y = vec![0f32; n * t];
                     let mut scratch = vec![0f32; scratch(k, t)];
-                    // SAFETY: the sizes of x, y and scratch; the processor has both.
-                    unsafe {
-                        by(Narrow {
-                            weight: &weight,
-                            sizes: [k, n, t],
-                            ns: 0..n,
-                            x: x.as_ptr(),
-                            y: y.as_mut_ptr(),
-                            scratch: &mut scratch,
-                        })
+                    let p = Narrow {
+                        weight: &weight,
+                        sizes: [k, n, t],
+                        ns: 0..n,
+                        x: x.as_ptr(),
+                        y: y.as_mut_ptr(),
+                        scratch: &mut scratch,
                     };
+                    // SAFETY: the sizes of x, y and scratch; the processor has both.
+                    match is_wide {
+                        true => unsafe { by_avx512(wide, p) },
+                        false => unsafe { by_avx(narrow, p) },
+                    }
                     y
                 });
                 assert!(results[0].iter().all(|y| y.is_finite() && *y != 0.0), "{ty} {n} {t}");
