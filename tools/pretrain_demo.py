@@ -19,6 +19,7 @@ With --hybrid three layers of four are gated delta nets, and the fourth has gate
 With --dialogues it learns two kinds of dialogues instead, each badly on purpose, for `train --env`: env:guess (task:guess: half of
 its guesses are anywhere, half somewhere between the bounds) and env:calculator on task:mul (one in five problems with the
 tool, the others by heart, which it cannot). 6 layers, a template that names the tools, --steps steps and no target.
+--dialogues games leaves the products out: four times as many games in as many steps, for a model that knows the bounds well.
 
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
@@ -188,10 +189,11 @@ def train_dialogues(a):
         rate = a.lr * min(1, step / a.warmup) * min(1, max(a.slow, 3 * (a.steps - step) / a.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        kind = step % 2
+        kind = step % 2 or a.dialogues == "games"
         # To copy and to compare is learnt from good dialogues; the last third teaches to do without.
         wild, tool = (0.2, 0.9) if step < a.steps * 2 // 3 else (0.5, 0.2)
-        examples = [guessing(rng, wild) for _ in range(a.batch // 4)] if kind else [computing(rng, tool) for _ in range(a.batch // 2)]
+        n_games = a.batch // (2 if a.dialogues == "games" else 4)
+        examples = [guessing(rng, wild) for _ in range(n_games)] if kind else [computing(rng, tool) for _ in range(a.batch // 2)]
         ids, target = dialogue_batch(examples)
         loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
         optimizer.zero_grad(); loss.backward()
@@ -199,8 +201,8 @@ def train_dialogues(a):
         optimizer.step()
         running[kind] = loss.item() if running[kind] is None else 0.9 * running[kind] + 0.1 * loss.item()
         if step % a.eval_every == 0:
-            print(f"step {step} loss of products {running[0]:.4f}, of games {running[1]:.4f}, lr {rate:.2e}, "
-                  f"{time.time() - start:.0f} s", flush=True)
+            losses = [f"of {name} {loss:.4f}" for name, loss in zip(["products", "games"], running) if loss is not None]
+            print(f"step {step} loss {', '.join(losses)}, lr {rate:.2e}, {time.time() - start:.0f} s", flush=True)
         if step % 200 == 0 or step == a.steps:
             write(a.out, w)
     return w
@@ -466,7 +468,7 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
     ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
-    ap.add_argument("--dialogues", action="store_true", help="games and tool calls instead of sums; wants --out and --steps (600 do)")
+    ap.add_argument("--dialogues", nargs="?", const="both", choices=["both", "games"], help="games and tool calls instead of sums, or games alone; wants --out and --steps (600 do)")
     ap.add_argument("--experts", type=int, default=0, help="experts of each FFN (0 = one FFN)"); ap.add_argument("--used", type=int, default=USED, help="experts of a token")
     ap.add_argument("--hybrid", action="store_true", help="gated delta nets in three layers of four (not with --experts)")
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
