@@ -6,7 +6,9 @@ use std::sync::OnceLock;
 
 use ggml_sys as sys;
 
-use super::convert::{Converter, QuantsReader, converter, quants_reader};
+use super::convert::{Converter, converter};
+#[cfg(target_arch = "x86_64")]
+use super::convert::{QuantsReader, quants_reader};
 
 /// A ggml tensor type that this build of ggml knows, e.g. `F32` or `Q4_K`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -99,6 +101,7 @@ impl Type {
     }
 
     /// How rows are read as whole numbers, where this processor has the instructions for it and the type is one of those.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn quants_reader(self) -> Option<QuantsReader> {
         static READERS: OnceLock<Vec<Option<QuantsReader>>> = OnceLock::new();
         let readers = READERS.get_or_init(|| {

@@ -20,7 +20,9 @@ use ggml_sys as sys;
 use super::gemm::{Matrix, gemm, with_scratch};
 use super::queue::Queue;
 use super::rows::{each_part, part_of, parts};
-use crate::ggml::{Arena, QUANTS, Quants, QuantsReader, Tensor, Type};
+use crate::ggml::{Arena, Tensor, Type};
+#[cfg(target_arch = "x86_64")]
+use crate::ggml::{QUANTS, Quants, QuantsReader};
 
 /// Floats of a dequantised tile: 512 KiB, half of a usual L2 cache.
 pub(super) const TILE: usize = 128 * 1024;
@@ -272,6 +274,7 @@ impl Weight {
     ///
     /// # Safety
     /// They are whole blocks within the tensor; the reader is that of the weight's type.
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(super) unsafe fn read_quants(
         &self,

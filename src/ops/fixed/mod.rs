@@ -18,32 +18,24 @@ mod lanes;
 mod work;
 
 #[cfg(not(target_arch = "x86_64"))]
-use super::narrow::Narrow;
-use crate::ggml::Type;
+pub(super) use elsewhere::{run, scratch, serves};
 #[cfg(target_arch = "x86_64")]
-pub(super) use work::{run, scratch};
-
-/// Whether products with weights of this type are had on this processor.
-pub(super) fn serves(ty: Type) -> bool {
-    has_instructions() && ty.quants_reader().is_some()
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_instructions() -> bool {
-    work::instructions().is_some()
-}
+pub(super) use work::{run, scratch, serves};
 
 #[cfg(not(target_arch = "x86_64"))]
-fn has_instructions() -> bool {
-    false
-}
+mod elsewhere {
+    use super::super::narrow::Narrow;
+    use crate::ggml::Type;
 
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) fn scratch(_: usize, _: usize) -> usize {
-    0
-}
+    pub(in super::super) fn serves(_: Type) -> bool {
+        false
+    }
 
-#[cfg(not(target_arch = "x86_64"))]
-pub(super) unsafe fn run(_: Narrow<'_>) {
-    unreachable!("no type is served")
+    pub(in super::super) fn scratch(_: usize, _: usize) -> usize {
+        0
+    }
+
+    pub(in super::super) unsafe fn run(_: Narrow<'_>) {
+        unreachable!("no type is served")
+    }
 }

@@ -9,7 +9,7 @@ use super::super::linear::steps;
 use super::super::narrow::{Narrow, ROWS};
 use super::super::panel::{self, MOST_ROWS, Strided, aligned, transpose};
 use super::lanes::Pairs;
-use crate::ggml::{LARGEST, QUANTS, Quants};
+use crate::ggml::{LARGEST, QUANTS, Quants, Type};
 
 /// The largest p: 32 products with q of at most 4096 ([`LARGEST`]) stay below 2^31.
 const MOST: f32 = 16383.0;
@@ -30,6 +30,11 @@ const MOST_SHARE: usize = 2;
 /// Floats of a [`Quants`].
 const QUANTS_FLOATS: usize = size_of::<Quants>() / 4;
 
+/// Whether products with weights of this type are had on this processor.
+pub(in super::super) fn serves(ty: Type) -> bool {
+    instructions().is_some() && ty.quants_reader().is_some()
+}
+
 /// Floats that a call takes.
 pub(in super::super) fn scratch(k: usize, t: usize) -> usize {
     let width = t.next_multiple_of(panel::LANES);
@@ -38,12 +43,12 @@ pub(in super::super) fn scratch(k: usize, t: usize) -> usize {
 
 /// What this processor has of them, as pulp's vectors that go with them.
 #[derive(Clone, Copy)]
-pub(super) enum Instructions {
+enum Instructions {
     Avx512Vnni(V4),
     AvxVnni(V3),
 }
 
-pub(super) fn instructions() -> Option<Instructions> {
+fn instructions() -> Option<Instructions> {
     static HAS: OnceLock<Option<Instructions>> = OnceLock::new();
     *HAS.get_or_init(|| {
         let wide = V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
@@ -53,7 +58,7 @@ pub(super) fn instructions() -> Option<Instructions> {
 }
 
 /// # Safety
-/// The contract of [`super::super::narrow::run`]; [`super::serves`] the weight's type; `scratch` is for the product's sizes.
+/// The contract of [`super::super::narrow::run`]; [`serves`] the weight's type; `scratch` is for the product's sizes.
 pub(in super::super) unsafe fn run(p: Narrow<'_>) {
     // SAFETY: by contract; the processor was asked.
     unsafe {
@@ -186,7 +191,8 @@ unsafe fn pack<S: Pairs>(
                         let [first, second] =
                             [0, 1].map(|half| number(i * QUANTS + 2 * pair + half));
                         sum = simd.add_f32s(sum, simd.add_f32s(first, second));
-                        let pairs = simd.pairs(simd.mul_f32s(first, times), simd.mul_f32s(second, times));
+                        let pairs =
+                            simd.pairs(simd.mul_f32s(first, times), simd.mul_f32s(second, times));
                         store(out.add(pair * width), pairs);
                     }
                     // What is no number stays none.
@@ -297,7 +303,8 @@ impl Part {
                 for (r, (sums, whole)) in sums.iter_mut().zip(whole).enumerate() {
                     let scale = simd.splat_f32s(w(r, last).scale);
                     for ((sum, whole), d) in sums.iter_mut().zip(whole).zip(d) {
-                        *sum = simd.mul_add_e_f32s(simd.floats(whole), simd.mul_f32s(scale, d), *sum);
+                        *sum =
+                            simd.mul_add_e_f32s(simd.floats(whole), simd.mul_f32s(scale, d), *sum);
                     }
                 }
             }
@@ -324,7 +331,7 @@ mod tests {
         let (Some(wide), Some(narrow), true) = (V4::try_new(), V3::try_new(), has_both) else {
             return eprintln!("skipped: this processor has not both");
         };
-        for ty in Type::all().filter(|ty| super::super::serves(*ty)) {
+        for ty in Type::all().filter(|ty| serves(*ty)) {
             for [n, t] in [[5, 1], [30, 9], [61, 33], [12, 70]] {
                 let k = 768;
                 let byte = |i: usize| (i * 131 % 251) as u8;
