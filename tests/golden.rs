@@ -135,8 +135,8 @@ fn precise_kernels_agree() {
     }
 }
 
-/// And with factors rounded to F16. That moves log-probs by a hundredth of a nat on these random models,
-/// which puts some tokens on the other side of the clip: so the cotangents are those of PyTorch's log-probs.
+/// And with factors rounded to F16. That moves log-probs by a hundredth of a nat on these random models, so that the loss is
+/// that of PyTorch's log-probs.
 #[test]
 fn rounding_kernels_agree() {
     for (case, phase) in
@@ -182,7 +182,7 @@ fn kernels_of_entropy_and_diff_agree() {
     }
 }
 
-/// Whose log-probs make the loss and the cotangents.
+/// Whose log-probs make the loss.
 #[derive(PartialEq)]
 enum Logprobs {
     Ours,
@@ -224,11 +224,11 @@ fn check_phase(golden: &Golden, phase: &str, tolerance: f32, whose: Logprobs) {
     let mut loss = 0.0;
     let mut cotangents = Vec::new();
     let new = if whose == Logprobs::Ours { &scores.logprobs } else { &logprobs };
-    for ((&new, &old), &advantage) in new.iter().zip(&old).zip(&advantages) {
+    for (i, (&old, &advantage)) in old.iter().zip(&advantages).enumerate() {
         let context = TokenContext { advantage, old, base: None, importance: 1.0 };
-        let token = token_loss(&config, &context, new);
-        loss += weight * token.loss;
-        cotangents.push(weight * token.gradient);
+        loss += weight * token_loss(&config, &context, new[i]).loss;
+        // A gradient jumps at the clip. Some tokens are within 1e-5 of it, where rounding decides on the side: PyTorch's is taken.
+        cotangents.push(weight * token_loss(&config, &context, logprobs[i]).gradient);
     }
     let expected = reference["loss"].as_f64().unwrap() as f32;
     assert!(

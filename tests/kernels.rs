@@ -451,14 +451,16 @@ fn rowwise() {
         let mut f32 = |a: usize, b: usize| Source::f32(&random.normal(a * b), &[a, b]);
         let sources = [f32(n, t), f32(n, t), f32(n, t), f32(n, 1), f32(t, 1)];
         let exact = [PRECISE; 2];
+        // The norm of a row of one is its sign: but for eps nothing is left of its gradient, and that is all rounding.
+        let eps = if n == 1 { 0.1 } else { 1e-6 };
         agree_within(
             &format!("rows {n}x{t}"),
             &sources,
             |arena, s| {
                 let mut all = vec![
-                    ops::rms_norm(arena, s[0], s[3], 1e-6),
-                    ops::rms_norm_back(arena, s[0], s[3], s[1], None, 1e-6),
-                    ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), 1e-6),
+                    ops::rms_norm(arena, s[0], s[3], eps),
+                    ops::rms_norm_back(arena, s[0], s[3], s[1], None, eps),
+                    ops::rms_norm_back(arena, s[0], s[3], s[1], Some(s[2]), eps),
                     ops::scale_rows(arena, s[0], s[4]),
                 ];
                 for activation in [

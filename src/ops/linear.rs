@@ -200,7 +200,7 @@ impl Weight {
     }
 
     /// Of rows of `k` elements in these bytes, which outlive it.
-    #[cfg(test)]
+    #[cfg(all(test, target_arch = "x86_64"))]
     pub(super) fn of_bytes(ty: Type, bytes: &[u8], k: usize) -> Weight {
         Weight { ty, data: bytes.as_ptr(), row_bytes: ty.row_bytes(k).expect("whole blocks") }
     }
