@@ -184,22 +184,23 @@ def train_dialogues(a):
     rng = random.Random(a.seed)
     w = {name: t.requires_grad_() for name, t in initial(generator).items()}
     optimizer = torch.optim.AdamW(w.values(), lr=a.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    games_alone = a.dialogues == "games"
+    n_games = a.batch // (2 if games_alone else 4)
     running, start = [None, None], time.time()
     for step in range(1, a.steps + 1):
         rate = a.lr * min(1, step / a.warmup) * min(1, max(a.slow, 3 * (a.steps - step) / a.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        kind = step % 2 or a.dialogues == "games"
+        is_game = games_alone or step % 2 == 1
         # To copy and to compare is learnt from good dialogues; the last third teaches to do without.
         wild, tool = (0.2, 0.9) if step < a.steps * 2 // 3 else (0.5, 0.2)
-        n_games = a.batch // (2 if a.dialogues == "games" else 4)
-        examples = [guessing(rng, wild) for _ in range(n_games)] if kind else [computing(rng, tool) for _ in range(a.batch // 2)]
+        examples = [guessing(rng, wild) for _ in range(n_games)] if is_game else [computing(rng, tool) for _ in range(a.batch // 2)]
         ids, target = dialogue_batch(examples)
         loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
         optimizer.step()
-        running[kind] = loss.item() if running[kind] is None else 0.9 * running[kind] + 0.1 * loss.item()
+        running[is_game] = loss.item() if running[is_game] is None else 0.9 * running[is_game] + 0.1 * loss.item()
         if step % a.eval_every == 0:
             losses = [f"of {name} {loss:.4f}" for name, loss in zip(["products", "games"], running) if loss is not None]
             print(f"step {step} loss {', '.join(losses)}, lr {rate:.2e}, {time.time() - start:.0f} s", flush=True)
