@@ -19,6 +19,8 @@ namespace {
 
 std::atomic<bupo_product> product{ nullptr };
 std::atomic<bupo_product> weight_product{ nullptr };
+std::atomic<bupo_product> wide_product{ nullptr };
+std::atomic<int64_t>      wide_columns{ 0 };
 std::atomic<bupo_attention> attention{ nullptr };
 std::atomic<int64_t>        most_heads{ 0 };
 
@@ -70,6 +72,11 @@ struct WeightProduct : ggml::cpu::tensor_traits {
     bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
         const bupo_products wanted = products_of(params->threadpool);
         const int64_t       faster = columns.load(std::memory_order_relaxed);
+        const int64_t       wide   = wide_columns.load(std::memory_order_relaxed);
+        if (wanted == BUPO_PRODUCTS_FASTER && faster > 0 && wide > 0 && op->op == GGML_OP_MUL_MAT && columns_of(op) >= wide) {
+            wide_product.load(std::memory_order_acquire)(op, params->ith, params->nth);
+            return true;
+        }
         const bool          always = wanted == BUPO_PRODUCTS_EXACT || (wanted == BUPO_PRODUCTS_INVARIANT && faster > 0);
         if (wanted == BUPO_PRODUCTS_GGML || (!always && (faster == 0 || columns_of(op) < faster))) {
             return false;
@@ -201,6 +208,8 @@ void offer(const bupo_decoding & decoding) {
     for (int type = 0; type < GGML_TYPE_COUNT; ++type) {
         weight_traits[type].columns.store(decoding.columns[type], std::memory_order_relaxed);
     }
+    wide_columns.store(decoding.wide_columns, std::memory_order_relaxed);
+    wide_product.store(decoding.wide, std::memory_order_release);
     most_heads.store(decoding.most_heads, std::memory_order_relaxed);
     weight_product.store(decoding.product, std::memory_order_release);
     attention.store(decoding.attention, std::memory_order_release);

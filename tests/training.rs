@@ -5,7 +5,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use bupo_gguf::ggml::{ThreadPool, Type};
+use bupo_gguf::ggml::{Device, ThreadPool, Type};
 use bupo_gguf::llama::Products;
 use bupo_gguf::model::{Batch, Engine, Lora, Model, Policy, Targets};
 use bupo_gguf::ops;
@@ -407,6 +407,31 @@ fn results_do_not_depend_on_how_many_threads_have_a_core() {
         assert!(alone.0.iter().chain(&alone.1).all(|x| x.is_finite()));
         for neighbours in [1, 2] {
             assert!(with(neighbours) == alone, "{case}: {neighbours} neighbours");
+        }
+    }
+}
+
+/// Rounded products are a processor's matrix unit's, close to exact ones, and nobody's without one.
+#[test]
+fn rounded_products_are_close() {
+    let golden = Golden::load("qwen3-q8_0");
+    let n_vocab = golden.model.config().n_vocab;
+    let tokens: Vec<i32> = (0..24).map(|i| (7 * i + 1) % n_vocab as i32).collect();
+    let mut batch = Batch::default();
+    batch.push_group(&[1, 2, 3], &[&tokens, &tokens[5..]], n_vocab).unwrap();
+    let policy = Policy::full(golden.model.config().n_layer);
+    let [exact, rounded] = [false, true].map(|rounded| {
+        let pool = Arc::new(ThreadPool::new(2).unwrap().rounding(rounded));
+        let mut engine = Engine::new(pool).unwrap();
+        engine.forward(&golden.model, None, &batch, policy.depth()).unwrap();
+        engine.score(&golden.model, None, &batch, policy, 1.0, false).unwrap().logprobs
+    });
+    let error = relative_error(&rounded, &exact);
+    match ops::wants_matrix_unit("--fast-products", Device::Cpu) {
+        Ok(()) => assert!(error > 0.0 && error < 1e-4, "{error}"),
+        Err(refusal) => {
+            assert_eq!(error, 0.0);
+            assert!(refusal.to_string().contains("AMX"), "{refusal}");
         }
     }
 }

@@ -24,6 +24,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ggml::{Device, ThreadPool};
 use crate::model::{Config, Lora, Model, Targets};
+use crate::ops::wants_matrix_unit;
 use crate::{Error, Result};
 
 /// What is measured together.
@@ -48,6 +49,8 @@ pub enum Part {
 pub struct Options {
     /// Threads; none is one per core.
     pub threads: Option<usize>,
+    /// Updates and entropies with numbers of 16 bits of significand.
+    pub fast_products: bool,
     /// Times that each measurement is repeated.
     pub reps: usize,
     /// Size of the square matrices that tell the sgemm rate.
@@ -129,7 +132,10 @@ pub fn cases(part: Part, options: &Options) -> Vec<String> {
 /// # Errors
 /// [`Error::Unsupported`] for a case that is none, and what the case meets.
 pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>> {
-    let pool = Arc::new(ThreadPool::with(options.threads)?);
+    if options.fast_products {
+        wants_matrix_unit("--fast-products", model.device())?;
+    }
+    let pool = Arc::new(ThreadPool::with(options.threads)?.rounding(options.fast_products));
     let truth = match model.device() {
         Device::Cpu => None,
         _ => Some(Model::open(&model.files()[0])?),
@@ -254,6 +260,7 @@ mod tests {
         let model = Model::open_on(Path::new(model), placement).unwrap();
         let options = Options {
             threads: Some(1),
+            fast_products: false,
             reps: 1,
             sgemm: 64,
             rank: 2,

@@ -6,7 +6,9 @@ use super::{Bench, Row, mixers, row};
 use crate::Result;
 use crate::ggml::{Arena, Device, Executor, Graph, Input, Repacked, Tensor, Type};
 use crate::model::{Map, Model};
-use crate::ops::{self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, Segment};
+use crate::ops::{
+    self, Activation, AdamWStep, AttentionSpec, Head, LogitMap, LowRank, ProductKernel, Segment,
+};
 
 /// Names of the cases.
 pub(super) const CASES: [&str; 8] =
@@ -229,8 +231,7 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
 /// Outputs at most: a whole unembedding would take minutes.
 const COLUMNS_ROWS: usize = 4096;
 
-/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of them rollouts take. Ours
-/// is with activations in fixed point where there is one, and beside it the exact one.
+/// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of them rollouts take.
 fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
     let mut seen = Vec::new();
     let mut rows = Vec::new();
@@ -246,11 +247,10 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
         }
         seen.push((w.ty(), k, n));
         for t in [1, 2, 4, 8, 16, 32, 64, 128] {
-            let ours = |exact: bool| {
+            let ours = |kernel: ProductKernel| {
                 seconds(bench, w, |arena, graph, inputs| {
                     let x = inputs.f32(arena, [k, t]);
-                    let fixed = (!exact).then(|| ops::fixed_product(arena, inputs.w, x)).flatten();
-                    graph.output(fixed.unwrap_or_else(|| ops::product(arena, inputs.w, x)));
+                    graph.output(ops::product(arena, inputs.w, x, kernel));
                 })
             };
             let other = || {
@@ -259,24 +259,36 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
                     graph.output(arena.mul_mat(inputs.w, x));
                 })
             };
-            let (mut owns, mut exacts, mut ggml, mut ratio) = (vec![], vec![], vec![], vec![]);
+            let kernels = [
+                (ProductKernel::Exact, "exact_seconds"),
+                (ProductKernel::Fixed, "fixed_seconds"),
+                (ProductKernel::Tiles, "tiles_seconds"),
+            ];
+            let kernels: Vec<_> =
+                kernels.into_iter().filter(|(kernel, _)| kernel.serves(w.ty())).collect();
+            // The quickest on this processor comes last.
+            let mut owns = vec![Vec::new(); kernels.len()];
+            let (mut ggml, mut ratio) = (vec![], vec![]);
             for _ in 0..bench.options.reps.max(3) {
-                let (own, exact, other) = (ours(false)?, ours(true)?, other()?);
-                owns.push(own);
-                exacts.push(exact);
+                for (seconds, (kernel, _)) in owns.iter_mut().zip(&kernels) {
+                    seconds.push(ours(*kernel)?);
+                }
+                let other = other()?;
                 ggml.push(other);
-                ratio.push(other / own);
+                ratio.push(other / owns[kernels.len() - 1][ggml.len() - 1]);
             }
-            rows.push(row(
-                format!("ops/columns {} {k} x {n}, {t}", w.ty()),
-                &[
-                    ("seconds", median(&mut owns)),
-                    ("gflop_per_s", 2e-9 * (k * n * t) as f64 / median(&mut owns)),
-                    ("exact_seconds", median(&mut exacts)),
-                    ("ggml_seconds", median(&mut ggml)),
-                    ("ggml_over_ours", median(&mut ratio)),
-                ],
-            ));
+            let mut figures: Vec<_> = kernels
+                .iter()
+                .zip(&mut owns)
+                .map(|((_, name), seconds)| (*name, median(seconds)))
+                .collect();
+            let own = figures[kernels.len() - 1].1;
+            figures.extend([
+                ("ggml_seconds", median(&mut ggml)),
+                ("gflop_per_s", 2e-9 * (k * n * t) as f64 / own),
+                ("ggml_over_ours", median(&mut ratio)),
+            ]);
+            rows.push(row(format!("ops/columns {} {k} x {n}, {t}", w.ty()), &figures));
         }
     }
     Ok(rows)

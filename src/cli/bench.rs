@@ -74,6 +74,9 @@ pub struct BenchArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
+    /// Updates and entropies from numbers of 16 bits of significand, as `train --fast-products` has them
+    #[arg(long, help_heading = "Run")]
+    fast_products: bool,
     /// One JSON object on stdout instead of tables
     #[arg(long, help_heading = "Run")]
     json: bool,
@@ -94,6 +97,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     let options = Options {
         threads: args.threads,
+        fast_products: args.fast_products,
         reps: args.reps,
         sgemm: args.sgemm,
         rank: args.rank,

@@ -16,7 +16,7 @@ use crate::analysis::{
 use crate::ggml::ThreadPool;
 use crate::options::at_least_one;
 use crate::team::Team;
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 const ANSWERS: &str = "Answers to rows without a completion";
 const HIDDEN: &str = "Hidden states";
@@ -188,6 +188,10 @@ pub struct EntropyArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
+    /// Take numbers of 16 bits of significand instead of 24, on processors with a matrix unit (AMX): up to a third faster,
+    /// entropies off by some 1e-5 of themselves
+    #[arg(long, help_heading = "Run")]
+    fast_products: bool,
     /// summary.json on stdout instead of the table
     #[arg(long, help_heading = "Run")]
     json: bool,
@@ -227,6 +231,9 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         batch_invariant: args.batch_invariant,
     };
     let model = args.device.open(&args.model)?;
+    if args.fast_products {
+        ops::wants_matrix_unit("--fast-products", model.device())?;
+    }
     if let (true, Some(hidden)) = (args.dry_run, &settings.hidden) {
         let size = hidden::size(&model, &settings, &options, hidden)?;
         return if args.json { print_json(&size) } else { print_line(&size.to_string()) };
@@ -237,7 +244,7 @@ pub fn run(args: EntropyArgs, team: &Team) -> Result<()> {
         let model = other.as_ref().unwrap_or(&model);
         sides.push(Side { model, lora: open_adapter(model, &args.compare_adapter)? });
     }
-    let pool = Arc::new(ThreadPool::with(args.threads)?);
+    let pool = Arc::new(ThreadPool::with(args.threads)?.rounding(args.fast_products));
     let stop = Arc::<AtomicBool>::default();
     stop_on_signal(stop.clone())?;
     team.share_stop(&stop);

@@ -8,7 +8,7 @@ use ggml_sys as sys;
 
 use super::device::{Device, last_error};
 use super::neighbours::Neighbours;
-use super::tensor::set_parts;
+use super::tensor::set_up;
 use super::{Arena, Tensor, usable_cores};
 use crate::{Error, Result};
 
@@ -17,6 +17,7 @@ pub struct ThreadPool {
     raw: NonNull<sys::ggml_threadpool>,
     n_threads: usize,
     neighbours: Mutex<Neighbours>,
+    rounded: bool,
 }
 
 // SAFETY: ggml's pool may be handed between threads; one graph at a time runs on it, which the
@@ -41,7 +42,7 @@ impl ThreadPool {
         let raw = NonNull::new(raw).ok_or_else(|| {
             Error::engine("starting threads", "no thread pool", "try --threads 1")
         })?;
-        Ok(ThreadPool { raw, n_threads, neighbours: Mutex::new(Neighbours::new()) })
+        Ok(ThreadPool { raw, n_threads, neighbours: Mutex::new(Neighbours::new()), rounded: false })
     }
 
     /// [`ThreadPool::new`] with as many threads as the user asked for, or one per core.
@@ -54,6 +55,13 @@ impl ThreadPool {
             return Err(Error::invalid("threads", "at least 1", "0", advice));
         }
         ThreadPool::new(threads.unwrap_or_else(usable_cores))
+    }
+
+    /// Lets products with weights in graphs of ours take numbers of 16 bits of significand, where the processor has a unit that
+    /// is quicker with them (`ops::has_matrix_unit`).
+    pub fn rounding(mut self, rounded: bool) -> ThreadPool {
+        self.rounded = rounded;
+        self
     }
 
     /// Number of threads, the caller's included.
@@ -250,7 +258,8 @@ impl Executor {
             for i in 0..graph.n_nodes() {
                 // SAFETY: a node of a live graph that nobody computes.
                 unsafe {
-                    set_parts(sys::ggml_graph_node(graph.raw, i as i32), self.pool.n_threads())
+                    let node = sys::ggml_graph_node(graph.raw, i as i32);
+                    set_up(node, self.pool.n_threads(), self.pool.rounded)
                 }
             }
         }

@@ -26,6 +26,6 @@ pub use nodes::Rope;
 pub use processor::{check_processor, cpu_backend};
 pub use repacked::Repacked;
 pub use set::{TensorSet, ValuesMut};
-pub(crate) use tensor::parts;
 pub use tensor::{Arena, Shape, Tensor};
+pub(crate) use tensor::{parts, rounded};
 pub use types::Type;

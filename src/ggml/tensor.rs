@@ -176,15 +176,28 @@ pub(crate) unsafe fn parts(node: *const sys::ggml_tensor) -> usize {
     unsafe { (*node).op_params[N_TASKS] as usize }
 }
 
-/// Sets [`parts`] of a node, if it is an op of ours.
+/// The last of a node's parameters, far behind what ggml keeps of a custom one: whether its products may round numbers.
+const ROUNDED: usize = sys::GGML_MAX_OP_PARAMS as usize / size_of::<i32>() - 1;
+
+/// Whether products with weights may take numbers of 16 bits of significand, where the processor is quicker with them.
+///
+/// # Safety
+/// As of [`parts`].
+pub(crate) unsafe fn rounded(node: *const sys::ggml_tensor) -> bool {
+    // SAFETY: by contract.
+    unsafe { (*node).op_params[ROUNDED] != 0 }
+}
+
+/// Sets [`parts`] and [`rounded`] of a node, if it is an op of ours.
 ///
 /// # Safety
 /// A live node that nobody computes.
-pub(super) unsafe fn set_parts(node: *mut sys::ggml_tensor, parts: usize) {
+pub(super) unsafe fn set_up(node: *mut sys::ggml_tensor, parts: usize, rounded: bool) {
     // SAFETY: by contract.
     unsafe {
         if (*node).op == sys::GGML_OP_CUSTOM {
             (*node).op_params[N_TASKS] = parts as i32;
+            (*node).op_params[ROUNDED] = rounded as i32;
         }
     }
 }

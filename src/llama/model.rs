@@ -110,6 +110,8 @@ impl Model {
             let decoding = sys::bupo_decoding {
                 product: Some(ops::weight_product),
                 columns: columns.as_ptr(),
+                wide: Some(ops::wide_product),
+                wide_columns: ops::wide_from().unwrap_or(0) as i64,
                 attention: Some(ops::decode_attention),
                 most_heads: ops::MOST_HEADS as i64,
             };

@@ -260,7 +260,7 @@ impl Partial {
             let e = exp(lp - max_p) as f64;
             sum_p[lane] += e;
             sum_q[lane] += exp(lq - max_q) as f64;
-            cross[lane] += e * (lp - lq) as f64;
+            cross[lane] += e * (lp as f64 - lq as f64);
         };
         let ((p8, p_rest), (q8, q_rest)) = (p.as_chunks::<8>(), q.as_chunks::<8>());
         for (p, q) in p8.iter().zip(q8) {

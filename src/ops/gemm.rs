@@ -1,4 +1,7 @@
-//! Matrix products on one thread, by the `gemm` crate, on strided views of F32 memory.
+//! Matrix products on one thread, by the `gemm` crate, on strided views of F32 memory; those with weights on the processor's
+//! matrix unit where it has one.
+
+use super::amx;
 
 /// A strided matrix in memory: element `(i, j)` at `data + i * row + j * column`.
 #[derive(Clone, Copy)]
@@ -13,6 +16,11 @@ pub(super) struct Matrix<T> {
 impl<T> Matrix<T> {
     pub(super) fn new(data: T, row: usize, column: usize) -> Matrix<T> {
         Matrix { data, row, column }
+    }
+
+    /// Rows as columns.
+    pub(super) fn turned(self) -> Matrix<T> {
+        Matrix { data: self.data, row: self.column, column: self.row }
     }
 }
 
@@ -54,6 +62,39 @@ pub(super) unsafe fn gemm(
             false,
             gemm::Parallelism::None,
         );
+    }
+}
+
+/// [`gemm`] where A is a tile of weights: by [`amx`] where that serves the views, with numbers of 16 bits if they may be
+/// `rounded`.
+///
+/// # Safety
+/// As of [`gemm`].
+pub(super) unsafe fn weight_gemm(
+    [m, n, k]: [usize; 3],
+    c: Matrix<*mut f32>,
+    keep: bool,
+    a: Matrix<*const f32>,
+    b: Matrix<*const f32>,
+    alpha: f32,
+    rounded: bool,
+) {
+    let serves = c.row == 1 && b.row == 1 && (a.row == 1 || a.column == 1);
+    // SAFETY: by contract; there is such a unit.
+    unsafe {
+        if !(serves && amx::has()) {
+            return gemm([m, n, k], c, keep, a, b, alpha);
+        }
+        let factor = amx::Factor::Memory(a.turned());
+        amx::product(amx::Product {
+            sizes: [n, m, k],
+            a: b.turned(),
+            b: factor,
+            c: c.turned(),
+            keep,
+            alpha,
+            rounded,
+        });
     }
 }
 

@@ -17,9 +17,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ggml_sys as sys;
 
-use super::gemm::{Matrix, gemm, with_scratch};
+use super::amx::{self, Factor, Product};
+use super::gemm::{Matrix, gemm, weight_gemm, with_scratch};
 use super::queue::Queue;
-use super::rows::{each_part, part_of, parts};
+use super::rows::{each_part, part_of, parts, rounded};
 use crate::ggml::{Arena, Tensor, Type};
 #[cfg(target_arch = "x86_64")]
 use crate::ggml::{QUANTS, Quants, QuantsReader};
@@ -264,7 +265,57 @@ impl Weight {
     }
 }
 
+/// Which side of a weight a product sums over.
+#[derive(Clone, Copy)]
+pub(super) enum Side {
+    /// `y[n] = sum_k W[k, n] x[k]`: forward.
+    Columns,
+    /// `y[k] = sum_n W[k, n] x[n]`: back.
+    Rows,
+}
+
 impl Weight {
+    /// `y = keep y + W x`: outputs `outs` of all inputs, y `(output, t)` from the first of them on, x `(input, t)` with its
+    /// extents (outputs, t, inputs). On the processor's matrix unit where it has one.
+    ///
+    /// # Safety
+    /// `outs` lie within the tensor, backward from a whole block to another; the views are valid, and y overlaps nothing;
+    /// `scratch` has room for a tile of `outs` by [`DEPTH`], backward [`BACK_DEPTH`] by `outs`.
+    unsafe fn multiply(
+        &self,
+        side: Side,
+        outs: Range<usize>,
+        (y, keep): (Matrix<*mut f32>, bool),
+        (x, extent): (Matrix<*const f32>, [usize; 3]),
+        rounded: bool,
+        scratch: &mut [f32],
+    ) {
+        let [n, t, inputs] = extent;
+        // SAFETY: by contract.
+        unsafe {
+            if amx::has() {
+                let b = match side {
+                    Side::Columns => Factor::Columns(self, outs.start),
+                    Side::Rows => Factor::Rows(self, outs.start),
+                };
+                let (sizes, alpha, a, c) = ([t, n, inputs], 1.0, x.turned(), y.turned());
+                return amx::product(Product { sizes, a, b, c, keep, alpha, rounded });
+            }
+            let depth = match side {
+                Side::Columns => DEPTH,
+                Side::Rows => BACK_DEPTH,
+            };
+            for ins in steps(0..inputs, depth) {
+                let tile = match side {
+                    Side::Columns => self.tile(outs.clone(), ins.clone(), scratch),
+                    Side::Rows => self.tile(ins.clone(), outs.clone(), scratch).turned(),
+                };
+                let x = Matrix { data: x.data.add(ins.start * x.row), ..x };
+                gemm([n, t, ins.len()], y, keep || ins.start > 0, tile, x, 1.0);
+            }
+        }
+    }
+
     /// The type.
     pub(super) fn ty(&self) -> Type {
         self.ty
@@ -342,27 +393,25 @@ unsafe extern "C" fn linear_kernel(
         let (n_all, t_all) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
         let src = &(*dst).src;
         let k = (*src[0]).ne[0] as usize;
-        let weight = Weight::new(src[0]);
+        let (weight, rounded) = (Weight::new(src[0]), rounded(dst));
         let depth = k.min(DEPTH);
         let unit = STEP.min(n_all.next_multiple_of(16));
-        let tiling = Tiling::new(n_all, t_all, unit, (TILE / depth).min(512), parts(dst));
+        let most = amx::columns().unwrap_or((TILE / depth).min(512));
+        let tiling = Tiling::new(n_all, t_all, unit, most, parts(dst));
         with_scratch(weight.scratch(tiling.n_step, depth), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ns, ts) = tiling.tile(i);
                 let y = f32_data(dst).add(ts.start * n_all + ns.start);
                 let y = Matrix::new(y, 1, n_all); // (n, t)
                 let extent = |inner| [ns.len(), ts.len(), inner];
-                for ks in steps(0..k, DEPTH) {
-                    let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
-                    let x = f32_data(src[1]).add(ts.start * k + ks.start) as *const f32;
-                    let x = Matrix::new(x, 1, k); // (k, t)
-                    gemm(extent(ks.len()), y, ks.start > 0, tile, x, 1.0);
-                }
+                let x = Matrix::new(f32_data(src[1]).add(ts.start * k) as *const f32, 1, k); // (k, t)
+                let x = (x, extent(k));
+                weight.multiply(Side::Columns, ns.clone(), (y, false), x, rounded, scratch);
                 if params.low_rank != 0 {
                     let r = (*src[2]).ne[0] as usize;
                     let b = Matrix::new(f32_data(src[2]).add(ns.start * r) as *const f32, r, 1); // (n, r)
                     let u = Matrix::new(f32_data(src[3]).add(ts.start * r) as *const f32, 1, r); // (r, t)
-                    gemm(extent(r), y, true, b, u, params.scale);
+                    weight_gemm(extent(r), y, true, b, u, params.scale, rounded);
                 }
                 if params.bias != 0 {
                     let bias = f32_data(src[2 + 2 * params.low_rank as usize]).add(ns.start);
@@ -392,10 +441,11 @@ unsafe extern "C" fn linear_back_kernel(
         let (k, t_all) = ((*dst).ne[0] as usize, (*dst).ne[1] as usize);
         let src = &(*dst).src;
         let n_all = (*src[0]).ne[1] as usize;
-        let weight = Weight::new(src[0]);
+        let (weight, rounded) = (Weight::new(src[0]), rounded(dst));
         let unit = weight.ty.block_size().max(STEP);
         let depth = n_all.min(BACK_DEPTH);
-        let tiling = Tiling::new(k, t_all, unit, TILE / BACK_DEPTH, parts(dst));
+        let most = amx::columns().unwrap_or(TILE / BACK_DEPTH);
+        let tiling = Tiling::new(k, t_all, unit, most, parts(dst));
         with_scratch(weight.scratch(depth, tiling.n_step), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ks, ts) = tiling.tile(i);
@@ -408,18 +458,16 @@ unsafe extern "C" fn linear_back_kernel(
                         std::ptr::copy_nonoverlapping(from, out.data.add(t * k), ks.len());
                     }
                 }
-                for ns in steps(0..n_all, BACK_DEPTH) {
-                    let tile = weight.tile(ns.clone(), ks.clone(), scratch); // (n, k)
-                    let tile = Matrix::new(tile.data, tile.column, tile.row); // (k, n)
-                    let dy = f32_data(src[1]).add(ts.start * n_all + ns.start) as *const f32;
-                    let dy = Matrix::new(dy, 1, n_all); // (n, t)
-                    gemm(extent(ns.len()), out, params.add != 0 || ns.start > 0, tile, dy, 1.0);
-                }
+                let dy = f32_data(src[1]).add(ts.start * n_all) as *const f32;
+                let dy = (Matrix::new(dy, 1, n_all), extent(n_all)); // (n, t)
+                let y = (out, params.add != 0);
+                weight.multiply(Side::Rows, ks.clone(), y, dy, rounded, scratch);
                 if params.low_rank != 0 {
                     let r = (*src[2]).ne[1] as usize;
                     let a = Matrix::new(f32_data(src[2]).add(ks.start) as *const f32, 1, k); // (k, r)
                     let du = f32_data(src[3]).add(ts.start * r) as *const f32;
-                    gemm(extent(r), out, true, a, Matrix::new(du, 1, r), params.scale);
+                    let du = Matrix::new(du, 1, r);
+                    weight_gemm(extent(r), out, true, a, du, params.scale, rounded);
                 }
             });
         });

@@ -5,9 +5,9 @@ use std::ops::Range;
 use ggml_sys as sys;
 
 use super::exp::softcap;
-use super::gemm::{Matrix, gemm};
+use super::gemm::{Matrix, gemm, weight_gemm};
 use super::linear::{LowRank, Weight};
-use super::rows::dot;
+use super::rows::{dot, rounded};
 use crate::ggml::{Tensor, Type};
 
 /// `logits(x) = c tanh(z / c)`, `z = scale * E_u x`; `logits = z` without a softcap c. A temperature divides
@@ -92,6 +92,7 @@ pub(super) struct RawHead {
     factor: *const f32,
     input: *const f32,
     low_scale: f32,
+    rounded: bool,
 }
 
 impl RawHead {
@@ -118,6 +119,7 @@ impl RawHead {
                 factor: std::ptr::null(),
                 input: std::ptr::null(),
                 low_scale: params.low_scale,
+                rounded: rounded(dst),
             };
             if params.low_rank > 0 {
                 let at = params.low_rank as usize;
@@ -171,7 +173,7 @@ impl RawHead {
         // SAFETY: by contract, and the room just checked.
         unsafe {
             let h = Matrix::new(self.h.add(ts.start * self.d), 1, self.d); // (d, t)
-            gemm([width, n, self.d], out, false, e, h, alpha);
+            weight_gemm([width, n, self.d], out, false, e, h, alpha, self.rounded);
             if self.rank > 0 {
                 let u = Matrix::new(self.input.add(ts.start * self.rank), 1, self.rank); // (r, t)
                 let alpha = alpha * self.low_scale;
@@ -200,7 +202,7 @@ impl RawHead {
         unsafe {
             let out = Matrix::new(sums.as_mut_ptr(), 1, width); // (d, t)
             let e = Matrix::new(e.data, e.column, e.row); // (d, v)
-            gemm([self.d, n, vs.len()], out, true, e, p, 1.0);
+            weight_gemm([self.d, n, vs.len()], out, true, e, p, 1.0, self.rounded);
             if self.rank > 0 {
                 let out = Matrix::new(out.data.add(self.d), 1, width); // (r, t)
                 let b = self.factor(vs);

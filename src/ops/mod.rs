@@ -5,6 +5,7 @@
 //! reference and against finite differences.
 
 mod adamw;
+mod amx;
 mod attention;
 mod conv;
 mod decode_attention;
@@ -34,6 +35,7 @@ mod segments;
 mod yardstick;
 
 pub use adamw::{AdamWStep, adamw, sum_squares};
+pub use amx::wants_matrix_unit;
 pub use attention::{AttentionSaved, AttentionSpec, attention, attention_back, attention_kept};
 pub use conv::{MAX_CONV, conv_silu, conv_silu_back};
 pub(crate) use decode_attention::{MOST_HEADS, decode_attention};
@@ -54,8 +56,8 @@ pub use low_rank::add_low_rank;
 pub(crate) use low_rank::factor_product;
 pub use norm::{rms_norm, rms_norm_back};
 pub use policies::{Answers, Compare, Policies, policies};
-pub(crate) use products::weight_product;
-pub use products::{faster_from, fixed_product, product};
+pub use products::{ProductKernel, faster_from, product};
+pub(crate) use products::{weight_product, wide_from, wide_product};
 pub use rows::scale_rows;
 pub use scratch::{ScratchShape, scratch_bytes};
 pub use segments::Segment;

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use ggml_sys as sys;
 
-pub(super) use crate::ggml::parts;
 use crate::ggml::{Arena, Tensor, Type};
+pub(super) use crate::ggml::{parts, rounded};
 
 /// Rows `i` with `part(i)` of `n` for thread `ith` of `nth`: contiguous runs of nearly equal length.
 pub(super) fn partition(n: usize, ith: c_int, nth: c_int) -> Range<usize> {

@@ -172,6 +172,10 @@ pub struct TrainConfig {
     /// to 8 bits: log-probs are training's but for the cache's rounding; a few sequences decode up to eight times as slowly
     #[arg(long, help_heading = "Algorithm")]
     pub exact_rollouts: bool,
+    /// Form the products of an update from numbers of 16 bits of significand instead of 24, on processors with a matrix unit
+    /// (AMX): up to a third faster, gradients off by some 1e-5 of themselves
+    #[arg(long, help_heading = "Algorithm")]
+    pub fast_products: bool,
 
     /// Objectives without rewards.
     #[command(flatten)]

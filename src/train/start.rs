@@ -28,7 +28,7 @@ use crate::llama::Products;
 use crate::model::{AdapterShape, Engine, Lora, Model, Policy};
 use crate::rollout::{Encoder, Rollouts};
 use crate::team::Team;
-use crate::{Error, Result};
+use crate::{Error, Result, ops};
 
 /// What is read of the data, before memory is planned for it.
 enum Read {
@@ -85,6 +85,9 @@ impl<'m> Trainer<'m> {
         if config.exact_rollouts {
             crate::rollout::on_host("--exact-rollouts", model.device(), "leave it out")?;
         }
+        if config.fast_products {
+            ops::wants_matrix_unit("--fast-products", model.device())?;
+        }
         wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;
         // Before rows are read: a chat template may write the date.
@@ -111,7 +114,8 @@ impl<'m> Trainer<'m> {
             model.set_context(needs.next_multiple_of(256));
         }
         let mut lora = begin_from(model, &settings, adapter)?;
-        let pool = Arc::new(ThreadPool::with(Some(settings.threads))?);
+        let pool =
+            Arc::new(ThreadPool::with(Some(settings.threads))?.rounding(settings.fast_products));
         let mut source = source(model, &settings, read, &pool, &mut lora, team)?;
         let mut engine = Engine::on(model.device(), pool.clone())?;
         engine.keep_up_to(plan.kept_bytes());

@@ -1,7 +1,7 @@
 //! linear, linear_back, outer.
 
 use bupo_gguf::ggml::Type;
-use bupo_gguf::ops::{self, LowRank};
+use bupo_gguf::ops::{self, LowRank, ProductKernel};
 
 use super::EXACT;
 use super::harness::{Random, Source, close, f64s, is_vjp, run, weight_types};
@@ -177,6 +177,10 @@ fn outer_products() {
     }
 }
 
+fn by(kernel: ProductKernel, threads: usize, sources: &[Source]) -> Vec<f32> {
+    run(threads, sources, |arena, s| vec![ops::product(arena, s[0], s[1], kernel)]).remove(0)
+}
+
 /// Activations in fixed point: off by 1/32766 of the largest of 32, or 64, and what becomes of a column depends on that column
 /// alone.
 #[test]
@@ -193,20 +197,12 @@ fn product_in_fixed_point() {
             x.iter_mut().skip(7).step_by(101).for_each(|x| *x *= 80.0);
             x[..k].fill(0.0);
             let sources = [w, Source::f32(&x, &[k, t])];
-            let has = std::cell::Cell::new(true);
-            let product = |threads, sources: &[Source]| {
-                run(threads, sources, |arena, s| {
-                    let y = ops::fixed_product(arena, s[0], s[1]);
-                    has.set(y.is_some());
-                    vec![y.unwrap_or_else(|| ops::product(arena, s[0], s[1]))]
-                })
-                .remove(0)
-            };
-            let results = [1, 2, 5].map(|threads| product(threads, &sources));
-            if !has.get() {
+            if !ProductKernel::Fixed.serves(ty) {
                 continue;
             }
             served += 1;
+            let product = |threads, sources: &[Source]| by(ProductKernel::Fixed, threads, sources);
+            let results = [1, 2, 5].map(|threads| product(threads, &sources));
             let want = reference::linear(&exact, &f64s(&x), k);
             let rows = exact.chunks(k);
             for (column, (y, want)) in results[0].chunks(n).zip(want.chunks(n)).enumerate() {
@@ -242,7 +238,8 @@ fn product_in_fixed_point() {
 
 /// What is no number stays none, and nothing else is touched by it.
 #[test]
-fn product_in_fixed_point_of_no_number() {
+fn product_of_no_number() {
+    let kernels = [ProductKernel::Exact, ProductKernel::Fixed, ProductKernel::Tiles];
     let mut random = Random::new(4);
     let types = weight_types().into_iter().filter(|ty| ty.block_size() > 1);
     for (ty, what) in types.flat_map(|ty| [(ty, f32::NAN), (ty, f32::INFINITY)]) {
@@ -250,39 +247,38 @@ fn product_in_fixed_point_of_no_number() {
         let mut x = random.normal(k * 3);
         x[k + 9] = what;
         let (w, _) = Random::new(5).weight(ty, k, 7);
-        let y = run(1, &[w, Source::f32(&x, &[k, 3])], |arena, s| {
-            let y = ops::fixed_product(arena, s[0], s[1]);
-            vec![y.unwrap_or_else(|| ops::product(arena, s[0], s[1]))]
-        })
-        .remove(0);
-        for (column, y) in y.chunks(7).enumerate() {
-            let right = y.iter().all(|y| y.is_finite() == (column != 1));
-            assert!(right, "{ty} {what}, {column}: {y:?}");
+        let sources = [w, Source::f32(&x, &[k, 3])];
+        for kernel in kernels.into_iter().filter(|kernel| kernel.serves(ty)) {
+            for (column, y) in by(kernel, 1, &sources).chunks(7).enumerate() {
+                let right = y.iter().all(|y| y.is_finite() == (column != 1));
+                assert!(right, "{ty} {what}, {kernel:?}, {column}: {y:?}");
+            }
         }
     }
 }
 
-/// The product that decoding takes, and that what becomes of a column depends on that column alone.
+/// The products that decoding takes, and that what becomes of a column depends on that column alone.
 #[test]
 fn product_of_few_columns() {
-    for (i, ty) in weight_types().into_iter().enumerate() {
-        for (j, t) in [1, 3, 16, 21, 33, 70, 150].into_iter().enumerate() {
-            let [k, n] = [[256, 33], [512, 97], [768, 5]][(i + j) % 3];
-            let what = format!("product {ty} K={k} N={n} T={t}");
-            let mut random = Random::new((k * n + t) as u64);
-            let (w, exact) = random.weight(ty, k, n);
-            let x = random.normal(k * t);
-            let sources = [w, Source::f32(&x, &[k, t])];
-            let product = |threads, sources: &[Source]| {
-                run(threads, sources, |arena, s| vec![ops::product(arena, s[0], s[1])]).remove(0)
-            };
-            let results = [1, 2, 5].map(|threads| product(threads, &sources));
-            close(&what, &results[0], &reference::linear(&exact, &f64s(&x), k), EXACT);
-            assert!(results.iter().all(|y| *y == results[0]), "{what}: by threads");
-            let [w, _] = sources;
-            let last = Source::f32(&x[k * (t - 1)..], &[k, 1]);
-            let alone = product(1, &[w, last]);
-            assert_eq!(alone, results[0][n * (t - 1)..], "{what}: the last column alone");
+    // Of 16 bits of significand: three times 2^-16 of each product at most, and that of sums.
+    for (kernel, tolerance) in [(ProductKernel::Exact, EXACT), (ProductKernel::Tiles, 2e-5)] {
+        for (i, ty) in weight_types().into_iter().enumerate().filter(|(_, ty)| kernel.serves(*ty)) {
+            for (j, t) in [1, 3, 16, 21, 33, 70, 150].into_iter().enumerate() {
+                let [k, n] = [[256, 33], [512, 97], [768, 5]][(i + j) % 3];
+                let what = format!("{kernel:?} product {ty} K={k} N={n} T={t}");
+                let mut random = Random::new((k * n + t) as u64);
+                let (w, exact) = random.weight(ty, k, n);
+                let x = random.normal(k * t);
+                let sources = [w, Source::f32(&x, &[k, t])];
+                let results = [1, 2, 5].map(|threads| by(kernel, threads, &sources));
+                let want = reference::linear(&exact, &f64s(&x), k);
+                close(&what, &results[0], &want, tolerance);
+                assert!(results.iter().all(|y| *y == results[0]), "{what}: by threads");
+                let [w, _] = sources;
+                let last = Source::f32(&x[k * (t - 1)..], &[k, 1]);
+                let alone = by(kernel, 1, &[w, last]);
+                assert_eq!(alone, results[0][n * (t - 1)..], "{what}: the last column alone");
+            }
         }
     }
 }

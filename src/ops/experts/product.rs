@@ -7,9 +7,10 @@ use ggml_sys as sys;
 
 use super::{Columns, Order, Routes, f32_shape};
 use crate::ggml::{Arena, Tensor};
-use crate::ops::gemm::{Matrix, gemm, with_scratch};
+use crate::ops::gemm::{Matrix, gemm, weight_gemm, with_scratch};
 use crate::ops::linear::{DEPTH, LowRank, STEP, TILE, Weight, steps};
 use crate::ops::queue::Queue;
+use crate::ops::rows::rounded;
 
 /// Outputs that one product of a transposed tile sums over.
 const BACK_DEPTH: usize = 256;
@@ -145,6 +146,7 @@ struct Job<'k> {
     x: *const f32,
     n_in: usize,
     n_out: usize,
+    rounded: bool,
     low: Option<Low>,
     weights: Option<*const f32>,
     bias: Option<*const f32>,
@@ -188,6 +190,7 @@ impl<'k> Job<'k> {
                 x: data(1),
                 n_in: (*src[1]).ne[0] as usize,
                 n_out: (*dst).ne[0] as usize,
+                rounded: rounded(dst),
                 low,
                 weights: optional(c.weights).map(data),
                 bias: optional(c.bias).map(data),
@@ -240,14 +243,30 @@ impl<'k> Job<'k> {
                 if !self.tokens_in {
                     let x = self.x.add(slots.start * self.n_in + ins.start);
                     let x = Matrix::new(x, 1, self.n_in); // (input, slot)
-                    gemm([outs.len(), slots.len(), ins.len()], y, keep, w, x, 1.0);
+                    weight_gemm(
+                        [outs.len(), slots.len(), ins.len()],
+                        y,
+                        keep,
+                        w,
+                        x,
+                        1.0,
+                        self.rounded,
+                    );
                     continue;
                 }
                 for some in steps(slots.clone(), PACKED) {
                     self.pack(some.clone(), ins.clone(), packed);
                     let x = Matrix::new(packed.as_ptr(), 1, ins.len()); // (input, slot)
                     let y = self.at(y, some.start - slots.start);
-                    gemm([outs.len(), some.len(), ins.len()], y, keep, w, x, 1.0);
+                    weight_gemm(
+                        [outs.len(), some.len(), ins.len()],
+                        y,
+                        keep,
+                        w,
+                        x,
+                        1.0,
+                        self.rounded,
+                    );
                 }
             }
             self.low_rank(e, outs.clone(), y);
