@@ -11,8 +11,12 @@ use super::{Factor, Product};
 /// Rows and columns that a [`Block`] sums up.
 const SIDE: usize = 2 * ROWS;
 /// Columns of B that are tiles at a time, and bytes of those tiles: half of the L2 cache of the processors that have such a unit.
-const COLUMNS: usize = 256;
+const COLUMNS: usize = 512;
 const BYTES: usize = 1 << 20;
+/// Floats between rows of sums: not a power of two, with which rows would fall on the same few lines of a cache.
+const WIDTH: usize = COLUMNS + ROWS;
+/// Tiles that the sums of [`SIDE`] rows take.
+const SUMS: usize = (SIDE * WIDTH * size_of::<f32>()).div_ceil(size_of::<Tile>());
 const _: () = assert!(COLUMNS <= pack::MOST);
 
 /// Whether this processor has such a unit, and the system lets us have it.
@@ -75,8 +79,10 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
     let tiles = |k: usize| k.div_ceil(DEPTH) * P;
     let sides = n.min(COLUMNS).next_multiple_of(SIDE) / ROWS;
     let room = tiles(most.min(k)) * sides;
-    with_tiles(room + 2 * tiles(most.min(k)), |memory| {
-        let (b, a) = memory.split_at_mut(room);
+    with_tiles(room + 2 * tiles(most.min(k)) + SUMS, |memory| {
+        let (b, memory) = memory.split_at_mut(room);
+        let (sums, a) = memory.split_at_mut(SUMS);
+        let sums: *mut f32 = sums.as_mut_ptr().cast();
         // SAFETY: by contract; the tiles have room.
         unsafe {
             let _shapes = Shapes::new();
@@ -103,14 +109,20 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
                                     a_below: tiles(run.len()),
                                     b: b.as_ptr().add(tile),
                                     depth: ks.len().div_ceil(DEPTH),
-                                    c: p.c.data.add(ts.start * p.c.row + side.start),
-                                    c_row: p.c.row,
-                                    keep: p.keep || ks.start > 0,
+                                    c: sums.add(side.start - ns.start),
+                                    c_row: WIDTH,
+                                    keep: ks.start > run.start,
                                 };
-                                match [ts.len(), side.len()] {
-                                    [SIDE, SIDE] => block.run::<P>(),
-                                    part => part_of_block::<P>(block, part),
-                                }
+                                block.run::<P>();
+                            }
+                        }
+                        for (r, t) in ts.enumerate() {
+                            let sums = std::slice::from_raw_parts(sums.add(r * WIDTH), ns.len());
+                            let c = p.c.data.add(t * p.c.row + ns.start);
+                            let c = std::slice::from_raw_parts_mut(c, ns.len());
+                            match p.keep || run.start > 0 {
+                                true => add(c, sums),
+                                false => c.copy_from_slice(sums),
                             }
                         }
                     }
@@ -120,25 +132,9 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
     });
 }
 
-/// A block of which C has these rows and columns only.
-///
-/// # Safety
-/// As of [`Block::run`], C being so small.
-unsafe fn part_of_block<const P: usize>(block: Block, [rows, columns]: [usize; 2]) {
-    let mut sums = [[0f32; SIDE]; SIDE];
-    // SAFETY: by contract.
-    unsafe {
-        let row = |r: usize| std::slice::from_raw_parts_mut(block.c.add(r * block.c_row), columns);
-        if block.keep {
-            for (r, sums) in sums.iter_mut().enumerate().take(rows) {
-                sums[..columns].copy_from_slice(row(r));
-            }
-        }
-        Block { c: sums.as_mut_ptr().cast(), c_row: SIDE, ..block }.run::<P>();
-        for (r, sums) in sums.iter().enumerate().take(rows) {
-            row(r).copy_from_slice(&sums[..columns]);
-        }
-    }
+#[target_feature(enable = "avx512f")]
+fn add(c: &mut [f32], sums: &[f32]) {
+    c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
 }
 
 #[cfg(test)]
