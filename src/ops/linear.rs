@@ -280,7 +280,7 @@ impl Weight {
     ///
     /// # Safety
     /// `outs` lie within the tensor, backward from a whole block to another; the views are valid, and y overlaps nothing;
-    /// `scratch` has room for a tile of `outs` by [`DEPTH`], backward [`BACK_DEPTH`] by `outs`.
+    /// `scratch` has [`Weight::multiply_scratch`] of a tile of `outs` by [`DEPTH`], backward [`BACK_DEPTH`] by `outs`.
     unsafe fn multiply(
         &self,
         side: Side,
@@ -314,6 +314,11 @@ impl Weight {
                 gemm([n, t, ins.len()], y, keep || ins.start > 0, tile, x, 1.0);
             }
         }
+    }
+
+    /// Floats of scratch that [`Weight::multiply`] takes for tiles of this size.
+    fn multiply_scratch(&self, rows: usize, width: usize) -> usize {
+        if amx::has() { 0 } else { self.scratch(rows, width) }
     }
 
     /// The type.
@@ -398,7 +403,7 @@ unsafe extern "C" fn linear_kernel(
         let unit = STEP.min(n_all.next_multiple_of(16));
         let most = amx::columns().unwrap_or((TILE / depth).min(512));
         let tiling = Tiling::new(n_all, t_all, unit, most, parts(dst));
-        with_scratch(weight.scratch(tiling.n_step, depth), |scratch| {
+        with_scratch(weight.multiply_scratch(tiling.n_step, depth), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ns, ts) = tiling.tile(i);
                 let y = f32_data(dst).add(ts.start * n_all + ns.start);
@@ -446,7 +451,7 @@ unsafe extern "C" fn linear_back_kernel(
         let depth = n_all.min(BACK_DEPTH);
         let most = amx::columns().unwrap_or(TILE / BACK_DEPTH);
         let tiling = Tiling::new(k, t_all, unit, most, parts(dst));
-        with_scratch(weight.scratch(depth, tiling.n_step), |scratch| {
+        with_scratch(weight.multiply_scratch(depth, tiling.n_step), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ks, ts) = tiling.tile(i);
                 let out = Matrix::new(f32_data(dst).add(ts.start * k + ks.start), 1, k); // (k, t)

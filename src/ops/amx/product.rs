@@ -23,13 +23,14 @@ const _: () = assert!(COLUMNS <= pack::MOST);
 pub(in super::super) fn has() -> bool {
     static HAS: OnceLock<bool> = OnceLock::new();
     *HAS.get_or_init(|| {
-        // `amx-tile` and `amx-bf16` are no features that stable Rust asks for.
-        let leaf = std::arch::x86_64::__cpuid_count(7, 0).edx;
-        let unit = leaf & (1 << 24) != 0 && leaf & (1 << 22) != 0;
         let vectors = is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512bf16");
-        unit && vectors && permitted()
+        // `amx-tile` and `amx-bf16` are no features that stable Rust asks for.
+        #[allow(unused_unsafe)] // safe in later versions of Rust
+        // SAFETY: what has AVX-512 has this leaf.
+        let unit = || unsafe { std::arch::x86_64::__cpuid_count(7, 0).edx } >> 22 & 0b101 == 0b101;
+        vectors && unit() && permitted()
     })
 }
 
