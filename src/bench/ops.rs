@@ -266,7 +266,7 @@ fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
             ];
             let kernels: Vec<_> =
                 kernels.into_iter().filter(|(kernel, _)| kernel.serves(w.ty())).collect();
-            // The quickest on this processor comes last.
+            // Rates and ratios are those of the last one.
             let mut owns = vec![Vec::new(); kernels.len()];
             let (mut ggml, mut ratio) = (vec![], vec![]);
             for _ in 0..bench.options.reps.max(3) {

@@ -58,7 +58,7 @@ impl ThreadPool {
     }
 
     /// Lets products with weights in graphs of ours take numbers of 16 bits of significand, where the processor has a unit that
-    /// is quicker with them (`ops::has_matrix_unit`).
+    /// is quicker with them (`ops::wants_matrix_unit`).
     pub fn rounding(mut self, rounded: bool) -> ThreadPool {
         self.rounded = rounded;
         self
