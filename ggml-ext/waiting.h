@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 enum {
-    BUPO_SAME_WAIT_NS = 1000,              // a longer gap between two pauses begins another wait
+    BUPO_SAME_WAIT_NS = 5000,              // a longer gap between two pauses begins another wait
     BUPO_SPIN_NS      = 100 * 1000,        // before the first sleep: longer than threads wait where nobody is in the way
     BUPO_SLEEP_NS     = 20 * 1000,
     BUPO_SLICE_NS     = 100 * 1000,        // the shortest that Linux gives
