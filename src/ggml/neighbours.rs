@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 
 /// Linux's count of running threads, of the whole machine.
 const COUNT: &str = "/proc/loadavg";
+/// This process's threads.
+const OWN: &str = "/proc/self/task";
 /// How often it is asked, at most.
 const EVERY: Duration = Duration::from_millis(20);
-/// How long after a computation the other threads of a pool are asleep.
+/// How long after a computation the other threads of a pool are asleep, where they have a core.
 const ASLEEP: Duration = Duration::from_micros(50);
 /// Over how long it is averaged: a process that runs for a moment is none to make way for.
 const MEMORY: Duration = Duration::from_millis(100);
@@ -50,7 +52,10 @@ impl Neighbours {
         }
         let all = std::fs::read_to_string(COUNT).ok().as_deref().and_then(running);
         self.told = all.is_some();
-        let others = all.map_or(0, |all| all.saturating_sub(1)) as f64;
+        let others = match all {
+            None | Some(0 | 1) => 0.0,
+            Some(all) => all.saturating_sub(own_running()) as f64,
+        };
         let weight = since.map_or(0.0, |since| (-since.div_duration_f64(MEMORY)).exp());
         self.running = weight * self.running + (1.0 - weight) * others;
     }
@@ -59,6 +64,22 @@ impl Neighbours {
     pub(super) fn spare(&self, n: usize) -> usize {
         threads(n, self.cores, self.running)
     }
+}
+
+/// This process's own running threads, the caller among them. One that shares a core with the caller, or with somebody else,
+/// is not asleep until it has had its turn.
+fn own_running() -> usize {
+    let Ok(tasks) = std::fs::read_dir(OWN) else { return 1 };
+    let states = tasks.flatten().filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        state(&stat)
+    });
+    states.filter(|&state| state == 'R').count().max(1)
+}
+
+/// The state of `11206 (name) S 1 ...`; a name may hold anything.
+fn state(stat: &str) -> Option<char> {
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// The running threads of `0.20 0.18 0.12 RUNNING/ALL 11206`, the reader among them.
@@ -97,5 +118,9 @@ mod tests {
     fn the_count_is_read() {
         assert_eq!(running("0.20 0.18 0.12 3/80 11206\n"), Some(3));
         assert_eq!(running("no numbers"), None);
+        assert_eq!(state("7 (a name) S 8) R 1 7 7 0"), Some('R'));
+        assert_eq!(state("7"), None);
+        #[cfg(target_os = "linux")]
+        assert!(own_running() >= 1);
     }
 }

@@ -260,11 +260,7 @@ impl Context {
             // SAFETY: made in `new`, freed in `drop`; nothing is computed now.
             unsafe { (*recorder.as_ptr()).begin() };
         }
-        // ggml's attention of a prompt, or of a sequence alone, adds up in an order that depends on the number of threads;
-        // ours does not, which is taken for so many neighbours.
-        let neighbours = |pair: &[Token]| pair[0].sequence + 1 == pair[1].sequence;
-        let ours = tokens.len() >= sys::BUPO_ATTENTION_SEQUENCES as usize
-            && tokens.windows(2).all(neighbours);
+        let any_threads = self.any_threads(tokens);
         let pool = &self.pool;
         // SAFETY: arrays of n_tokens entries each that live for the call; ids, sequences and positions
         // were checked above. As many threads as the pool has, at most.
@@ -274,7 +270,7 @@ impl Context {
             let lineages = self.lineages.of_all.as_ptr();
             sys::bupo_decode(self.raw.as_ptr(), raw, pool.raw(), products, lineages, &mut result)
         };
-        let status = if ours { pool.with_spare(decode) } else { decode(pool.n_threads()) };
+        let status = if any_threads { pool.with_spare(decode) } else { decode(pool.n_threads()) };
         self.lineages.decoded(tokens, status == sys::BUPO_OK && result == 0);
         self.has_logits.clear();
         self.drawn.clear();
@@ -289,6 +285,19 @@ impl Context {
         self.has_logits.extend(tokens.iter().map(|t| t.logits && !drawn(t)));
         self.drawn.extend(tokens.iter().map(drawn));
         Ok(())
+    }
+
+    /// Whether a batch's results are the same to the bit for any number of threads. ggml's attention of a token that is alone
+    /// cuts so many keys into as many parts as there are threads; ours, which is taken for so many neighbours, does not, nor
+    /// does ggml's of several tokens.
+    fn any_threads(&self, tokens: &[Token]) -> bool {
+        const CUT_FROM: usize = 512;
+        let neighbours = |pair: &[Token]| pair[0].sequence + 1 == pair[1].sequence;
+        let same = |pair: &[Token]| pair[0].sequence == pair[1].sequence;
+        let ours = tokens.len() >= sys::BUPO_ATTENTION_SEQUENCES as usize;
+        self.options.n_ctx_seq < CUT_FROM
+            || ours && tokens.windows(2).all(neighbours)
+            || tokens.len() > 1 && tokens.windows(2).all(same)
     }
 
     /// Threads that have a core at the moment, of those that it decodes on.
