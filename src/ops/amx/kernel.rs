@@ -27,9 +27,13 @@ pub(super) fn permitted() -> bool {
     result == 0
 }
 
-/// The shapes of this thread's tiles while it lives: all of 16 rows of 64 bytes.
-pub(super) struct Shapes(());
+/// The shapes of this thread's tiles while it lives: all of 16 rows of 64 bytes. Then they are what they were before, for
+/// others use the unit, too (a stock llama.cpp beside us), and some set their shapes once per thread.
+pub(super) struct Shapes {
+    before: Config,
+}
 
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Config {
     palette: u8,
@@ -43,20 +47,31 @@ impl Shapes {
     /// # Safety
     /// The processor has the unit, and the system has [`permitted`] it.
     pub(super) unsafe fn new() -> Shapes {
-        let mut config =
-            Config { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        config.row_bytes[..8].fill(64);
-        config.rows[..8].fill(ROWS as u8);
-        // SAFETY: by contract; 64 bytes as the processor wants them.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
-        Shapes(())
+        let none =
+            Config { palette: 0, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        let mut shapes = Shapes { before: none };
+        let mut ours = Config { palette: 1, ..none };
+        ours.row_bytes[..8].fill(64);
+        ours.rows[..8].fill(ROWS as u8);
+        // SAFETY: by contract; 64 bytes each, as the processor has them.
+        unsafe {
+            asm!("sttilecfg [{before}]", "ldtilecfg [{ours}]", before = in(reg) &mut shapes.before,
+                ours = in(reg) &ours, options(nostack));
+        }
+        shapes
     }
 }
 
 impl Drop for Shapes {
     fn drop(&mut self) {
-        // SAFETY: there are shapes, so there is a unit. A thread without them has less to be saved.
-        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        // SAFETY: there are shapes, so there is a unit; what it had before it takes again. A thread without shapes has less to
+        // be saved.
+        unsafe {
+            match self.before.palette {
+                0 => asm!("tilerelease", options(nostack, nomem)),
+                _ => asm!("ldtilecfg [{}]", in(reg) &self.before, options(nostack, readonly)),
+            }
+        }
     }
 }
 

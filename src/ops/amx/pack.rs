@@ -4,20 +4,63 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::gemm::Matrix;
+use super::super::linear::steps;
 use super::Factor;
 use super::kernel::{DEPTH, ROWS, Tile};
 
-/// Columns of B that are packed at a time, at most.
-pub(super) const MOST: usize = 512;
-/// Rows of B, or A's columns, of which this is asked at a time, at most.
+/// Columns of B that are read at a time, where its rows are contiguous: whole blocks of any type.
+const WIDE: usize = 256;
+/// Numbers of a column of B that are packed at a time, at most: whole blocks of any type.
 pub(super) const INNER: usize = 256;
+
+impl Factor<'_> {
+    /// Numbers of a column that are summed up at a time, a part of [`INNER`]. Tiles of 128 of 32 rows and 32 columns lie in the
+    /// nearest cache together; where rows are contiguous, fewer sums are worth more.
+    pub(super) fn inner(self) -> usize {
+        match self {
+            Factor::Columns(..) => INNER / 2,
+            Factor::Memory(b) if b.row == 1 => INNER / 2,
+            Factor::Memory(_) | Factor::Rows(..) => INNER,
+        }
+    }
+}
+
+/// Where the tiles of a part of B lie: runs of `inner` of its `k` rows behind one another, in each of them 16 columns at a time
+/// `[depth][P]` tiles.
+#[derive(Clone, Copy)]
+struct Layout {
+    k: usize,
+    inner: usize,
+    sides: usize,
+}
+
+impl Layout {
+    /// The first of P tiles of 32 rows and 16 columns.
+    fn at<const P: usize>(self, side: usize, depth: usize) -> usize {
+        let run = depth * DEPTH / self.inner * self.inner;
+        let each = self.inner.min(self.k - run).div_ceil(DEPTH);
+        (run / DEPTH * self.sides + side * each + depth - run / DEPTH) * P
+    }
+}
 
 /// The first `n` of 16 lanes.
 fn first(n: usize) -> __mmask16 {
     ((1u32 << n.min(16)) - 1) as __mmask16
 }
 
-/// 32 numbers as bfloat16, the nearest ones.
+/// The nearest bfloat16 of each number, as F32, and what that leaves. NaN may become 0 and NaN.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[inline]
+fn cut([a, b]: [__m512; 2]) -> ([__m512i; 2], [__m512; 2]) {
+    let (half, top) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff_0000u32 as i32));
+    let near_a = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(a), half), top);
+    let near_b = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(b), half), top);
+    let rest_a = _mm512_sub_ps(a, _mm512_castsi512_ps(near_a));
+    let rest_b = _mm512_sub_ps(b, _mm512_castsi512_ps(near_b));
+    ([near_a, near_b], [rest_a, rest_b])
+}
+
+/// 32 numbers as the nearest bfloat16, NaN as NaN.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 fn nearest([a, b]: [__m512; 2]) -> __m512i {
@@ -25,15 +68,74 @@ fn nearest([a, b]: [__m512; 2]) -> __m512i {
     unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a)) }
 }
 
-/// What these leave of the numbers.
+/// The order that brings each of the first 16 of 32 together with its like of the last 16.
+static PAIRS: [u16; 32] = {
+    let mut at = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        (at[2 * i], at[2 * i + 1]) = (i as u16, 16 + i as u16);
+        i += 1;
+    }
+    at
+};
+/// The upper halves of 32 times 32 bits.
+static ODD: [u16; 32] = {
+    let mut at = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        at[i] = 2 * i as u16 + 1;
+        i += 1;
+    }
+    at
+};
+
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn order(places: &[u16; 32]) -> __m512i {
+    // SAFETY: 32 numbers.
+    unsafe { _mm512_loadu_si512(places.as_ptr().cast()) }
+}
+
+/// 32 neighbours of a row of A as row `r` of P tiles.
+///
+/// # Safety
+/// P tiles are there.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
-fn rest([a, b]: [__m512; 2], near: __m512i) -> [__m512; 2] {
-    let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(near));
-    let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(near));
-    let low = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(low));
-    let high = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high));
-    [_mm512_sub_ps(a, low), _mm512_sub_ps(b, high)]
+unsafe fn put<const P: usize>([mut a, mut b]: [__m512; 2], r: usize, to: *mut Tile) {
+    for part in 0..P {
+        let near = match part + 1 < P {
+            true => {
+                let near;
+                (near, [a, b]) = cut([a, b]);
+                _mm512_permutex2var_epi16(near[0], order(&ODD), near[1])
+            }
+            false => nearest([a, b]),
+        };
+        // SAFETY: by contract.
+        unsafe { _mm512_store_si512((*to.add(part)).0[r].as_mut_ptr().cast(), near) };
+    }
+}
+
+/// 16 columns of two rows of B as row `r` of P tiles.
+///
+/// # Safety
+/// P tiles are there.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[inline]
+unsafe fn put_pair<const P: usize>([mut a, mut b]: [__m512; 2], r: usize, to: *mut Tile) {
+    for part in 0..P {
+        let near = match part + 1 < P {
+            true => {
+                let near;
+                (near, [a, b]) = cut([a, b]);
+                _mm512_or_si512(_mm512_srli_epi32::<16>(near[0]), near[1])
+            }
+            false => _mm512_permutexvar_epi16(order(&PAIRS), nearest([a, b])),
+        };
+        // SAFETY: by contract.
+        unsafe { _mm512_store_si512((*to.add(part)).0[r].as_mut_ptr().cast(), near) };
+    }
 }
 
 /// The first `left` of 32 numbers, zeros behind them.
@@ -102,20 +204,13 @@ unsafe fn row<const P: usize>(
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(next).cast());
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(next + 16).cast());
             let [a, b] = load(at, k - depth * DEPTH);
-            let mut numbers = [_mm512_mul_ps(alpha, a), _mm512_mul_ps(alpha, b)];
-            for part in 0..P {
-                let near = nearest(numbers);
-                let to = &mut (*out.add(depth * P + part)).0[r];
-                _mm512_store_si512(to.as_mut_ptr().cast(), near);
-                if part + 1 < P {
-                    numbers = rest(numbers, near);
-                }
-            }
+            put::<P>([_mm512_mul_ps(alpha, a), _mm512_mul_ps(alpha, b)], r, out.add(depth * P));
         }
     }
 }
 
-/// B's rows `ks` of columns `ns`: of 16 columns at a time `[depth][P]` tiles, then of the next. What lies beyond is 0.
+/// B's rows `ks`, at most [`INNER`] of them, of columns `ns` as tiles, runs of [`Factor::inner`] rows behind one another, in each
+/// of them `[depth][P]` tiles of 16 columns at a time. What lies beyond is 0.
 ///
 /// # Safety
 /// The ranges lie within B, and are whole blocks of a weight; `out` has room.
@@ -126,18 +221,22 @@ pub(super) unsafe fn factor<const P: usize>(
     ks: Range<usize>,
     out: &mut [Tile],
 ) {
-    let each = ks.len().div_ceil(DEPTH) * P;
+    let sides = ns.len().next_multiple_of(2 * ROWS) / ROWS;
+    let layout = Layout { k: ks.len(), inner: b.inner(), sides };
+    assert!(ks.len() <= INNER && out.len() >= sides * ks.len().div_ceil(DEPTH) * P);
     // SAFETY: by contract.
     unsafe {
         match b {
             Factor::Memory(b) if b.row != 1 => {
-                let row = |k: usize| b.data.add(k * b.row + ns.start);
-                pairs::<P>(ks, ns.len(), row, out)
+                let row = |k: usize, of: Range<usize>, _: &mut [f32]| {
+                    b.data.add(k * b.row + ns.start + of.start)
+                };
+                pairs::<P>(ks, ns.len(), row, layout, out)
             }
             Factor::Memory(b) => {
                 let column =
                     |n: usize, _: &mut [f32]| b.data.add((ns.start + n) * b.column + ks.start);
-                columns::<P>(ns.len(), ks.len(), column, out);
+                columns::<P>(ns.len(), column, layout, out);
             }
             Factor::Columns(weight, first) => {
                 weight.count(ns.len() * ks.len());
@@ -145,46 +244,44 @@ pub(super) unsafe fn factor<const P: usize>(
                     weight.read(first + ns.start + n, ks.clone(), numbers);
                     numbers.as_ptr()
                 };
-                columns::<P>(ns.len(), ks.len(), column, out);
+                columns::<P>(ns.len(), column, layout, out);
             }
             Factor::Rows(weight, first) => {
                 weight.count(ns.len() * ks.len());
-                let mut rows = [[0f32; MOST]; 2];
-                let of_weight = first + ns.start..first + ns.end;
-                let row = |k: usize| {
-                    let row = &mut rows[k % 2];
-                    weight.read(k, of_weight.clone(), &mut row[..ns.len()]);
-                    row.as_ptr()
+                let row = |k: usize, of: Range<usize>, numbers: &mut [f32]| {
+                    let from = first + ns.start;
+                    weight.read(k, from + of.start..from + of.end, numbers);
+                    numbers.as_ptr()
                 };
-                pairs::<P>(ks, ns.len(), row, out)
+                pairs::<P>(ks, ns.len(), row, layout, out)
             }
         }
-        debug_assert!(out.len() >= ns.len().div_ceil(ROWS) * each);
     }
 }
 
-/// `n` columns of `k` numbers each, at most [`INNER`].
+/// `n` columns.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 unsafe fn columns<const P: usize>(
     n: usize,
-    k: usize,
     mut column: impl FnMut(usize, &mut [f32]) -> *const f32,
+    layout: Layout,
     out: &mut [Tile],
 ) {
-    let each = k.div_ceil(DEPTH) * P;
+    let k = layout.k;
     let mut numbers = [[0f32; INNER]; ROWS];
     let nothing = [0f32; INNER];
-    for (i, tiles) in out.chunks_exact_mut(each).enumerate().take(n.div_ceil(2 * ROWS) * 2) {
+    for side in 0..layout.sides {
         let mut of_tile = [nothing.as_ptr(); ROWS];
         for (r, numbers) in numbers.iter_mut().enumerate() {
-            if i * ROWS + r < n {
-                of_tile[r] = column(i * ROWS + r, &mut numbers[..k]);
+            if side * ROWS + r < n {
+                of_tile[r] = column(side * ROWS + r, &mut numbers[..k]);
             }
         }
-        for (depth, parts) in tiles.chunks_exact_mut(P).enumerate() {
+        for depth in 0..k.div_ceil(DEPTH) {
+            let parts = &mut out[layout.at::<P>(side, depth)..][..P];
             // SAFETY: sixteen times k numbers, by the caller.
-            unsafe { turned(&of_tile, depth * DEPTH, k, parts) };
+            unsafe { turned::<P>(&of_tile, depth * DEPTH, k, parts.as_mut_ptr()) };
         }
     }
 }
@@ -192,68 +289,60 @@ unsafe fn columns<const P: usize>(
 /// 32 numbers of each of sixteen columns, from one on, of `k`.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
-unsafe fn turned(columns: &[*const f32; ROWS], from: usize, k: usize, parts: &mut [Tile]) {
-    let mut numbers = [[_mm512_setzero_ps(); 2]; ROWS];
-    for r in 0..ROWS {
-        // SAFETY: so many are left of the column.
-        numbers[r] = unsafe { load(columns[r].add(from), k - from) };
-    }
-    let last = parts.len() - 1;
-    for (part, tile) in parts.iter_mut().enumerate() {
-        let mut near = [_mm512_setzero_si512(); ROWS];
+unsafe fn turned<const P: usize>(
+    columns: &[*const f32; ROWS],
+    from: usize,
+    k: usize,
+    parts: *mut Tile,
+) {
+    for half in [0, 16] {
+        let left = first(k.saturating_sub(from + half));
+        let mut numbers = [_mm512_setzero_ps(); ROWS];
         for r in 0..ROWS {
-            near[r] = nearest(numbers[r]);
-            if part < last {
-                numbers[r] = rest(numbers[r], near[r]);
-            }
+            // SAFETY: so many are left of the column; masked lanes are not read.
+            numbers[r] =
+                unsafe { _mm512_maskz_loadu_ps(left, columns[r].wrapping_add(from + half)) };
         }
-        turn(near, tile);
+        let numbers = turn(numbers);
+        for pair in 0..ROWS / 2 {
+            let numbers = [numbers[2 * pair], numbers[2 * pair + 1]];
+            // SAFETY: P tiles, by the caller.
+            unsafe { put_pair::<P>(numbers, half / 2 + pair, parts) };
+        }
     }
 }
 
 /// Rows `ks` of `n` numbers each, two and two.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[inline]
 unsafe fn pairs<const P: usize>(
     ks: Range<usize>,
     n: usize,
-    mut row: impl FnMut(usize) -> *const f32,
+    mut row: impl FnMut(usize, Range<usize>, &mut [f32]) -> *const f32,
+    layout: Layout,
     out: &mut [Tile],
 ) {
-    const TURNS: [u16; 32] = {
-        let mut at = [0; 32];
-        let mut i = 0;
-        while i < 16 {
-            (at[2 * i], at[2 * i + 1]) = (i as u16, 16 + i as u16);
-            i += 1;
-        }
-        at
-    };
-    // SAFETY: 32 numbers.
-    let turns = unsafe { _mm512_loadu_si512(TURNS.as_ptr().cast()) };
-    let each = ks.len().div_ceil(DEPTH) * P;
-    for pair in 0..ks.len().div_ceil(DEPTH) * ROWS {
-        let mut of_pair = [None; 2];
-        for (k, of_pair) in (ks.start + 2 * pair..ks.end).zip(&mut of_pair) {
-            *of_pair = Some(row(k));
-        }
-        for i in 0..n.div_ceil(2 * ROWS) * 2 {
-            let mask = first(n.saturating_sub(i * ROWS));
-            // SAFETY: rows of n numbers; masked lanes are not read; the tiles have room.
-            unsafe {
-                let to = out.as_mut_ptr().add(i * each + pair / ROWS * P);
-                let mut numbers = [_mm512_setzero_ps(); 2];
-                for (row, numbers) in of_pair.iter().zip(&mut numbers) {
-                    if let Some(row) = row {
-                        *numbers = _mm512_maskz_loadu_ps(mask, row.wrapping_add(i * ROWS));
-                    }
-                }
-                for part in 0..P {
-                    let near = nearest(numbers);
-                    let turned = _mm512_permutexvar_epi16(turns, near);
-                    let to = &mut (*to.add(part)).0[pair % ROWS];
-                    _mm512_store_si512(to.as_mut_ptr().cast(), turned);
-                    if part + 1 < P {
-                        numbers = rest(numbers, near);
+    // Rows lie apart, so that their like do not fall on the same lines of a cache.
+    let mut numbers = [[0f32; WIDE + ROWS]; DEPTH];
+    let nothing = [0f32; WIDE];
+    for (depth, ks) in steps(ks, DEPTH).enumerate() {
+        for part in steps(0..n.next_multiple_of(2 * ROWS), WIDE) {
+            let there = part.start..part.end.min(n);
+            let mut of_tile = [nothing.as_ptr(); DEPTH];
+            for ((k, numbers), of_tile) in ks.clone().zip(&mut numbers).zip(&mut of_tile) {
+                *of_tile = row(k, there.clone(), &mut numbers[..there.len()]);
+            }
+            for side in steps(part, ROWS) {
+                let mask = first(n.saturating_sub(side.start));
+                let at = side.start - there.start;
+                let parts = &mut out[layout.at::<P>(side.start / ROWS, depth)..][..P];
+                for pair in 0..ROWS {
+                    // SAFETY: rows of n numbers; masked lanes are not read; P tiles.
+                    unsafe {
+                        let [a, b] = [2 * pair, 2 * pair + 1].map(|k| of_tile[k].wrapping_add(at));
+                        let numbers =
+                            [_mm512_maskz_loadu_ps(mask, a), _mm512_maskz_loadu_ps(mask, b)];
+                        put_pair::<P>(numbers, pair, parts.as_mut_ptr());
                     }
                 }
             }
@@ -261,39 +350,36 @@ unsafe fn pairs<const P: usize>(
     }
 }
 
-/// Rows of pairs become columns of pairs.
+/// Rows become columns.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn turn(v: [__m512i; ROWS], tile: &mut Tile) {
+fn turn(v: [__m512; ROWS]) -> [__m512; ROWS] {
     // Pairs of 32 bits, of 64, then of 128 change places.
     let mut by32 = v;
     for i in (0..16).step_by(2) {
-        by32[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        by32[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        by32[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        by32[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
     }
-    let mut by64 = by32;
+    let mut by64 = [_mm512_setzero_pd(); ROWS];
     for i in (0..16).step_by(4) {
-        by64[i] = _mm512_unpacklo_epi64(by32[i], by32[i + 2]);
-        by64[i + 1] = _mm512_unpackhi_epi64(by32[i], by32[i + 2]);
-        by64[i + 2] = _mm512_unpacklo_epi64(by32[i + 1], by32[i + 3]);
-        by64[i + 3] = _mm512_unpackhi_epi64(by32[i + 1], by32[i + 3]);
+        let [a, b, c, d] = [0, 1, 2, 3].map(|j| _mm512_castps_pd(by32[i + j]));
+        by64[i] = _mm512_unpacklo_pd(a, c);
+        by64[i + 1] = _mm512_unpackhi_pd(a, c);
+        by64[i + 2] = _mm512_unpacklo_pd(b, d);
+        by64[i + 3] = _mm512_unpackhi_pd(b, d);
     }
     // Lane l of by64[4 g + c] holds column 4 l + c of rows 4 g to 4 g + 3.
+    let mut columns = v;
     for c in 0..4 {
-        let [a, b, d, e] = [0, 1, 2, 3].map(|g| by64[4 * g + c]);
+        let [a, b, d, e] = [0, 1, 2, 3].map(|g| _mm512_castpd_ps(by64[4 * g + c]));
         let (ab_even, ab_odd) =
-            (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+            (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
         let (de_even, de_odd) =
-            (_mm512_shuffle_i32x4::<0x88>(d, e), _mm512_shuffle_i32x4::<0xdd>(d, e));
-        let columns = [
-            _mm512_shuffle_i32x4::<0x88>(ab_even, de_even),
-            _mm512_shuffle_i32x4::<0x88>(ab_odd, de_odd),
-            _mm512_shuffle_i32x4::<0xdd>(ab_even, de_even),
-            _mm512_shuffle_i32x4::<0xdd>(ab_odd, de_odd),
-        ];
-        for (l, column) in columns.into_iter().enumerate() {
-            // SAFETY: a row of 512 bits.
-            unsafe { _mm512_storeu_si512(tile.0[4 * l + c].as_mut_ptr().cast(), column) };
-        }
+            (_mm512_shuffle_f32x4::<0x88>(d, e), _mm512_shuffle_f32x4::<0xdd>(d, e));
+        columns[c] = _mm512_shuffle_f32x4::<0x88>(ab_even, de_even);
+        columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(ab_odd, de_odd);
+        columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(ab_even, de_even);
+        columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(ab_odd, de_odd);
     }
+    columns
 }

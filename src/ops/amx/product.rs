@@ -17,7 +17,6 @@ const BYTES: usize = 1 << 20;
 const WIDTH: usize = COLUMNS + ROWS;
 /// Tiles that the sums of [`SIDE`] rows take.
 const SUMS: usize = (SIDE * WIDTH * size_of::<f32>()).div_ceil(size_of::<Tile>());
-const _: () = assert!(COLUMNS <= pack::MOST);
 
 /// Whether this processor has such a unit, and the system lets us have it.
 pub(in super::super) fn has() -> bool {
@@ -76,6 +75,7 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
     }
     assert!(k > 0, "something to sum up");
     // Sums over so much of k at a time: C is read and written as often less.
+    let inner = p.b.inner();
     let most = BYTES / size_of::<Tile>() / P / (COLUMNS / ROWS) * DEPTH / INNER * INNER;
     let tiles = |k: usize| k.div_ceil(DEPTH) * P;
     let sides = n.min(COLUMNS).next_multiple_of(SIDE) / ROWS;
@@ -90,7 +90,7 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
             for ns in steps(0..n, COLUMNS) {
                 let sides = ns.len().next_multiple_of(SIDE) / ROWS;
                 for run in steps(0..k, most) {
-                    // Runs of INNER behind one another, in each of them the columns.
+                    // Runs of `inner` behind one another, in each of them the columns.
                     let at = |k: usize| tiles(k - run.start) * sides;
                     for ks in steps(run.clone(), INNER) {
                         pack::factor::<P>(p.b, ns.clone(), ks.clone(), &mut b[at(ks.start)..]);
@@ -101,7 +101,7 @@ unsafe fn by_parts<const P: usize>(p: Product<'_>) {
                             let ts = from..(from + ROWS).min(ts.end);
                             pack::rows::<P>(p.a, ts, run.clone(), p.alpha, a);
                         }
-                        for ks in steps(run.clone(), INNER) {
+                        for ks in steps(run.clone(), inner) {
                             let each = tiles(ks.len());
                             for side in steps(ns.clone(), SIDE) {
                                 let tile = at(ks.start) + (side.start - ns.start) / ROWS * each;
