@@ -1,5 +1,6 @@
 //! `env:guess`: a number to be guessed within the turns of the dialogue.
 
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 use serde_json::json;
@@ -8,10 +9,44 @@ use super::{asked, unknown};
 use crate::env::{Environment, Opening, Step, Task, Turn};
 use crate::{Error, Result};
 
-/// Its dialogues and their numbers.
+/// What a guess costs that an earlier answer had ruled out, and a turn without a number.
+const WASTED: f32 = 0.1;
+
+/// Its dialogues.
 #[derive(Default)]
 pub(super) struct Guess {
-    numbers: HashMap<String, i64>,
+    games: HashMap<String, Game>,
+}
+
+/// A number, and what has been said of it.
+struct Game {
+    number: i64,
+    above: i64,
+    below: i64,
+}
+
+impl Game {
+    fn new(number: i64) -> Game {
+        Game { number, above: i64::MIN, below: i64::MAX }
+    }
+
+    /// The answer to a guess, and its reward.
+    fn hear(&mut self, guess: Option<i64>) -> (&'static str, f32) {
+        let Some(guess) = guess else { return ("I see no number", -WASTED) };
+        let possible = self.above < guess && guess < self.below;
+        let word = match guess.cmp(&self.number) {
+            Ordering::Less => {
+                self.above = self.above.max(guess);
+                "higher"
+            }
+            Ordering::Greater => {
+                self.below = self.below.min(guess);
+                "lower"
+            }
+            Ordering::Equal => return ("right", 1.0),
+        };
+        (word, if possible { 0.0 } else { -WASTED })
+    }
 }
 
 impl Environment for Guess {
@@ -22,31 +57,27 @@ impl Environment for Guess {
             let advice = "use task:guess, or data whose answers are numbers";
             Error::invalid(task.problem.source.clone(), "a whole number to guess", got, advice)
         })?;
-        self.numbers.insert(dialogue.into(), number);
+        self.games.insert(dialogue.into(), Game::new(number));
         Ok(Opening { messages, tools: Vec::new() })
     }
 
     fn step(&mut self, dialogue: &str, turn: &Turn) -> Result<Step> {
-        let &number = self.numbers.get(dialogue).ok_or_else(|| unknown(dialogue))?;
-        let guess = last_number(&turn.content);
-        let right = guess == Some(number) && !turn.truncated;
-        let word = match guess {
-            Some(guess) if guess < number => "higher",
-            Some(guess) if guess > number => "lower",
-            Some(_) => "right",
-            None => "I see no number",
-        };
+        let game = self.games.get_mut(dialogue).ok_or_else(|| unknown(dialogue))?;
+        // What was cut off may be the beginning of a number.
+        let guess = last_number(&turn.content).filter(|_| !turn.truncated);
+        let (word, reward) = game.hear(guess);
+        let right = word == "right";
         Ok(Step {
             messages: vec![json!({"role": "user", "content": word})],
-            reward: right as u8 as f32,
+            reward,
             done: right || turn.last,
             success: Some(right),
-            reason: format!("{number}: {word} after turn {}", turn.number),
+            reason: format!("{}: {word} after turn {}", game.number, turn.number),
         })
     }
 
     fn close(&mut self, dialogue: &str) -> Result<()> {
-        self.numbers.remove(dialogue);
+        self.games.remove(dialogue);
         Ok(())
     }
 }
@@ -60,6 +91,23 @@ fn last_number(text: &str) -> Option<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guesses_that_were_ruled_out_cost() {
+        let mut game = Game::new(50);
+        let guesses = [
+            (Some(-7), ("higher", 0.0)),
+            (Some(-7), ("higher", -WASTED)),
+            (Some(75), ("lower", 0.0)),
+            (Some(99), ("lower", -WASTED)),
+            (None, ("I see no number", -WASTED)),
+            (Some(74), ("lower", 0.0)),
+            (Some(50), ("right", 1.0)),
+        ];
+        for (guess, want) in guesses {
+            assert_eq!(game.hear(guess), want, "{guess:?}");
+        }
+    }
 
     #[test]
     fn numbers_are_found_in_words() {

@@ -3,7 +3,7 @@
 //! | name | the model | data of its own | reward |
 //! |---|---|---|---|
 //! | `env:calculator` | answers a problem, with a tool that computes | `task:mul?digits=4` | 1 for a right answer |
-//! | `env:guess` | guesses a number; hears higher or lower | `task:guess` | 1 for the number, by the last turn |
+//! | `env:guess` | guesses a number; hears higher or lower | `task:guess` | 1 for the number, by the last turn; -0.1 for what was ruled out |
 
 mod calculator;
 mod compute;
