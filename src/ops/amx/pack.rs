@@ -96,45 +96,31 @@ fn order(places: &[u16; 32]) -> __m512i {
     unsafe { _mm512_loadu_si512(places.as_ptr().cast()) }
 }
 
-/// 32 neighbours of a row of A as row `r` of P tiles.
+/// 32 numbers as row `r` of P tiles: neighbours of a row of A, or 16 columns of two rows of B, `PAIRED` column by column.
 ///
 /// # Safety
 /// P tiles are there.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
-unsafe fn put<const P: usize>([mut a, mut b]: [__m512; 2], r: usize, to: *mut Tile) {
+unsafe fn put<const P: usize, const PAIRED: bool>(
+    [mut a, mut b]: [__m512; 2],
+    r: usize,
+    to: *mut Tile,
+) {
     for part in 0..P {
-        let near = match part + 1 < P {
-            true => {
-                let near;
-                (near, [a, b]) = cut([a, b]);
-                _mm512_permutex2var_epi16(near[0], order(&ODD), near[1])
+        let number = if part + 1 < P {
+            let near;
+            (near, [a, b]) = cut([a, b]);
+            match PAIRED {
+                true => _mm512_or_si512(_mm512_srli_epi32::<16>(near[0]), near[1]),
+                false => _mm512_permutex2var_epi16(near[0], order(&ODD), near[1]),
             }
-            false => nearest([a, b]),
+        } else {
+            let near = nearest([a, b]);
+            if PAIRED { _mm512_permutexvar_epi16(order(&PAIRS), near) } else { near }
         };
         // SAFETY: by contract.
-        unsafe { _mm512_store_si512((*to.add(part)).0[r].as_mut_ptr().cast(), near) };
-    }
-}
-
-/// 16 columns of two rows of B as row `r` of P tiles.
-///
-/// # Safety
-/// P tiles are there.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-#[inline]
-unsafe fn put_pair<const P: usize>([mut a, mut b]: [__m512; 2], r: usize, to: *mut Tile) {
-    for part in 0..P {
-        let near = match part + 1 < P {
-            true => {
-                let near;
-                (near, [a, b]) = cut([a, b]);
-                _mm512_or_si512(_mm512_srli_epi32::<16>(near[0]), near[1])
-            }
-            false => _mm512_permutexvar_epi16(order(&PAIRS), nearest([a, b])),
-        };
-        // SAFETY: by contract.
-        unsafe { _mm512_store_si512((*to.add(part)).0[r].as_mut_ptr().cast(), near) };
+        unsafe { _mm512_store_si512((*to.add(part)).0[r].as_mut_ptr().cast(), number) };
     }
 }
 
@@ -204,7 +190,11 @@ unsafe fn row<const P: usize>(
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(next).cast());
             _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(next + 16).cast());
             let [a, b] = load(at, k - depth * DEPTH);
-            put::<P>([_mm512_mul_ps(alpha, a), _mm512_mul_ps(alpha, b)], r, out.add(depth * P));
+            put::<P, false>(
+                [_mm512_mul_ps(alpha, a), _mm512_mul_ps(alpha, b)],
+                r,
+                out.add(depth * P),
+            );
         }
     }
 }
@@ -307,7 +297,7 @@ unsafe fn turned<const P: usize>(
         for pair in 0..ROWS / 2 {
             let numbers = [numbers[2 * pair], numbers[2 * pair + 1]];
             // SAFETY: P tiles, by the caller.
-            unsafe { put_pair::<P>(numbers, half / 2 + pair, parts) };
+            unsafe { put::<P, true>(numbers, half / 2 + pair, parts) };
         }
     }
 }
@@ -342,7 +332,7 @@ unsafe fn pairs<const P: usize>(
                         let [a, b] = [2 * pair, 2 * pair + 1].map(|k| of_tile[k].wrapping_add(at));
                         let numbers =
                             [_mm512_maskz_loadu_ps(mask, a), _mm512_maskz_loadu_ps(mask, b)];
-                        put_pair::<P>(numbers, pair, parts.as_mut_ptr());
+                        put::<P, true>(numbers, pair, parts.as_mut_ptr());
                     }
                 }
             }
