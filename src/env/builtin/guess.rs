@@ -66,7 +66,7 @@ impl Environment for Guess {
         // What was cut off may be the beginning of a number.
         let guess = last_number(&turn.content).filter(|_| !turn.truncated);
         let (word, reward) = game.hear(guess);
-        let right = word == "right";
+        let right = guess == Some(game.number);
         Ok(Step {
             messages: vec![json!({"role": "user", "content": word})],
             reward,
