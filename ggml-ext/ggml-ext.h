@@ -390,8 +390,8 @@ struct bupo_lineage {
     uint32_t rows;
 };
 
-// A kernel for attention; `lineages`: of the node's sequences, or null.
-typedef void (*bupo_attention)(struct ggml_tensor * dst, const struct bupo_lineage * lineages, int ith, int nth);
+// A kernel for attention; `lineages`: of the node's sequences, or null; `invariant`: nothing of a sequence may depend on the others.
+typedef void (*bupo_attention)(struct ggml_tensor * dst, const struct bupo_lineage * lineages, bool invariant, int ith, int nth);
 
 // Chooses the CPU backend for this processor, makes it the one in ggml's registry, and makes it ask for our products; once,
 // however often it is called, and by the functions below, too. Before a model is opened or anything is computed in this

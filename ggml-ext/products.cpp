@@ -107,7 +107,8 @@ struct Attention : ggml::cpu::tensor_traits {
             return false;
         }
         const bupo_lineage * lineages = ours->lineages.load(std::memory_order_relaxed);
-        attention.load(std::memory_order_acquire)(op, lineages ? lineages + first_stream(op->src[1]) : nullptr, params->ith, params->nth);
+        attention.load(std::memory_order_acquire)(op, lineages ? lineages + first_stream(op->src[1]) : nullptr,
+                                                  wanted != BUPO_PRODUCTS_FASTER, params->ith, params->nth);
         return true;
     }
 

@@ -1,0 +1,461 @@
+//! Attention of many sequences that each decode one token, inside llama.cpp's graphs.
+//!
+//! ```text
+//! y[:, h, s] = sum_j p_j v[:, j, h/g, s],  p = softmax_j(scale q[:, h, s] . k[:, j, h/g, s] + mask[j, s])
+//! ```
+//!
+//! g heads of queries read one head of keys and values, whose F16 a tile of keys at a time turns into F32 once for all of
+//! them; sums are F32, where ggml adds values up in F16. Sequences that began alike, as the completions of a prompt do, read
+//! what they have in common once, too. Where many queries read the same keys, these are the lanes of vectors (`many.rs`);
+//! of few, each score is a sum over lanes (`few.rs`). Tiles come in order and masked keys add nothing, so that a
+//! sequence's result does not depend on the number of threads, nor, where all are computed as few are, on the other sequences.
+
+mod few;
+mod many;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::c_int;
+use std::ops::Range;
+
+use ggml_sys as sys;
+use pulp::{Simd, WithSimd};
+
+use super::gemm::with_scratch;
+use super::panel::{LANES, aligned};
+use super::rows::partition;
+use crate::ggml::Type;
+
+/// Keys of a tile.
+const TILE: usize = 64;
+/// Heads of queries that may share a head of keys.
+pub(crate) const MOST_HEADS: usize = 32;
+/// Sequences that read what they have in common together: few enough that threads get like shares of a large group.
+const MOST_TOGETHER: usize = 8;
+
+/// # Safety
+/// The contract of `bupo_decoding` in ggml-ext.h: `dst` is a FLASH_ATTN_EXT node `[D, H, 1, S]` of live tensors in host
+/// memory, `src[0]` = q `[D, 1, H, S]` F32, `src[1]`, `src[2]` = k, v `[D, n, H_kv, S]` F16, `src[3]` = mask `[n, .., 1, S]`
+/// F16 or null, with whole rows; no sinks, slopes or softcap. `lineages` is null or has S members, which say the truth. With
+/// `invariant` nothing of a sequence depends on the others. Each of the `nth` threads calls this with its own `ith`.
+pub(crate) unsafe extern "C" fn decode_attention(
+    dst: *mut sys::ggml_tensor,
+    lineages: *const sys::bupo_lineage,
+    invariant: bool,
+    ith: c_int,
+    nth: c_int,
+) {
+    // SAFETY: by contract; threads write different heads of y.
+    unsafe {
+        let node = Node::new(dst);
+        let lineages =
+            (!lineages.is_null()).then(|| std::slice::from_raw_parts(lineages, node.streams));
+        let groups = groups(node.streams, lineages, |stream| node.seen(stream));
+        let jobs = partition(groups.len() * node.shared, ith, nth);
+        let arch = pulp::Arch::new();
+        with_scratch(Scratch::floats(&node), |scratch| {
+            for (i, group) in groups.iter().enumerate() {
+                // Those of its heads that are this thread's.
+                let first = i * node.shared;
+                let from = jobs.start.max(first) - first;
+                let heads = from..jobs.end.clamp(first, first + node.shared) - first;
+                if !heads.is_empty() {
+                    let scratch = Scratch::new(scratch, &node, group, heads.len());
+                    let next = groups.get(i + 1);
+                    arch.dispatch(Job { node: &node, group, heads, next, invariant, scratch });
+                }
+            }
+        });
+    }
+}
+
+/// The sources.
+struct Node {
+    q: *const sys::ggml_tensor,
+    k: *const sys::ggml_tensor,
+    v: *const sys::ggml_tensor,
+    mask: *const sys::ggml_tensor,
+    y: *mut f32,
+    scale: f32,
+    /// D.
+    size: usize,
+    /// n.
+    keys: usize,
+    /// H.
+    heads: usize,
+    /// H_kv.
+    shared: usize,
+    /// S.
+    streams: usize,
+}
+
+impl Node {
+    /// # Safety
+    /// The contract of [`decode_attention`], as of the other methods, with heads and streams in range.
+    unsafe fn new(dst: *mut sys::ggml_tensor) -> Node {
+        // SAFETY: by contract.
+        unsafe {
+            let [q, k, v, mask, ..] = (*dst).src;
+            Node {
+                q,
+                k,
+                v,
+                mask,
+                y: (*dst).data.cast(),
+                scale: f32::from_bits((*dst).op_params[0] as u32),
+                size: (*q).ne[0] as usize,
+                keys: (*k).ne[1] as usize,
+                heads: (*q).ne[2] as usize,
+                shared: (*k).ne[2] as usize,
+                streams: (*q).ne[3] as usize,
+            }
+        }
+    }
+
+    /// Heads of queries to one of keys.
+    fn group(&self) -> usize {
+        self.heads / self.shared
+    }
+
+    /// D in whole vectors.
+    fn padded(&self) -> usize {
+        self.size.next_multiple_of(LANES)
+    }
+
+    /// The `g`th of the queries of a head of keys: D.
+    unsafe fn q(&self, head: usize, stream: usize, g: usize) -> &[f32] {
+        // SAFETY: by contract.
+        unsafe {
+            let row = at(self.q, head * self.group() + g, stream).cast::<f32>();
+            std::slice::from_raw_parts(row, self.size)
+        }
+    }
+
+    /// Results of a head of keys, which lie behind one another, as those of sequences do.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn y(&self, head: usize, stream: usize) -> &mut [f32] {
+        let first = (stream * self.heads + head * self.group()) * self.size;
+        // SAFETY: by contract; only one thread has this head.
+        unsafe { std::slice::from_raw_parts_mut(self.y.add(first), self.group() * self.size) }
+    }
+
+    /// Reads a row of keys and one of values.
+    #[inline(always)]
+    unsafe fn read(
+        &self,
+        head: usize,
+        [stream, row]: [usize; 2],
+        key: &mut [f32],
+        value: &mut [f32],
+    ) {
+        // SAFETY: by contract.
+        unsafe {
+            for (t, to) in [(self.k, key), (self.v, value)] {
+                Type::F16.dequantize_raw(at(t, head, stream).add(row * (*t).nb[1]), to);
+            }
+        }
+    }
+
+    /// Has a row of keys and one of values brought into the cache.
+    #[inline(always)]
+    unsafe fn prefetch(&self, head: usize, [stream, row]: [usize; 2]) {
+        for t in [self.k, self.v] {
+            // SAFETY: by contract.
+            let from = unsafe { at(t, head, stream).add(row * (*t).nb[1]) };
+            for byte in (0..2 * self.size).step_by(64) {
+                prefetch(from.wrapping_add(byte));
+            }
+        }
+    }
+
+    /// What the mask adds to scores of these keys, at most a tile of them.
+    unsafe fn allowed(&self, stream: usize, keys: Range<usize>) -> [f32; TILE] {
+        let mut allowed = [f32::NEG_INFINITY; TILE];
+        let part = &mut allowed[..keys.len()];
+        if self.mask.is_null() {
+            part.fill(0.0);
+        } else {
+            // SAFETY: by contract.
+            unsafe { Type::F16.dequantize_raw(at(self.mask, 0, stream).add(2 * keys.start), part) };
+        }
+        allowed
+    }
+
+    /// Keys up to the last that the mask allows.
+    unsafe fn seen(&self, stream: usize) -> usize {
+        const MINUS_INFINITY: u16 = 0xfc00;
+        if self.mask.is_null() {
+            return self.keys;
+        }
+        // SAFETY: by contract.
+        let half =
+            |i: usize| unsafe { at(self.mask, 0, stream).cast::<u16>().add(i).read_unaligned() };
+        (0..self.keys).rfind(|&i| half(i) != MINUS_INFINITY).map_or(0, |last| last + 1)
+    }
+}
+
+/// # Safety
+/// A live tensor with so many heads and streams.
+unsafe fn at(t: *const sys::ggml_tensor, head: usize, stream: usize) -> *const u8 {
+    // SAFETY: by contract.
+    unsafe { (*t).data.cast_const().cast::<u8>().add(head * (*t).nb[2] + stream * (*t).nb[3]) }
+}
+
+/// Sequences that are computed together.
+#[derive(Debug, PartialEq)]
+struct Group {
+    /// Stream, and keys of it up to the last that is seen.
+    members: Vec<(usize, usize)>,
+    /// Keys that all have in common, whole tiles.
+    common: usize,
+}
+
+/// Members of an origin, as many together as allowed; whoever has little in common is alone.
+fn groups(
+    streams: usize,
+    lineages: Option<&[sys::bupo_lineage]>,
+    seen: impl Fn(usize) -> usize,
+) -> Vec<Group> {
+    let rows = |stream: usize| lineages.map_or(0, |l| l[stream].rows as usize) / TILE * TILE;
+    let origin = |stream: usize| match rows(stream) {
+        0 => None,
+        _ => lineages.map(|l| l[stream].origin),
+    };
+    let mut order: Vec<usize> = (0..streams).collect();
+    order.sort_by_key(|&stream| (origin(stream), stream));
+    let mut groups: Vec<Group> = Vec::new();
+    let mut of = None;
+    for stream in order {
+        let member = (stream, seen(stream));
+        let common = rows(stream).min(member.1 / TILE * TILE);
+        match groups.last_mut() {
+            Some(group)
+                if origin(stream).is_some()
+                    && of == origin(stream)
+                    && group.members.len() < MOST_TOGETHER =>
+            {
+                group.members.push(member);
+                group.common = group.common.min(common);
+            }
+            _ => groups.push(Group { members: vec![member], common }),
+        }
+        of = origin(stream);
+    }
+    groups
+}
+
+/// Has the cache line of an address brought closer, wherever it points to.
+#[inline(always)]
+fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast())
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// A run of keys of a stream, and the members of the group that see it.
+struct Run {
+    stream: usize,
+    keys: Range<usize>,
+    members: Range<usize>,
+}
+
+impl Group {
+    /// What it reads, in order: what its members have in common, then what each has of its own.
+    fn runs(&self) -> impl Iterator<Item = Run> {
+        let Group { members, common } = self;
+        let first = Run { stream: members[0].0, keys: 0..*common, members: 0..members.len() };
+        let own = members.iter().enumerate();
+        let own =
+            own.map(|(i, &(stream, seen))| Run { stream, keys: *common..seen, members: i..i + 1 });
+        std::iter::once(first).chain(own).filter(|run| !run.keys.is_empty())
+    }
+}
+
+/// Less than any score that is allowed; of what is not, the exponential over it is 0.
+const LOWEST: f32 = -1e30;
+/// Queries of a head of keys in a group, at most.
+const MOST: usize = MOST_TOGETHER * MOST_HEADS;
+
+/// Memory of a thread.
+struct Scratch<'s> {
+    /// A tile of keys, rows of D, and one of values, rows of whole vectors.
+    keys: &'s mut [f32],
+    values: &'s mut [f32],
+    /// Scores of a tile.
+    weights: &'s mut [f32],
+    /// Queries as columns, of each head of keys.
+    columns: &'s mut [f32],
+    /// Queries of a head of keys, those of a member of the group behind one another: by head and query what is added up, rows of
+    /// whole vectors, the largest score so far, and the sum of exponentials over it.
+    queries: usize,
+    sums: &'s mut [f32],
+    largest: &'s mut [f32],
+    total: &'s mut [f32],
+}
+
+impl<'s> Scratch<'s> {
+    fn sizes(node: &Node, queries: usize, heads: usize) -> [usize; 7] {
+        let (padded, all) = (node.padded(), queries * heads);
+        let width = queries.next_multiple_of(LANES);
+        let columns = node.size * width * heads;
+        [TILE * node.size, TILE * padded, TILE * width, columns, all * padded, all, all]
+    }
+
+    /// Floats that it takes at most.
+    fn floats(node: &Node) -> usize {
+        let sizes = Scratch::sizes(node, MOST_TOGETHER * node.group(), node.shared);
+        LANES + sizes.into_iter().sum::<usize>()
+    }
+
+    fn new(scratch: &'s mut [f32], node: &Node, group: &Group, heads: usize) -> Scratch<'s> {
+        let queries = group.members.len() * node.group();
+        let mut rest = aligned(scratch);
+        let [keys, values, weights, columns, sums, largest, total] =
+            Scratch::sizes(node, queries, heads)
+                .map(|n| rest.split_off_mut(..n).expect("as many floats"));
+        if node.padded() > node.size {
+            // What fills up the last vector of a row stays 0.
+            values.fill(0.0);
+        }
+        sums.fill(0.0);
+        largest.fill(LOWEST);
+        total.fill(0.0);
+        Scratch { keys, values, weights, columns, queries, sums, largest, total }
+    }
+}
+
+/// Heads of keys and values, and the sequences of a group.
+struct Job<'j> {
+    node: &'j Node,
+    group: &'j Group,
+    heads: Range<usize>,
+    /// What comes after it.
+    next: Option<&'j Group>,
+    invariant: bool,
+    scratch: Scratch<'j>,
+}
+
+/// A run, and who reads it.
+struct Part<'p> {
+    node: &'p Node,
+    group: &'p Group,
+    heads: Range<usize>,
+    run: &'p Run,
+    /// What is read after it.
+    following: Option<&'p Run>,
+}
+
+/// What is read after a tile.
+struct Ahead<'p> {
+    node: &'p Node,
+    heads: Range<usize>,
+    stream: usize,
+    rows: Range<usize>,
+}
+
+impl Ahead<'_> {
+    /// Has piece `i` brought closer. A piece is a head of a row; they come in the order of memory, which is faster than jumps from
+    /// row to row.
+    ///
+    /// # Safety
+    /// The contract of [`decode_attention`].
+    #[inline(always)]
+    unsafe fn prefetch(&self, i: usize) {
+        let row = self.rows.start + i / self.heads.len();
+        if row < self.rows.end {
+            let head = self.heads.start + i % self.heads.len();
+            // SAFETY: by contract.
+            unsafe { self.node.prefetch(head, [self.stream, row]) };
+        }
+    }
+}
+
+impl Part<'_> {
+    /// The queries that read it, of each head.
+    fn queries(&self) -> Range<usize> {
+        let members = &self.run.members;
+        members.start * self.node.group()..members.end * self.node.group()
+    }
+
+    /// Streams and queries of those who read it.
+    fn readers(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let group = self.node.group();
+        let reader = move |m: usize| (self.group.members[m].0, m * group..(m + 1) * group);
+        self.run.members.clone().map(reader)
+    }
+
+    /// Its keys, a tile at a time.
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> {
+        let Range { start, end } = self.run.keys;
+        (start..end).step_by(TILE).map(move |from| from..(from + TILE).min(end))
+    }
+
+    /// What is read after the tile that ends so.
+    fn after(&self, end: usize) -> Ahead<'_> {
+        let (stream, rows) = match self.following {
+            _ if end < self.run.keys.end => (self.run.stream, end..self.run.keys.end),
+            Some(run) => (run.stream, run.keys.clone()),
+            None => (0, 0..0),
+        };
+        Ahead { node: self.node, heads: self.heads.clone(), stream, rows }
+    }
+
+    /// Reads a head's tile, and asks for as many pieces of what comes after it, from this one on.
+    ///
+    /// # Safety
+    /// The contract of [`decode_attention`].
+    #[inline(always)]
+    unsafe fn read(
+        &self,
+        (head, tile): (usize, Range<usize>),
+        (keys, values): (&mut [f32], &mut [f32]),
+        (ahead, piece): (&Ahead<'_>, usize),
+    ) {
+        let (node, stream) = (self.node, self.run.stream);
+        let rows = keys.chunks_exact_mut(node.size).zip(values.chunks_exact_mut(node.padded()));
+        for (i, (row, (key, value))) in tile.zip(rows).enumerate() {
+            // SAFETY: by contract.
+            unsafe {
+                node.read(head, [stream, row], key, &mut value[..node.size]);
+                ahead.prefetch(piece + i);
+            }
+        }
+    }
+}
+
+impl WithSimd for Job<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Job { node, group, heads, next, invariant, mut scratch } = self;
+        // SAFETY: by the contract of `decode_attention`, the only one that makes it; a thread has its heads for itself.
+        unsafe {
+            let mut runs = group.runs().peekable();
+            let after = next.and_then(|group| group.runs().next());
+            while let Some(run) = runs.next() {
+                let following = runs.peek().or(after.as_ref());
+                let part = Part { node, group, heads: heads.clone(), run: &run, following };
+                match !invariant && part.queries().len() >= many::LEAST {
+                    true => many::add(simd, &part, &mut scratch),
+                    false => few::add(simd, &part, &mut scratch),
+                }
+            }
+            for (i, head) in heads.enumerate() {
+                let summed = scratch.sums.chunks_exact(node.padded()).zip(&*scratch.total);
+                let mut summed = summed.skip(i * scratch.queries);
+                for &(stream, _) in &group.members {
+                    let rows = node.y(head, stream).chunks_exact_mut(node.size);
+                    for (y, (sums, total)) in rows.zip(&mut summed) {
+                        let share = 1.0 / total;
+                        y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum * share);
+                    }
+                }
+            }
+        }
+    }
+}
