@@ -187,7 +187,7 @@ fn left(out: &Path, step: u64) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
     let mut records = records(out);
     for record in &mut records {
         let fields = record.as_object_mut().unwrap();
-        fields.retain(|key, _| key != "seconds" && !key.ends_with("_per_s"));
+        fields.retain(|key, _| !key.ends_with("seconds") && !key.ends_with("_per_s"));
     }
     records.extend(completions(out));
     let read = |name: String| std::fs::read(out.join(name)).unwrap();

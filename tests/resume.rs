@@ -93,7 +93,7 @@ impl Left {
         let metrics = text.lines().map(|line| {
             let mut record: Value = serde_json::from_str(line).unwrap();
             let fields = record.as_object_mut().unwrap();
-            fields.retain(|key, _| key != "seconds" && !key.ends_with("_per_s"));
+            fields.retain(|key, _| !key.ends_with("seconds") && !key.ends_with("_per_s"));
             record
         });
         Left {

@@ -7,6 +7,7 @@ mod run;
 mod sampler;
 mod scheduler;
 mod sizes;
+mod timing;
 mod watch;
 
 pub use dialogue::{Answer, Partner, Segment, Which};
@@ -15,6 +16,7 @@ pub use request::{Completion, Finish, Request};
 pub use sampler::{Sampler, Sampling};
 pub use scheduler::Rollouts;
 pub use sizes::{Decoding, RolloutOptions, RolloutSizes};
+pub use timing::Timing;
 pub use watch::{Progress, Watcher};
 
 use crate::ggml::Device;

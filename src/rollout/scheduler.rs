@@ -27,6 +27,7 @@ use super::request::{Completion, Request};
 use super::run::Run;
 use super::sampler::Sampling;
 use super::sizes::{MAX_PARALLEL, RolloutOptions, RolloutSizes};
+use super::timing::Timing;
 use super::watch::{Progress, ProgressOnly, Watcher};
 use crate::ggml::ThreadPool;
 use crate::llama::{self, Context, ContextOptions, LiveAdapter, Products};
@@ -57,6 +58,8 @@ pub struct Rollouts {
     // Nothing may depend on who is decoded together.
     invariant: bool,
     team: Team,
+    // Of the calls since it was last taken.
+    timing: Timing,
 }
 
 impl Rollouts {
@@ -97,6 +100,7 @@ impl Rollouts {
             has_states,
             invariant: false,
             team: Team::alone(),
+            timing: Timing::default(),
         })
     }
 
@@ -152,6 +156,11 @@ impl Rollouts {
     /// Sequences decoded at once.
     pub fn n_seq(&self) -> usize {
         self.n_slots
+    }
+
+    /// Where the time of all calls went since this was last asked.
+    pub fn take_timing(&mut self) -> Timing {
+        std::mem::take(&mut self.timing)
     }
 
     /// Gives the memory of keys, values and decoding back, for training to use; the next call takes it anew.
@@ -267,6 +276,7 @@ impl Rollouts {
             run.round(watcher)?;
         }
         watcher.progress(run.progress())?;
+        self.timing.add(run.timing());
         Ok(run.into_segments())
     }
 

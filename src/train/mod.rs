@@ -98,7 +98,7 @@ pub use settings::Settings;
 pub use state::State;
 
 use crate::model::{Engine, Lora, Model, Policy};
-use crate::rollout::{Encoder, Progress};
+use crate::rollout::{Encoder, Progress, Rollouts};
 use crate::team::Team;
 use crate::{Error, Result};
 use learner::{Learner, UpdateConfig};
@@ -274,15 +274,24 @@ impl<'m> Trainer<'m> {
             stop: &self.stop,
             team: &self.team,
         };
+        // Those of an evaluation are none of the step's.
+        self.source.rollouts().map(Rollouts::take_timing);
         let mut batch = self.source.collect(with, step, observer)?;
         let rollout_seconds = start.elapsed().as_secs_f32();
+        let rollout_timing = self.source.rollouts().map(Rollouts::take_timing).unwrap_or_default();
         self.end_rollouts()?;
 
         let c = &self.settings;
         let learning_rate = c.lr * c.schedule.factor(step, c.steps, c.warmup);
         let update_start = Instant::now();
         self.learner.engine.take_work();
-        let tally = self.update(&mut batch.groups, phase, policy, learning_rate, observer)?;
+        let config = self.update_config(phase, policy);
+        let mut tally = Tally::default();
+        if let Some(nats) = self.learner.prepare(&mut batch.groups, &config)? {
+            tally.note("old_from_rollout_nats", nats);
+        }
+        let scoring_seconds = update_start.elapsed().as_secs_f32();
+        self.update(&mut batch.groups, config, learning_rate, &mut tally, observer)?;
         let update_seconds = update_start.elapsed().as_secs_f32();
         self.end_updates()?;
         let ended = self.end_together(step)?;
@@ -295,6 +304,9 @@ impl<'m> Trainer<'m> {
             tally: &tally,
             learning_rate,
             rollout_seconds,
+            rollout_timing,
+            scoring_seconds,
+            update_seconds: update_seconds - scoring_seconds,
             update_tokens_per_s: ended.backward_tokens as f32 / update_seconds,
             communication: ended.communication,
             seconds: start.elapsed().as_secs_f32(),
@@ -362,16 +374,11 @@ impl<'m> Trainer<'m> {
     fn update(
         &mut self,
         groups: &mut [ResponseGroup],
-        phase: Phase,
-        policy: Policy,
+        mut config: UpdateConfig,
         learning_rate: f32,
+        tally: &mut Tally,
         observer: &mut dyn Observer,
-    ) -> Result<Tally> {
-        let mut config = self.update_config(phase, policy);
-        let mut tally = Tally::default();
-        if let Some(nats) = self.learner.prepare(groups, &config)? {
-            tally.note("old_from_rollout_nats", nats);
-        }
+    ) -> Result<()> {
         let (mut done, total) = (0, self.learner.trained_tokens(groups, &config));
         // From here on the step is completed: a run only stops between steps, where it can go on.
         if self.team.stops(&self.stop)? {
@@ -383,8 +390,7 @@ impl<'m> Trainer<'m> {
                 done += tokens;
                 observer.update(done.min(total), total);
             };
-            let applied =
-                self.learner.update(mini, &config, learning_rate, &mut tally, &mut more)?;
+            let applied = self.learner.update(mini, &config, learning_rate, tally, &mut more)?;
             let counters = &mut self.counters;
             counters.updates += applied as u64;
             counters.skipped += !applied as u64;
@@ -394,7 +400,7 @@ impl<'m> Trainer<'m> {
         if let Some(path) = self.dump.as_ref().filter(|_| self.team.is_first()) {
             dump_gradients(&self.learner.lora, &self.learner.gradients, path)?;
         }
-        Ok(tally)
+        Ok(())
     }
 
     /// Every tensor that the phases reach gets a gradient, and none beyond (see `probe`).

@@ -14,6 +14,7 @@ use super::{Sample, Trainer};
 use crate::analysis::Probe;
 use crate::eval::Report;
 use crate::model::Policy;
+use crate::rollout::Timing;
 
 /// Which policy a step optimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -62,8 +63,12 @@ pub struct StepRecord {
     pub updates_skipped: u64,
     /// Tokens through forward and backward per second of update.
     pub update_tokens_per_s: f32,
-    /// Seconds of the step.
+    /// Seconds of the step: rollout, its rewards awaited, scoring, update.
     pub seconds: f32,
+    /// Seconds of it in which log-probs and values before the update, and the reference's, were computed.
+    pub scoring_seconds: f32,
+    /// Seconds of it in which mini batches were scored, walked back and stepped.
+    pub update_seconds: f32,
     /// What sharing it with other ranks took; none of a process alone.
     #[serde(flatten)]
     pub communication: Option<Communication>,
@@ -102,6 +107,9 @@ pub struct SampledRecord {
     pub truncated: f32,
     /// Sampled tokens per second of rollout.
     pub rollout_tokens_per_s: f32,
+    /// Where the rollout's time went.
+    #[serde(flatten)]
+    pub timing: Timing,
 }
 
 /// What a step says of the completions that it sampled and judged.
@@ -143,6 +151,9 @@ pub(super) struct Done<'d> {
     pub tally: &'d Tally,
     pub learning_rate: f32,
     pub rollout_seconds: f32,
+    pub rollout_timing: Timing,
+    pub scoring_seconds: f32,
+    pub update_seconds: f32,
     pub update_tokens_per_s: f32,
     pub seconds: f32,
     pub communication: Option<Communication>,
@@ -177,6 +188,8 @@ impl Trainer<'_> {
             updates_skipped: self.counters.skipped,
             update_tokens_per_s: done.update_tokens_per_s,
             seconds: done.seconds,
+            scoring_seconds: done.scoring_seconds,
+            update_seconds: done.update_seconds,
             communication: done.communication,
             accuracy: None,
             held_out: None,
@@ -225,6 +238,7 @@ fn sampled_record(done: &Done<'_>) -> Option<SampledRecord> {
         response_tokens: mean(|s| s.tokens as f32),
         truncated: mean(|s| s.truncated as u8 as f32),
         rollout_tokens_per_s: *sampled_tokens as f32 / done.rollout_seconds,
+        timing: done.rollout_timing,
     })
 }
 

@@ -20,7 +20,7 @@ const VERSION: &str = "brain.Event:2";
 /// `DT_STRING`.
 const STRING: i32 = 7;
 /// Keys of `metrics.jsonl` and the tags of TRL and its kin.
-const TAGS: [(&str, &str); 25] = [
+const TAGS: [(&str, &str); 31] = [
     ("loss", "train/loss"),
     ("learning_rate", "train/learning_rate"),
     ("gradient_norm", "train/grad_norm"),
@@ -45,6 +45,12 @@ const TAGS: [(&str, &str); 25] = [
     ("rollout_tokens_per_s", "perf/rollout_tokens_per_second"),
     ("update_tokens_per_s", "perf/update_tokens_per_second"),
     ("seconds", "perf/step_time"),
+    ("prompt_seconds", "perf/time/prompts"),
+    ("decode_seconds", "perf/time/decoding"),
+    ("sampling_seconds", "perf/time/sampling"),
+    ("tail_seconds", "perf/time/tail"),
+    ("scoring_seconds", "perf/time/scoring"),
+    ("update_seconds", "perf/time/update"),
     ("updates_skipped", "train/updates_skipped"),
 ];
 /// Keys that an objective writes begin so.

@@ -102,7 +102,7 @@ pub(super) type Row =
     (&'static str, &'static str, &'static str, &'static str, bool, &'static [Curve]);
 
 /// The curves of a run.
-pub(super) const CHARTS: [Row; 14] = [
+pub(super) const CHARTS: [Row; 15] = [
     (
         "margins",
         "Implicit rewards",
@@ -222,6 +222,22 @@ pub(super) const CHARTS: [Row; 14] = [
         "Sampled tokens, and tokens through forward and backward.",
         true,
         &[("rollout", "rollout_tokens_per_s", 0), ("update", "update_tokens_per_s", 1)],
+    ),
+    (
+        "time",
+        "Time",
+        "seconds of a step",
+        "Where they went. The tail is the part of prompts, decoding and sampling that passed with fewer than half as many sequences \
+         in work as at most.",
+        true,
+        &[
+            ("prompts", "prompt_seconds", 0),
+            ("decoding", "decode_seconds", 1),
+            ("sampling", "sampling_seconds", 2),
+            ("tail", "tail_seconds", 6),
+            ("scoring", "scoring_seconds", 3),
+            ("update", "update_seconds", 4),
+        ],
     ),
 ];
 /// What is said of the policy that is trained, which is another one in each phase.

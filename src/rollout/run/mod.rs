@@ -4,6 +4,7 @@ mod taking;
 mod turns;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -13,6 +14,7 @@ use super::dialogue::{Partner, Segment, Which};
 use super::request::{Completion, Finish, Request, rng};
 use super::sampler::{Sampler, Sampling};
 use super::sizes::PREFILL_TOKENS;
+use super::timing::{self, Clock, Timing};
 use super::watch::{Progress, Watcher};
 use crate::Result;
 use crate::llama::{Context, Token, TokenBatch};
@@ -118,6 +120,7 @@ pub(super) struct Run<'r, 'p> {
     /// (request, index) of completions that the watcher has not seen.
     finished: Vec<(usize, usize)>,
     progress: Progress,
+    clock: Clock,
 }
 
 impl<'r, 'p> Run<'r, 'p> {
@@ -157,6 +160,7 @@ impl<'r, 'p> Run<'r, 'p> {
             round: 0,
             finished: Vec::new(),
             progress: Progress { total, ..Progress::default() },
+            clock: Clock::default(),
         }
     }
 
@@ -177,6 +181,11 @@ impl<'r, 'p> Run<'r, 'p> {
         self.progress
     }
 
+    /// Where its time went so far.
+    pub fn timing(&self) -> Timing {
+        self.clock.timing()
+    }
+
     /// The requests that were taken, and the segments of every completion of them.
     pub fn into_segments(self) -> Vec<(usize, Vec<Vec<Segment>>)> {
         let Run { mut done, taken, .. } = self;
@@ -185,13 +194,16 @@ impl<'r, 'p> Run<'r, 'p> {
 
     /// One token of every sequence that does not wait.
     pub fn round(&mut self, watcher: &mut dyn Watcher) -> Result<()> {
+        let start = Instant::now();
         self.fill()?;
+        let in_work = self.slots.iter().flatten().count();
         if self.progress.tokens > 0 {
             watcher.progress(self.progress)?;
         }
         self.hear()?;
         self.compact()?;
         self.decode()?;
+        self.clock.round(in_work, start.elapsed().as_secs_f64());
         self.round += 1;
         self.report(watcher)
     }
@@ -256,7 +268,9 @@ impl<'r, 'p> Run<'r, 'p> {
             }
             last.push(batch.0.len() - 1);
         }
+        let start = Instant::now();
         self.context.decode(&batch)?;
+        self.clock.add(timing::PROMPT, start);
         let mut followers = free[claimed.len()..].iter();
         for ((&(request, n), &slot), &index) in claimed.iter().zip(free).zip(&last) {
             let first_logits = self.context.logits(index).into();
@@ -423,15 +437,21 @@ impl<'r, 'p> Run<'r, 'p> {
                 places.push(both.binary_search(&s).expect("decoded"));
             }
         }
+        let start = Instant::now();
         let sampled = if self.draws {
             for (&s, slot) in sampling.iter().zip(&mut slots) {
                 self.context.set_draw(s, slot.rng.random(), self.sampling.temperature);
             }
             self.context.decode(&batch)?;
+            self.clock.add(timing::DECODE, start);
             places.iter().map(|&i| self.context.drawn(i)).collect()
         } else {
             self.context.decode(&batch)?;
-            self.sample(&mut slots, &places)
+            self.clock.add(timing::DECODE, start);
+            let start = Instant::now();
+            let sampled = self.sample(&mut slots, &places);
+            self.clock.add(timing::SAMPLING, start);
+            sampled
         };
         for (&s, token) in both.iter().zip(&batch.0) {
             let experts = self.context.experts(s, token.position as usize).unwrap_or_default();

@@ -1,8 +1,11 @@
 //! Turns that end, and what their partner answers.
 
+use std::time::Instant;
+
 use super::super::dialogue::Answer;
 use super::super::request::Finish;
 use super::super::sizes::PREFILL_TOKENS;
+use super::super::timing;
 use super::{Run, Slot, nothing};
 use crate::Result;
 use crate::llama::{Token, TokenBatch};
@@ -164,7 +167,9 @@ impl Run<'_, '_> {
                 together
             };
             let n = readings.iter().take_while(fits).count().max(1);
+            let start = Instant::now();
             self.context.decode(&batch)?;
+            self.clock.add(timing::PROMPT, start);
             for r in readings.drain(..n) {
                 let Some(slot) = &mut self.slots[r.slot] else { continue };
                 let read = r.from..r.from + r.tokens.len();
