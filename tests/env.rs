@@ -503,6 +503,27 @@ fn killed_and_resumed_a_run_of_dialogues_gives_the_same_bytes() {
 }
 
 #[test]
+#[cfg(unix)]
+fn the_shell_example_plays_the_game_that_is_built_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/environments/guess.sh");
+    let program = format!("cmd:sh {}", script.display());
+    let [own, other] = ["env:guess", &program].map(|env| {
+        let out = dir.path().join(if env == program { "program" } else { "own" });
+        let same = ["--data", "task:guess", "--env-lag", "1", "--turn-credit", "to-go"];
+        succeed(&words(&train(&out, env, &same)));
+        let rewards: Vec<Value> = json_lines(&out.join("completions.jsonl"))
+            .into_iter()
+            .map(|line| line["rewards"].clone())
+            .collect();
+        (left(&out), rewards)
+    });
+    assert_eq!(own.1, other.1, "rewards");
+    assert_eq!(own.0.3, other.0.3, "metrics");
+    assert!(own.0.0 == other.0.0, "tensors");
+}
+
+#[test]
 fn every_algorithm_learns_from_dialogues_and_turns_can_be_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     for (i, more) in [
