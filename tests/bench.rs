@@ -6,7 +6,8 @@ use std::process::Command;
 fn every_case_of_the_demo_model_gives_figures() {
     let out = Command::new(env!("CARGO_BIN_EXE_bupo-gguf"))
         .args(["bench", "all", "demo", "--reps", "1", "--tokens", "16", "--rank", "4"])
-        .args(["--sequences", "2", "--threads", "1", "--sgemm", "128", "--json"])
+        .args(["--sequences", "2", "--prompt", "20", "--new", "6"])
+        .args(["--threads", "1", "--sgemm", "128", "--json"])
         .output()
         .unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
@@ -24,6 +25,12 @@ fn every_case_of_the_demo_model_gives_figures() {
             assert!(key == "case" || number.is_some_and(|x| x > 0.0), "{key} of {row}");
         }
         assert!(row["peak_bytes"].as_u64().unwrap() > 1 << 20, "{row}");
+        if row["case"].as_str().is_some_and(|case| case.starts_with("rollout/")) {
+            assert_eq!(
+                (row["prompt_tokens"].as_f64(), row["new_tokens"].as_f64()),
+                (Some(20.0), Some(6.0))
+            );
+        }
     }
 }
 

@@ -65,6 +65,10 @@ pub struct Options {
     pub keep: usize,
     /// Numbers of sequences that decode together.
     pub sequences: Vec<usize>,
+    /// Tokens of the prompt that they begin with.
+    pub prompt: usize,
+    /// Tokens that each of them decodes.
+    pub new: usize,
 }
 
 impl Options {
@@ -268,6 +272,8 @@ mod tests {
             internal_layer: None,
             keep: 0,
             sequences: vec![1],
+            prompt: 8,
+            new: 4,
         };
         for case in ["ops/policies", "ops/rows", "ops/head", "train/full phase"] {
             for row in run_case(&model, case, &options).unwrap() {

@@ -8,19 +8,15 @@ use crate::llama::{Context, ContextOptions, Products, Token, TokenBatch};
 use crate::rollout::{Request, RolloutOptions, Rollouts, Sampling};
 use crate::{Error, Result};
 
-/// Tokens of the prompt.
-const PROMPT: usize = 128;
-/// Tokens that each sequence decodes.
-const DECODED: usize = 32;
-
 pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     let model = bench.model;
     let mut lora = bench.adapter()?;
-    let n_ctx_seq = PROMPT + DECODED;
+    let (prompt_tokens, new) = (bench.options.prompt, bench.options.new);
+    let n_ctx_seq = prompt_tokens + new;
     let options =
         RolloutOptions { n_ctx_seq, kv_bytes: usize::MAX }.at_most(n_seq, model.engine())?;
     let mut rollouts = Rollouts::new(model.engine(), &bench.pool, options)?;
-    let prompt = bench.tokens(PROMPT, 1);
+    let prompt = bench.tokens(prompt_tokens, 1);
     let mut bare = Bare::new(bench, n_seq, &prompt)?;
 
     let (mut prefill, mut off, mut on, mut loops) = (vec![], vec![], vec![], vec![]);
@@ -28,13 +24,13 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     let (mut overhead, mut adapted) = (vec![], vec![]);
     for rep in 0..bench.options.reps + 1 {
         rollouts.set_adapter(None)?;
-        let (first, without) = decode(&mut rollouts, &prompt, n_seq)?;
+        let (first, without) = decode(&mut rollouts, &prompt, n_seq, new)?;
         rollouts.set_adapter(Some(lora.live(model)?))?;
-        let (_, with) = decode(&mut rollouts, &prompt, n_seq)?;
+        let (_, with) = decode(&mut rollouts, &prompt, n_seq, new)?;
         let (bare_first, bare) = bare.run()?;
         if rep > 0 {
-            bare_prefill.push(PROMPT as f64 / bare_first);
-            prefill.push(PROMPT as f64 / first);
+            bare_prefill.push(prompt_tokens as f64 / bare_first);
+            prefill.push(prompt_tokens as f64 / first);
             off.push(without);
             on.push(with);
             loops.push(bare);
@@ -46,6 +42,8 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
     Ok(vec![row(
         format!("rollout/{n_seq} sequences"),
         &[
+            ("prompt_tokens", prompt_tokens as f64),
+            ("new_tokens", new as f64),
             ("prefill_tokens_per_s", median(&mut prefill)),
             ("decode_tokens_per_s", median(&mut off)),
             ("decode_with_adapter_tokens_per_s", median(&mut on)),
@@ -61,7 +59,7 @@ pub(super) fn run(bench: &Bench<'_>, n_seq: usize) -> Result<Vec<Row>> {
 ///
 /// # Errors
 /// Those of decoding; [`Error::Invalid`] where the model hardly says more than one token.
-fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize) -> Result<(f64, f64)> {
+fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize, new: usize) -> Result<(f64, f64)> {
     let stop = AtomicBool::new(false);
     let request =
         |max_tokens| Request { prompt_tokens: prompt.to_vec(), n, seed_stream: 1, max_tokens };
@@ -73,7 +71,7 @@ fn decode(rollouts: &mut Rollouts, prompt: &[i32], n: usize) -> Result<(f64, f64
         Ok((time.as_secs_f64(), tokens))
     };
     let (first, first_tokens) = generate(1)?;
-    let (all, tokens) = generate(DECODED)?;
+    let (all, tokens) = generate(new)?;
     if tokens < 2 * first_tokens {
         let got = format!("{tokens} tokens of {n} completions");
         let expected = "a model that goes on after a prompt of random tokens";
@@ -88,21 +86,22 @@ struct Bare {
     context: Context,
     prompt: Vec<i32>,
     n_seq: usize,
+    new: usize,
 }
 
 impl Bare {
     fn new(bench: &Bench<'_>, n_seq: usize, prompt: &[i32]) -> Result<Bare> {
-        let n_ctx_seq = PROMPT + DECODED;
+        let new = bench.options.new;
         let options = ContextOptions {
-            n_ctx_seq,
+            n_ctx_seq: prompt.len() + new,
             n_seq,
-            n_batch: n_seq.max(PROMPT),
+            n_batch: n_seq.max(prompt.len()),
             kv_f32: false,
             products: Products::Ggml,
             experts: false,
         };
         let context = Context::new(bench.model.engine(), &bench.pool, options)?;
-        Ok(Bare { context, prompt: prompt.to_vec(), n_seq })
+        Ok(Bare { context, prompt: prompt.to_vec(), n_seq, new })
     }
 
     /// Seconds of the prompt, and tokens per second of the loop.
@@ -114,11 +113,12 @@ impl Bare {
             sequence: sequence as i32,
             logits,
         };
+        let (known, new) = (self.prompt.len(), self.new);
         let prompt = self.prompt.iter().enumerate();
-        let prompt = prompt.map(|(i, &id)| token(id, i, 0, i + 1 == PROMPT)).collect();
+        let prompt = prompt.map(|(i, &id)| token(id, i, 0, i + 1 == known)).collect();
         let (first, ran) = once(|| -> Result<()> {
             self.context.decode(&TokenBatch(prompt))?;
-            std::hint::black_box(self.context.logits(PROMPT - 1)[0]);
+            std::hint::black_box(self.context.logits(known - 1)[0]);
             Ok(())
         });
         ran?;
@@ -126,9 +126,9 @@ impl Bare {
             self.context.copy(0, to);
         }
         let (time, ran) = once(|| -> Result<()> {
-            for step in 0..DECODED - 1 {
-                let id = |s: usize| self.prompt[(s + step) % PROMPT];
-                let batch = (0..self.n_seq).map(|s| token(id(s), PROMPT + step, s, true)).collect();
+            for step in 0..new - 1 {
+                let id = |s: usize| self.prompt[(s + step) % known];
+                let batch = (0..self.n_seq).map(|s| token(id(s), known + step, s, true)).collect();
                 self.context.decode(&TokenBatch(batch))?;
                 // Logits are computed when somebody asks for them at the latest.
                 std::hint::black_box(self.context.logits(0)[0]);
@@ -136,6 +136,6 @@ impl Bare {
             Ok(())
         });
         ran?;
-        Ok((first.as_secs_f64(), (self.n_seq * (DECODED - 1)) as f64 / time.as_secs_f64()))
+        Ok((first.as_secs_f64(), (self.n_seq * (new - 1)) as f64 / time.as_secs_f64()))
     }
 }

@@ -20,8 +20,8 @@ use crate::{Error, Result};
            the head twice, nothing that is computed again
            cost: sizes in turn, the shortest time of each, over the straight line
            through the first and the last
-  rollout  a prompt of 128 tokens, 32 tokens decoded by each sequence; the bare
-           loop only calls llama_decode
+  rollout  a prompt of --prompt tokens that all sequences begin with, --new tokens
+           decoded by each; the bare loop only calls llama_decode
   dialogues
            four turns of about 32 tokens, answers of 16 tokens between, beside
            one turn of the same length; slow: each answer takes 100 ms, and is waited
@@ -69,6 +69,12 @@ pub struct BenchArgs {
         help_heading = "Cases"
     )]
     sequences: Vec<usize>,
+    /// Tokens of the prompt that they begin with
+    #[arg(long, default_value_t = 128, value_name = "N", help_heading = "Cases")]
+    prompt: usize,
+    /// Tokens that each of them decodes
+    #[arg(long, default_value_t = 32, value_name = "N", help_heading = "Cases")]
+    new: usize,
     #[command(flatten)]
     device: DeviceArgs,
     /// Threads [default: all cores]
@@ -88,6 +94,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
         ("--rank", args.rank, 1),
         ("--sgemm", args.sgemm, 64),
         ("--tokens", args.tokens, 8),
+        ("--prompt", args.prompt, 1),
+        ("--new", args.new, 4),
         ("--sequences", args.sequences.iter().copied().min().unwrap_or(0), 1),
     ] {
         if value < least {
@@ -105,6 +113,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
         internal_layer: args.internal_layer,
         keep: args.keep.bytes(),
         sequences: args.sequences,
+        prompt: args.prompt,
+        new: args.new,
     };
     if let Some(case) = &args.case {
         let model = args.device.open(&args.model)?;
