@@ -4,6 +4,7 @@
 # the answers so far give it. A guess beyond them, and a turn without a number, cost as much as they do in env:guess.
 
 wasted=-0.1
+far=999999999999999999
 
 text() { printf '%s' "$line" | sed -n "s/.*\"$1\":\"\([^\"]*\)\".*/\1/p"; }
 # The last whole number in a text, without leading zeros.
@@ -14,7 +15,7 @@ while IFS= read -r line; do
     name=$(text dialogue | tr -c 'A-Za-z0-9\n' '_')
     case $line in
     *'"op":"reset"'*)
-        eval "number_$name=$(text answer) above_$name=-1 below_$name=100"
+        eval "number_$name=$(text answer) above_$name=-$far below_$name=$far"
         echo '{"messages": [{"role": "user", "content": "Guess my number, 0 to 99. I say higher or lower."}]}'
         ;;
     *'"op":"step"'*)
