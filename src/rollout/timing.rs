@@ -1,7 +1,5 @@
 //! Where the time of rollouts goes.
 
-use std::time::Instant;
-
 use serde::Serialize;
 
 /// Seconds of rollouts by part, as this process saw them.
@@ -27,26 +25,16 @@ impl Timing {
     }
 }
 
-/// What a part is added to.
-pub(super) type Part = fn(&mut Timing) -> &mut f64;
-pub(super) const PROMPT: Part = |timing| &mut timing.prompt_seconds;
-pub(super) const DECODE: Part = |timing| &mut timing.decode_seconds;
-pub(super) const SAMPLING: Part = |timing| &mut timing.sampling_seconds;
-
 /// Takes the time of a call.
 #[derive(Default)]
 pub(super) struct Clock {
-    timing: Timing,
+    /// By part; the tail is not added up yet.
+    pub parts: Timing,
     /// Seconds by the number of sequences in work.
     by_width: Vec<f64>,
 }
 
 impl Clock {
-    /// Adds what has passed since `start` to a part.
-    pub fn add(&mut self, part: Part, start: Instant) {
-        *part(&mut self.timing) += start.elapsed().as_secs_f64();
-    }
-
     /// Adds a round with so many sequences in work.
     pub fn round(&mut self, sequences: usize, seconds: f64) {
         if self.by_width.len() <= sequences {
@@ -59,7 +47,7 @@ impl Clock {
     pub fn timing(&self) -> Timing {
         // Fewer than half as many as at most.
         let narrow = (self.by_width.len().max(1) - 1).div_ceil(2);
-        Timing { tail_seconds: self.by_width.iter().take(narrow).sum(), ..self.timing }
+        Timing { tail_seconds: self.by_width.iter().take(narrow).sum(), ..self.parts }
     }
 }
 

@@ -3,8 +3,7 @@
 use pulp::Simd;
 
 use super::super::exp::exp;
-use super::super::panel::Panel;
-use super::{Part, Scratch, TILE};
+use super::{Part, Scratch, TILE, add_values};
 
 /// Adds a run of keys to what its readers have summed up, a tile of all heads at a time.
 ///
@@ -14,7 +13,7 @@ use super::{Part, Scratch, TILE};
 pub(super) unsafe fn add<S: Simd>(simd: S, part: &Part<'_>, scratch: &mut Scratch<'_>) {
     let node = part.node;
     let (size, group, padded) = (node.size, node.group(), node.padded());
-    let Scratch { keys, values, weights, queries: each, sums, largest, total, .. } = scratch;
+    let Scratch { keys, values, weights, sums, largest, total, .. } = scratch;
     let (weights, _) = weights[..group * TILE].as_chunks_mut::<TILE>();
     for tile in part.tiles() {
         let ahead = part.after(tile.end);
@@ -39,26 +38,16 @@ pub(super) unsafe fn add<S: Simd>(simd: S, part: &Part<'_>, scratch: &mut Scratc
                             _ => unreachable!("one or two"),
                         }
                     }
-                    let queries = i * *each + queries.start..i * *each + queries.end;
-                    let sums = &mut sums[queries.start * padded..queries.end * padded];
-                    let state = largest[queries.clone()].iter_mut().zip(&mut total[queries]);
+                    let places = part.places(i, queries);
+                    let sums = &mut sums[places.start * padded..places.end * padded];
+                    let state = largest[places.clone()].iter_mut().zip(&mut total[places]);
                     let rows = weights.iter_mut().zip(sums.chunks_exact_mut(padded));
                     for ((weights, sums), (largest, total)) in rows.zip(state) {
                         let shrink = softmax(weights, &allowed, node.scale, largest, total);
                         sums.iter_mut().for_each(|sum| *sum *= shrink);
                     }
-                    Panel {
-                        sizes: [group, last + 1],
-                        width: padded,
-                        a: weights.as_ptr().cast(),
-                        strides: [TILE, 1],
-                        b: values.as_ptr(),
-                        b_row: padded,
-                        c: sums.as_mut_ptr(),
-                        c_row: padded,
-                        keep: true,
-                    }
-                    .run(simd);
+                    let weights = (weights.as_ptr().cast(), [TILE, 1]);
+                    add_values(simd, [group, last + 1], weights, values, sums, padded);
                 }
             }
         }

@@ -7,7 +7,7 @@ use pulp::Simd;
 
 use super::super::exp::exp_lanes;
 use super::super::panel::{LANES, Panel, Strided, transpose};
-use super::{LOWEST, MOST, Part, Scratch, TILE};
+use super::{LOWEST, MOST, Part, Scratch, TILE, add_values};
 
 /// Queries from which on this is the faster way: half of the widest vector's lanes.
 pub(super) const LEAST: usize = LANES / 2;
@@ -72,12 +72,11 @@ unsafe fn add_tile<S: Simd>(
 ) {
     let (node, width) = (part.node, width(part));
     let (size, group, padded) = (node.size, node.group(), node.padded());
-    let Scratch { keys, values, weights, columns, queries, sums, largest, total } = scratch;
-    let own = part.queries();
-    let own = i * *queries + own.start..i * *queries + own.end;
-    let n = own.len();
-    let sums = &mut sums[own.start * padded..own.end * padded];
-    let (largest, total) = (&mut largest[own.clone()], &mut total[own]);
+    let Scratch { keys, values, weights, columns, sums, largest, total } = scratch;
+    let places = part.places(i, part.queries());
+    let n = places.len();
+    let sums = &mut sums[places.start * padded..places.end * padded];
+    let (largest, total) = (&mut largest[places.clone()], &mut total[places]);
     // In whole vectors.
     let (mut most, mut sum, mut shrink) = ([LOWEST; MOST], [0f32; MOST], [1f32; MOST]);
     most[..n].copy_from_slice(largest);
@@ -113,18 +112,8 @@ unsafe fn add_tile<S: Simd>(
         for (sums, &shrink) in sums.chunks_exact_mut(padded).zip(&shrink) {
             sums.iter_mut().for_each(|sum| *sum *= shrink);
         }
-        Panel {
-            sizes: [n, tile.len()],
-            width: padded,
-            a: scores.as_ptr(),
-            strides: [1, width],
-            b: values.as_ptr(),
-            b_row: padded,
-            c: sums.as_mut_ptr(),
-            c_row: padded,
-            keep: true,
-        }
-        .run(simd);
+        let weights = (scores.as_ptr(), [1, width]);
+        add_values(simd, [n, tile.len()], weights, values, sums, padded);
     }
     largest.copy_from_slice(&most[..n]);
     total.copy_from_slice(&sum[..n]);

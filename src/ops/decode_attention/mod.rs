@@ -22,7 +22,7 @@ use ggml_sys as sys;
 use pulp::{Simd, WithSimd};
 
 use super::gemm::with_scratch;
-use super::panel::{LANES, aligned};
+use super::panel::{LANES, Panel, aligned};
 use super::rows::partition;
 use crate::ggml::Type;
 
@@ -264,6 +264,11 @@ struct Run {
 }
 
 impl Group {
+    /// Queries of a head of keys, those of a member behind one another.
+    fn queries(&self, node: &Node) -> usize {
+        self.members.len() * node.group()
+    }
+
     /// What it reads, in order: what its members have in common, then what each has of its own.
     fn runs(&self) -> impl Iterator<Item = Run> {
         let Group { members, common } = self;
@@ -289,9 +294,8 @@ struct Scratch<'s> {
     weights: &'s mut [f32],
     /// Queries as columns, of each head of keys.
     columns: &'s mut [f32],
-    /// Queries of a head of keys, those of a member of the group behind one another: by head and query what is added up, rows of
-    /// whole vectors, the largest score so far, and the sum of exponentials over it.
-    queries: usize,
+    /// By head of keys and query ([`Part::places`]) what is added up, rows of whole vectors, the largest score so far, and the
+    /// sum of exponentials over it.
     sums: &'s mut [f32],
     largest: &'s mut [f32],
     total: &'s mut [f32],
@@ -312,7 +316,7 @@ impl<'s> Scratch<'s> {
     }
 
     fn new(scratch: &'s mut [f32], node: &Node, group: &Group, heads: usize) -> Scratch<'s> {
-        let queries = group.members.len() * node.group();
+        let queries = group.queries(node);
         let mut rest = aligned(scratch);
         let [keys, values, weights, columns, sums, largest, total] =
             Scratch::sizes(node, queries, heads)
@@ -324,7 +328,7 @@ impl<'s> Scratch<'s> {
         sums.fill(0.0);
         largest.fill(LOWEST);
         total.fill(0.0);
-        Scratch { keys, values, weights, columns, queries, sums, largest, total }
+        Scratch { keys, values, weights, columns, sums, largest, total }
     }
 }
 
@@ -381,6 +385,12 @@ impl Part<'_> {
         members.start * self.node.group()..members.end * self.node.group()
     }
 
+    /// Where such queries of the `i`th of its heads have their sums.
+    fn places(&self, i: usize, queries: Range<usize>) -> Range<usize> {
+        let first = i * self.group.queries(self.node);
+        first + queries.start..first + queries.end
+    }
+
     /// Streams and queries of those who read it.
     fn readers(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         let group = self.node.group();
@@ -427,6 +437,36 @@ impl Part<'_> {
     }
 }
 
+/// `sums[query] += sum over keys of weights[query, key] values[key]`: numbers of queries and of keys, and their distances in the
+/// weights; rows of `padded` floats.
+///
+/// # Safety
+/// All are valid for these sizes.
+#[inline(always)]
+unsafe fn add_values<S: Simd>(
+    simd: S,
+    sizes: [usize; 2],
+    (weights, strides): (*const f32, [usize; 2]),
+    values: &[f32],
+    sums: &mut [f32],
+    padded: usize,
+) {
+    let (b, c) = (values.as_ptr(), sums.as_mut_ptr());
+    let rows = Panel {
+        sizes,
+        width: padded,
+        a: weights,
+        strides,
+        b,
+        b_row: padded,
+        c,
+        c_row: padded,
+        keep: true,
+    };
+    // SAFETY: by contract.
+    unsafe { rows.run(simd) };
+}
+
 impl WithSimd for Job<'_> {
     type Output = ();
 
@@ -447,7 +487,7 @@ impl WithSimd for Job<'_> {
             }
             for (i, head) in heads.enumerate() {
                 let summed = scratch.sums.chunks_exact(node.padded()).zip(&*scratch.total);
-                let mut summed = summed.skip(i * scratch.queries);
+                let mut summed = summed.skip(i * group.queries(node));
                 for &(stream, _) in &group.members {
                     let rows = node.y(head, stream).chunks_exact_mut(node.size);
                     for (y, (sums, total)) in rows.zip(&mut summed) {

@@ -14,7 +14,7 @@ use super::dialogue::{Partner, Segment, Which};
 use super::request::{Completion, Finish, Request, rng};
 use super::sampler::{Sampler, Sampling};
 use super::sizes::PREFILL_TOKENS;
-use super::timing::{self, Clock, Timing};
+use super::timing::{Clock, Timing};
 use super::watch::{Progress, Watcher};
 use crate::Result;
 use crate::llama::{Context, Token, TokenBatch};
@@ -270,7 +270,7 @@ impl<'r, 'p> Run<'r, 'p> {
         }
         let start = Instant::now();
         self.context.decode(&batch)?;
-        self.clock.add(timing::PROMPT, start);
+        self.clock.parts.prompt_seconds += start.elapsed().as_secs_f64();
         let mut followers = free[claimed.len()..].iter();
         for ((&(request, n), &slot), &index) in claimed.iter().zip(free).zip(&last) {
             let first_logits = self.context.logits(index).into();
@@ -437,22 +437,20 @@ impl<'r, 'p> Run<'r, 'p> {
                 places.push(both.binary_search(&s).expect("decoded"));
             }
         }
-        let start = Instant::now();
-        let sampled = if self.draws {
+        if self.draws {
             for (&s, slot) in sampling.iter().zip(&mut slots) {
                 self.context.set_draw(s, slot.rng.random(), self.sampling.temperature);
             }
-            self.context.decode(&batch)?;
-            self.clock.add(timing::DECODE, start);
-            places.iter().map(|&i| self.context.drawn(i)).collect()
-        } else {
-            self.context.decode(&batch)?;
-            self.clock.add(timing::DECODE, start);
-            let start = Instant::now();
-            let sampled = self.sample(&mut slots, &places);
-            self.clock.add(timing::SAMPLING, start);
-            sampled
+        }
+        let start = Instant::now();
+        self.context.decode(&batch)?;
+        self.clock.parts.decode_seconds += start.elapsed().as_secs_f64();
+        let start = Instant::now();
+        let sampled = match self.draws {
+            true => places.iter().map(|&i| self.context.drawn(i)).collect(),
+            false => self.sample(&mut slots, &places),
         };
+        self.clock.parts.sampling_seconds += start.elapsed().as_secs_f64();
         for (&s, token) in both.iter().zip(&batch.0) {
             let experts = self.context.experts(s, token.position as usize).unwrap_or_default();
             let Some(slot) = &mut self.slots[s] else { continue };

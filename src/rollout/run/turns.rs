@@ -5,7 +5,6 @@ use std::time::Instant;
 use super::super::dialogue::Answer;
 use super::super::request::Finish;
 use super::super::sizes::PREFILL_TOKENS;
-use super::super::timing;
 use super::{Run, Slot, nothing};
 use crate::Result;
 use crate::llama::{Token, TokenBatch};
@@ -169,7 +168,7 @@ impl Run<'_, '_> {
             let n = readings.iter().take_while(fits).count().max(1);
             let start = Instant::now();
             self.context.decode(&batch)?;
-            self.clock.add(timing::PROMPT, start);
+            self.clock.parts.prompt_seconds += start.elapsed().as_secs_f64();
             for r in readings.drain(..n) {
                 let Some(slot) = &mut self.slots[r.slot] else { continue };
                 let read = r.from..r.from + r.tokens.len();
