@@ -115,9 +115,11 @@ macro_rules! converters {
             #[target_feature(enable = $features)]
             #[inline]
             fn fifth_bits(bits: u16) -> __m128i {
-                let [a, b] = bits.to_le_bytes().map(|byte| 0x0101_0101_0101_0101 * byte as i64);
+                // Its first byte eight times, then its second.
+                let eight_times = _mm_set_epi64x(0x0101_0101_0101_0101, 0);
+                let bits = _mm_shuffle_epi8(_mm_cvtsi32_si128(bits as i32), eight_times);
                 let single = _mm_set1_epi64x(0x8040_2010_0804_0201u64 as i64);
-                where_set(_mm_set_epi64x(b, a), single, 16)
+                where_set(bits, single, 16)
             }
 
             #[target_feature(enable = $features)]
@@ -226,6 +228,14 @@ macro_rules! converters {
                 }
             }
 
+            /// The two low bits of `low`, and 4 where the bit is set in `top`, less 4.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn three(low: __m128i, top: __m128i, bit: __m128i) -> __m128i {
+                let low = _mm_and_si128(low, _mm_set1_epi8(3));
+                _mm_sub_epi8(_mm_or_si128(low, where_set(top, bit, 4)), _mm_set1_epi8(4))
+            }
+
             #[target_feature(enable = $features)]
             unsafe fn q3_k(mut from: *const u8, out: &mut [$out]) {
                 for out in out.chunks_exact_mut(256 / $per) {
@@ -233,23 +243,22 @@ macro_rules! converters {
                     unsafe {
                         let d = half(from.add(108));
                         let scales = q3_scales(from.add(96));
-                        let third = [0, 16].map(|half| bytes(from.add(half)));
-                        for (i, out) in out.chunks_exact_mut(32 / $per).enumerate() {
-                            let bit = _mm_set1_epi8((1u8 << i) as i8);
-                            let low_bits = from.add(32 + 32 * (i / 4));
-                            let q = [0, 1].map(|half| {
-                                let q = bytes(low_bits.add(16 * half));
-                                let q = match i % 4 {
-                                    0 => q,
-                                    1 => _mm_srli_epi16::<2>(q),
-                                    2 => _mm_srli_epi16::<4>(q),
-                                    _ => _mm_srli_epi16::<6>(q),
-                                };
-                                let q = _mm_and_si128(q, _mm_set1_epi8(3));
-                                let q = _mm_or_si128(q, where_set(third[half], bit, 4));
-                                _mm_sub_epi8(q, _mm_set1_epi8(4))
-                            });
-                            put(q, [scales[2 * i], scales[2 * i + 1]], d, 0.0, out, 0);
+                        let (third0, third1) = (bytes(from), bytes(from.add(16)));
+                        for (half, out) in out.chunks_exact_mut(128 / $per).enumerate() {
+                            let a = bytes(from.add(32 + 32 * half));
+                            let b = bytes(from.add(48 + 32 * half));
+                            let q = [
+                                [a, b],
+                                [_mm_srli_epi16::<2>(a), _mm_srli_epi16::<2>(b)],
+                                [_mm_srli_epi16::<4>(a), _mm_srli_epi16::<4>(b)],
+                                [_mm_srli_epi16::<6>(a), _mm_srli_epi16::<6>(b)],
+                            ];
+                            for (i, q) in q.into_iter().enumerate() {
+                                let part = 4 * half + i;
+                                let bit = _mm_set1_epi8((1u8 << part) as i8);
+                                let q = [three(q[0], third0, bit), three(q[1], third1, bit)];
+                                put(q, [scales[2 * part], scales[2 * part + 1]], d, 0.0, out, 32 * i);
+                            }
                         }
                         from = from.add(110);
                     }
@@ -319,6 +328,14 @@ macro_rules! converters {
                 }
             }
 
+            /// Four low bits and two high ones, which stand in the middle of `high`, less 32.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn six(low: __m128i, high: __m128i) -> __m128i {
+                let high = _mm_and_si128(high, _mm_set1_epi8(0x30));
+                _mm_sub_epi8(_mm_or_si128(low, high), _mm_set1_epi8(32))
+            }
+
             #[target_feature(enable = $features)]
             unsafe fn q6_k(mut from: *const u8, out: &mut [$out]) {
                 for out in out.chunks_exact_mut(256 / $per) {
@@ -327,26 +344,20 @@ macro_rules! converters {
                         let d = half(from.add(208));
                         for (part, out) in out.chunks_exact_mut(128 / $per).enumerate() {
                             let (low_bits, high_bits) = (from.add(64 * part), from.add(128 + 32 * part));
-                            let scales = from.add(192 + 8 * part).cast::<i8>();
-                            let halves = [0, 16].map(|half| {
-                                let more = bytes(high_bits.add(half));
-                                let (a, b) = (bytes(low_bits.add(half)), bytes(low_bits.add(32 + half)));
-                                let top = |shifted| {
-                                    _mm_slli_epi16::<4>(_mm_and_si128(shifted, _mm_set1_epi8(3)))
-                                };
-                                let q = [
-                                    _mm_or_si128(low(a), top(more)),
-                                    _mm_or_si128(low(b), top(_mm_srli_epi16::<2>(more))),
-                                    _mm_or_si128(high(a), top(_mm_srli_epi16::<4>(more))),
-                                    _mm_or_si128(high(b), top(_mm_srli_epi16::<6>(more))),
-                                ];
-                                q.map(|q| _mm_sub_epi8(q, _mm_set1_epi8(32)))
-                            });
-                            for i in 0..4 {
-                                let q = halves.map(|half| half[i]);
-                                let times = [0, 1].map(|half| *scales.add(2 * i + half));
-                                put(q, times, d, 0.0, out, 32 * i);
-                            }
+                            let scales = from.add(192 + 8 * part).cast::<[i8; 2]>();
+                            let (a0, a1) = (bytes(low_bits), bytes(low_bits.add(16)));
+                            let (b0, b1) = (bytes(low_bits.add(32)), bytes(low_bits.add(48)));
+                            let (m0, m1) = (bytes(high_bits), bytes(high_bits.add(16)));
+                            let q = [
+                                [six(low(a0), _mm_slli_epi16::<4>(m0)), six(low(a1), _mm_slli_epi16::<4>(m1))],
+                                [six(low(b0), _mm_slli_epi16::<2>(m0)), six(low(b1), _mm_slli_epi16::<2>(m1))],
+                                [six(high(a0), m0), six(high(a1), m1)],
+                                [six(high(b0), _mm_srli_epi16::<2>(m0)), six(high(b1), _mm_srli_epi16::<2>(m1))],
+                            ];
+                            put(q[0], *scales, d, 0.0, out, 0);
+                            put(q[1], *scales.add(1), d, 0.0, out, 32);
+                            put(q[2], *scales.add(2), d, 0.0, out, 64);
+                            put(q[3], *scales.add(3), d, 0.0, out, 96);
                         }
                         from = from.add(210);
                     }

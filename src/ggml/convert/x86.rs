@@ -20,11 +20,13 @@ pub(crate) struct Quants {
 /// The largest q, by [`QuantsReader::share`].
 pub(crate) const LARGEST: usize = 4096;
 
+/// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
+type ReadQuants = unsafe fn(from: *const u8, out: &mut [Quants]);
+
 /// How a type's rows are read as whole numbers.
 #[derive(Clone, Copy)]
 pub(crate) struct QuantsReader {
-    /// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
-    pub read: unsafe fn(from: *const u8, out: &mut [Quants]),
+    pub read: ReadQuants,
     /// Whether anything is ever added.
     pub adds: bool,
     /// So many [`Quants`] have one scale, and their q are at most [`LARGEST`] by as many.
@@ -33,10 +35,18 @@ pub(crate) struct QuantsReader {
 
 /// The reader of a type for this processor, where there is one.
 pub(in crate::ggml) fn quants_reader(ty: Type) -> Option<QuantsReader> {
-    let read = has_avx2().then(|| whole::converter(ty)).flatten()?;
+    let read = quants_readers(ty).into_iter().flatten().next()?;
     let adds = matches!(ty.name(), "q4_1" | "q5_1" | "q4_K" | "q5_K");
     let share = if matches!(ty.name(), "q4_K" | "q5_K") { 2 } else { 1 };
     Some(QuantsReader { read, adds, share })
+}
+
+/// All that this processor has for a type, the quickest first.
+fn quants_readers(ty: Type) -> [Option<ReadQuants>; 2] {
+    [
+        has_avx512().then(|| whole512::converter(ty)).flatten(),
+        has_avx2().then(|| whole256::converter(ty)).flatten(),
+    ]
 }
 
 /// The converter of a type for this processor; `None` where ggml's own is to be taken.
@@ -115,7 +125,26 @@ converters!(
 
 // Both halves of a `Quants` have one scale, whose factors of sixteen elements each are in q.
 converters!(
-    whole,
+    whole512,
+    "avx512f,avx512bw,f16c",
+    Quants,
+    QUANTS,
+    fn put(q: [__m128i; 2], times: [i8; 2], scale: f32, add: f32, out: &mut [Quants], at: usize) {
+        let part = &mut out[at / QUANTS];
+        (part.scale, part.add) = (scale, add);
+        let q = _mm512_cvtepi8_epi16(_mm256_set_m128i(q[1], q[0]));
+        let first = _mm512_set1_epi16(times[0] as i16);
+        let second = _mm512_set1_epi16(times[1] as i16);
+        let times = _mm512_mask_blend_epi16(0xffff_0000, first, second);
+        // SAFETY: 32 numbers.
+        unsafe {
+            _mm512_storeu_si512(part.q.as_mut_ptr().cast(), _mm512_mullo_epi16(q, times));
+        }
+    }
+);
+
+converters!(
+    whole256,
     "avx2,f16c",
     Quants,
     QUANTS,
@@ -202,22 +231,24 @@ mod tests {
                 tried += 1;
             }
             let Some(reader) = quants_reader(ty) else { continue };
-            agrees(ty, |bytes, out| {
-                let mut quants =
-                    vec![Quants { q: [0; QUANTS], scale: 0.0, add: 0.0 }; out.len() / QUANTS];
-                // SAFETY: as above.
-                unsafe { (reader.read)(bytes.as_ptr(), &mut quants) };
-                for parts in quants.chunks(reader.share) {
-                    assert!(parts.iter().all(|part| part.scale == parts[0].scale), "{ty}");
-                }
-                for (part, out) in quants.iter().zip(out.chunks_exact_mut(QUANTS)) {
-                    assert!(reader.adds || part.add == 0.0, "{ty}");
-                    for (q, out) in part.q.iter().zip(out) {
-                        assert!(q.unsigned_abs() as usize <= LARGEST / reader.share, "{ty}");
-                        *out = part.scale.mul_add(*q as f32, part.add);
+            for read in quants_readers(ty).into_iter().flatten() {
+                agrees(ty, |bytes, out| {
+                    let mut quants =
+                        vec![Quants { q: [0; QUANTS], scale: 0.0, add: 0.0 }; out.len() / QUANTS];
+                    // SAFETY: as above.
+                    unsafe { read(bytes.as_ptr(), &mut quants) };
+                    for parts in quants.chunks(reader.share) {
+                        assert!(parts.iter().all(|part| part.scale == parts[0].scale), "{ty}");
                     }
-                }
-            });
+                    for (part, out) in quants.iter().zip(out.chunks_exact_mut(QUANTS)) {
+                        assert!(reader.adds || part.add == 0.0, "{ty}");
+                        for (q, out) in part.q.iter().zip(out) {
+                            assert!(q.unsigned_abs() as usize <= LARGEST / reader.share, "{ty}");
+                            *out = part.scale.mul_add(*q as f32, part.add);
+                        }
+                    }
+                });
+            }
         }
         assert!(tried > 0 || !has_avx2());
     }
