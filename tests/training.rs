@@ -411,7 +411,7 @@ fn results_do_not_depend_on_how_many_threads_have_a_core() {
     }
 }
 
-/// Rounded products are a processor's matrix unit's, close to exact ones, and nobody's without one.
+/// Rounded products are close to exact ones, and nobody's on a processor that has nothing for them.
 #[test]
 fn rounded_products_are_close() {
     let golden = Golden::load("qwen3-q8_0");
@@ -427,11 +427,16 @@ fn rounded_products_are_close() {
         engine.score(&golden.model, None, &batch, policy, 1.0, false).unwrap().logprobs
     });
     let error = relative_error(&rounded, &exact);
-    match ops::wants_matrix_unit("--fast-products", Device::Cpu) {
-        Ok(()) => assert!(error > 0.0 && error < 1e-4, "{error}"),
+    match ops::wants_fast_products(Device::Cpu) {
+        Ok(()) => {
+            // A matrix unit rounds to 16 bits, whole numbers are of 13 to 15.
+            let has_unit = ops::ProductKernel::Tiles.serves(Type::F32);
+            assert!(error > 0.0 && error < if has_unit { 1e-4 } else { 3e-3 }, "{error}");
+        }
         Err(refusal) => {
             assert_eq!(error, 0.0);
-            assert!(refusal.to_string().contains("AMX"), "{refusal}");
+            let refusal = refusal.to_string();
+            assert!(refusal.contains("AMX") && refusal.contains("VNNI"), "{refusal}");
         }
     }
 }

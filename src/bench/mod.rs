@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 
 use crate::ggml::{Device, ThreadPool};
 use crate::model::{Config, Lora, Model, Targets};
-use crate::ops::wants_matrix_unit;
+use crate::ops::wants_fast_products;
 use crate::{Error, Result};
 
 /// What is measured together.
@@ -137,7 +137,7 @@ pub fn cases(part: Part, options: &Options) -> Vec<String> {
 /// [`Error::Unsupported`] for a case that is none, and what the case meets.
 pub fn run_case(model: &Model, case: &str, options: &Options) -> Result<Vec<Row>> {
     if options.fast_products {
-        wants_matrix_unit("--fast-products", model.device())?;
+        wants_fast_products(model.device())?;
     }
     let pool = Arc::new(ThreadPool::with(options.threads)?.rounding(options.fast_products));
     let truth = match model.device() {

@@ -80,7 +80,7 @@ pub struct BenchArgs {
     /// Threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = at_least_one, help_heading = "Run")]
     threads: Option<usize>,
-    /// Updates and entropies from numbers of 16 bits of significand, as `train --fast-products` has them
+    /// Updates and entropies from rounded numbers, as `train --fast-products` has them
     #[arg(long, help_heading = "Run")]
     fast_products: bool,
     /// One JSON object on stdout instead of tables

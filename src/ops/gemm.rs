@@ -1,7 +1,10 @@
-//! Matrix products on one thread, by the `gemm` crate, on strided views of F32 memory; those with weights on the processor's
-//! matrix unit where it has one.
+//! Matrix products on one thread, by the `gemm` crate, on strided views of F32 memory; those with weights by what the processor
+//! has for them, where it has anything.
 
-use super::amx;
+use super::linear::Weight;
+use super::{amx, fixed};
+use crate::ggml::Device;
+use crate::{Error, Result};
 
 /// A strided matrix in memory: element `(i, j)` at `data + i * row + j * column`.
 #[derive(Clone, Copy)]
@@ -65,8 +68,75 @@ pub(super) unsafe fn gemm(
     }
 }
 
-/// [`gemm`] where A is a tile of weights: by [`amx`] where that serves the views, with numbers of 16 bits if they may be
-/// `rounded`.
+/// `C[t, n] = keep C + alpha sum_k A[t, k] B[k, n]`, of which B are weights.
+// Elsewhere nothing reads what nobody multiplies.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[derive(Clone, Copy)]
+pub(super) struct Product<'w> {
+    /// t, n, k.
+    pub sizes: [usize; 3],
+    /// Rows are contiguous.
+    pub a: Matrix<*const f32>,
+    pub b: Factor<'w>,
+    /// Rows are contiguous.
+    pub c: Matrix<*mut f32>,
+    /// Whether C is added to; else it is not read.
+    pub keep: bool,
+    pub alpha: f32,
+    /// Whether numbers may be rounded to 16 bits of significand and less.
+    pub rounded: bool,
+}
+
+/// B `[k, n]`.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#[derive(Clone, Copy)]
+pub(super) enum Factor<'w> {
+    /// In memory; rows, or columns, are contiguous.
+    Memory(Matrix<*const f32>),
+    /// Columns are rows of a weight, from this one on.
+    Columns(&'w Weight, usize),
+    /// Rows are those of a weight, from this column of it on, a whole block's first.
+    Rows(&'w Weight, usize),
+}
+
+/// What forms such products in gemm's place.
+#[derive(Clone, Copy)]
+pub(super) struct Unit {
+    /// The views are valid for their extents, and C overlaps neither A nor B.
+    pub product: unsafe fn(Product<'_>),
+    /// Columns of B that it is best given at a time.
+    pub columns: usize,
+    /// Numbers that are summed up, up to which gemm is quicker with what lies in memory: packing is not worth it.
+    pub short: usize,
+}
+
+/// The processor's matrix unit, where it has one; else, where numbers may be `rounded`, its products of whole numbers.
+pub(super) fn weight_unit(rounded: bool) -> Option<Unit> {
+    if amx::has() {
+        Some(Unit { product: amx::product, columns: amx::COLUMNS, short: 0 })
+    } else if rounded && fixed::has() {
+        Some(Unit { product: fixed::product, columns: fixed::COLUMNS, short: 128 })
+    } else {
+        None
+    }
+}
+
+/// Refuses `--fast-products` where nothing makes them faster.
+///
+/// # Errors
+/// [`Error::Invalid`].
+pub fn wants_fast_products(device: Device) -> Result<()> {
+    let got = match device.is_host() {
+        false => device.to_string(),
+        true if weight_unit(true).is_none() => "one without".to_string(),
+        true => return Ok(()),
+    };
+    let expected =
+        "a processor with products of whole numbers (VNNI) or a matrix unit (AMX, on Linux)";
+    Err(Error::invalid("--fast-products", expected, got, "leave it out: products are in F32 then"))
+}
+
+/// [`gemm`] where A is a tile of weights: by the [`weight_unit`] where that serves the views.
 ///
 /// # Safety
 /// As of [`gemm`].
@@ -80,16 +150,14 @@ pub(super) unsafe fn weight_gemm(
     rounded: bool,
 ) {
     let serves = c.row == 1 && b.row == 1 && (a.row == 1 || a.column == 1);
-    // SAFETY: by contract; there is such a unit.
+    let unit = weight_unit(rounded).filter(|unit| serves && k > unit.short);
+    // SAFETY: by contract.
     unsafe {
-        if !(serves && amx::has()) {
-            return gemm([m, n, k], c, keep, a, b, alpha);
-        }
-        let factor = amx::Factor::Memory(a.turned());
-        amx::product(amx::Product {
+        let Some(unit) = unit else { return gemm([m, n, k], c, keep, a, b, alpha) };
+        (unit.product)(Product {
             sizes: [n, m, k],
             a: b.turned(),
-            b: factor,
+            b: Factor::Memory(a.turned()),
             c: c.turned(),
             keep,
             alpha,

@@ -17,10 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ggml_sys as sys;
 
-use super::amx::{self, Factor, Product};
-use super::gemm::{Matrix, gemm, weight_gemm, with_scratch};
+use super::gemm::{Factor, Matrix, Product, gemm, weight_gemm, weight_unit, with_scratch};
 use super::queue::Queue;
-use super::rows::{each_part, part_of, parts, rounded};
+use super::rows::{each_part, part_of, parts, prefetch, rounded};
 use crate::ggml::{Arena, Tensor, Type};
 #[cfg(target_arch = "x86_64")]
 use crate::ggml::{QUANTS, Quants, QuantsReader};
@@ -35,6 +34,8 @@ pub(super) const STEP: usize = 64;
 /// Floats between the rows of a tile. Without them the rows of a K that is a power of two fall on the same few
 /// cache lines, and packing them takes longer than the product of 64 tokens.
 const PAD: usize = 16;
+/// So many rows ahead a row is asked for: what a memory takes to answer, the reader takes for a few rows.
+const AHEAD: usize = 12;
 /// Tokens that `outer` sums over at a time, so that its strided rows stay in the L2 cache.
 const OUTER_DEPTH: usize = 128;
 
@@ -176,6 +177,9 @@ pub(super) struct Weight {
     ty: Type,
     data: *const u8,
     row_bytes: usize,
+    /// Elements of a block, a power of two, by its logarithm, and bytes: asked once, not for every row.
+    log_block: u32,
+    block_bytes: usize,
 }
 
 impl Weight {
@@ -185,7 +189,13 @@ impl Weight {
         // SAFETY: by contract.
         let (raw, data, row_bytes) = unsafe { ((*tensor).type_, (*tensor).data, (*tensor).nb[1]) };
         let ty = Type::from_raw(raw).expect("a live tensor has a known type");
-        Weight { ty, data: data.cast(), row_bytes }
+        Weight::of(ty, data.cast(), row_bytes)
+    }
+
+    fn of(ty: Type, data: *const u8, row_bytes: usize) -> Weight {
+        let block = ty.block_size();
+        assert!(block.is_power_of_two(), "blocks of {block} elements of {ty}");
+        Weight { ty, data, row_bytes, log_block: block.ilog2(), block_bytes: ty.block_bytes() }
     }
 
     /// An expert's matrix of a stack `[K, N, E]`.
@@ -203,12 +213,17 @@ impl Weight {
     /// Of rows of `k` elements in these bytes, which outlive it.
     #[cfg(all(test, target_arch = "x86_64"))]
     pub(super) fn of_bytes(ty: Type, bytes: &[u8], k: usize) -> Weight {
-        Weight { ty, data: bytes.as_ptr(), row_bytes: ty.row_bytes(k).expect("whole blocks") }
+        Weight::of(ty, bytes.as_ptr(), ty.row_bytes(k).expect("whole blocks"))
     }
 
     /// Elements of a block.
     pub(super) fn block_size(&self) -> usize {
-        self.ty.block_size()
+        1 << self.log_block
+    }
+
+    /// Bytes of `k` elements of a row, whole blocks.
+    fn bytes(&self, k: usize) -> usize {
+        (k >> self.log_block) * self.block_bytes
     }
 
     /// F32 rows are read where they lie, but for strides that fall on the same few cache lines.
@@ -231,7 +246,7 @@ impl Weight {
         ks: Range<usize>,
         scratch: &mut [f32],
     ) -> Matrix<*const f32> {
-        let skip = ks.start / self.ty.block_size() * self.ty.block_bytes();
+        let skip = self.bytes(ks.start);
         // SAFETY: within the tensor by contract.
         let from = |n: usize| unsafe { self.data.add(n * self.row_bytes + skip) };
         if self.in_place() {
@@ -259,9 +274,21 @@ impl Weight {
     /// They lie within the tensor; `out` has as many.
     #[inline]
     pub(super) unsafe fn read(&self, n: usize, ks: Range<usize>, out: &mut [f32]) {
-        let skip = ks.start / self.ty.block_size() * self.ty.block_bytes();
+        let from = self.row(n, ks);
         // SAFETY: within the tensor by contract.
-        unsafe { self.ty.dequantize_raw(self.data.add(n * self.row_bytes + skip), out) };
+        unsafe { self.ty.dequantize_raw(from, out) };
+    }
+
+    /// Where columns `ks` (whole blocks) of row `n` lie, which are about to be read. Who reads them goes on to the rows behind
+    /// it, a part of each, a pattern that no processor foresees: so it is told.
+    #[inline]
+    fn row(&self, n: usize, ks: Range<usize>) -> *const u8 {
+        let at = self.data.wrapping_add(n * self.row_bytes + self.bytes(ks.start));
+        let ahead = at.wrapping_add(AHEAD * self.row_bytes);
+        for line in (0..self.bytes(ks.len())).step_by(64) {
+            prefetch(ahead.wrapping_add(line));
+        }
+        at
     }
 }
 
@@ -276,7 +303,7 @@ pub(super) enum Side {
 
 impl Weight {
     /// `y = keep y + W x`: outputs `outs` of all inputs, y `(output, t)` from the first of them on, x `(input, t)` with its
-    /// extents (outputs, t, inputs). On the processor's matrix unit where it has one.
+    /// extents (outputs, t, inputs). By the processor's [`weight_unit`] for them where it has one.
     ///
     /// # Safety
     /// `outs` lie within the tensor, backward from a whole block to another; the views are valid, and y overlaps nothing;
@@ -293,13 +320,13 @@ impl Weight {
         let [n, t, inputs] = extent;
         // SAFETY: by contract.
         unsafe {
-            if amx::has() {
+            if let Some(unit) = weight_unit(rounded) {
                 let b = match side {
                     Side::Columns => Factor::Columns(self, outs.start),
                     Side::Rows => Factor::Rows(self, outs.start),
                 };
                 let (sizes, alpha, a, c) = ([t, n, inputs], 1.0, x.turned(), y.turned());
-                return amx::product(Product { sizes, a, b, c, keep, alpha, rounded });
+                return (unit.product)(Product { sizes, a, b, c, keep, alpha, rounded });
             }
             let depth = match side {
                 Side::Columns => DEPTH,
@@ -317,8 +344,8 @@ impl Weight {
     }
 
     /// Floats of scratch that [`Weight::multiply`] takes for tiles of this size.
-    fn multiply_scratch(&self, rows: usize, width: usize) -> usize {
-        if amx::has() { 0 } else { self.scratch(rows, width) }
+    fn multiply_scratch(&self, rows: usize, width: usize, rounded: bool) -> usize {
+        if weight_unit(rounded).is_some() { 0 } else { self.scratch(rows, width) }
     }
 
     /// The type.
@@ -340,9 +367,9 @@ impl Weight {
         out: &mut [Quants],
     ) {
         debug_assert!((out.len() * QUANTS).is_multiple_of(self.block_size()));
-        let skip = k / self.ty.block_size() * self.ty.block_bytes();
+        let from = self.row(n, k..k + out.len() * QUANTS);
         // SAFETY: within the tensor by contract.
-        unsafe { (reader.read)(self.data.add(n * self.row_bytes + skip), out) }
+        unsafe { (reader.read)(from, out) }
     }
 }
 
@@ -401,9 +428,9 @@ unsafe extern "C" fn linear_kernel(
         let (weight, rounded) = (Weight::new(src[0]), rounded(dst));
         let depth = k.min(DEPTH);
         let unit = STEP.min(n_all.next_multiple_of(16));
-        let most = amx::columns().unwrap_or((TILE / depth).min(512));
+        let most = weight_unit(rounded).map_or((TILE / depth).min(512), |unit| unit.columns);
         let tiling = Tiling::new(n_all, t_all, unit, most, parts(dst));
-        with_scratch(weight.multiply_scratch(tiling.n_step, depth), |scratch| {
+        with_scratch(weight.multiply_scratch(tiling.n_step, depth, rounded), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ns, ts) = tiling.tile(i);
                 let y = f32_data(dst).add(ts.start * n_all + ns.start);
@@ -447,11 +474,11 @@ unsafe extern "C" fn linear_back_kernel(
         let src = &(*dst).src;
         let n_all = (*src[0]).ne[1] as usize;
         let (weight, rounded) = (Weight::new(src[0]), rounded(dst));
-        let unit = weight.ty.block_size().max(STEP);
+        let unit = weight.block_size().max(STEP);
         let depth = n_all.min(BACK_DEPTH);
-        let most = amx::columns().unwrap_or(TILE / BACK_DEPTH);
+        let most = weight_unit(rounded).map_or(TILE / BACK_DEPTH, |unit| unit.columns);
         let tiling = Tiling::new(k, t_all, unit, most, parts(dst));
-        with_scratch(weight.multiply_scratch(depth, tiling.n_step), |scratch| {
+        with_scratch(weight.multiply_scratch(depth, tiling.n_step, rounded), |scratch| {
             tiles.each(tiling.n_tiles(), nth, |i| {
                 let (ks, ts) = tiling.tile(i);
                 let out = Matrix::new(f32_data(dst).add(ts.start * k + ks.start), 1, k); // (k, t)

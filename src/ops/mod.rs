@@ -35,7 +35,6 @@ mod segments;
 mod yardstick;
 
 pub use adamw::{AdamWStep, adamw, sum_squares};
-pub use amx::wants_matrix_unit;
 pub use attention::{AttentionSaved, AttentionSpec, attention, attention_back, attention_kept};
 pub use conv::{MAX_CONV, conv_silu, conv_silu_back};
 pub(crate) use decode_attention::{MOST_HEADS, decode_attention};
@@ -48,6 +47,7 @@ pub use experts::{
     experts_sum, route, route_back, route_order, slot_weights, weights_back,
 };
 pub use gate_rows::{gate_rows, gate_rows_back};
+pub use gemm::wants_fast_products;
 pub use glu::{Activation, glu, glu_back};
 pub use linear::{LowRank, dequantised, linear, linear_back, outer};
 pub use logits::{Head, LogitMap};

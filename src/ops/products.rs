@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use ggml_sys as sys;
 
-use super::gemm::{Matrix, with_scratch};
+use super::gemm::{Factor, Matrix, Product, with_scratch};
 use super::linear::{Weight, steps, weight_matrix};
 use super::narrow::{self, Narrow};
 use super::panel::MOST_ROWS;
@@ -61,10 +61,10 @@ unsafe fn by_tiles(p: Narrow<'_>) {
     let [k, n, t] = p.sizes;
     // SAFETY: by contract.
     unsafe {
-        amx::product(amx::Product {
+        amx::product(Product {
             sizes: [t, p.ns.len(), k],
             a: Matrix::new(p.x, k, 1),
-            b: amx::Factor::Columns(p.weight, p.ns.start),
+            b: Factor::Columns(p.weight, p.ns.start),
             c: Matrix::new(p.y.add(p.ns.start), n, 1),
             keep: false,
             alpha: 1.0,

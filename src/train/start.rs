@@ -86,7 +86,7 @@ impl<'m> Trainer<'m> {
             crate::rollout::on_host("--exact-rollouts", model.device(), "leave it out")?;
         }
         if config.fast_products {
-            ops::wants_matrix_unit("--fast-products", model.device())?;
+            ops::wants_fast_products(model.device())?;
         }
         wants_a_gpu(config.vram, model.device())?;
         let encoder = config.prompts.encoder(model)?;

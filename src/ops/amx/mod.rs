@@ -22,56 +22,11 @@ mod pack;
 mod product;
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-pub(super) use elsewhere::{columns, has, product};
+pub(super) use elsewhere::{COLUMNS, has, product};
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use product::{columns, has, product};
+pub(super) use product::{COLUMNS, has, product};
 
-use super::gemm::Matrix;
-use super::linear::Weight;
-use crate::ggml::Device;
-use crate::{Error, Result};
-
-/// Refuses what only a matrix unit makes faster, where there is none.
-///
-/// # Errors
-/// [`Error::Invalid`], naming the option.
-pub fn wants_matrix_unit(option: &str, device: Device) -> Result<()> {
-    let got = match device.is_host() {
-        false => device.to_string(),
-        true if !has() => "one without".to_string(),
-        true => return Ok(()),
-    };
-    let expected = "a processor with a matrix unit (AMX, on Linux)";
-    Err(Error::invalid(option, expected, got, "leave it out: products are in F32 then"))
-}
-
-/// `C[t, n] = keep C + alpha sum_k A[t, k] B[k, n]`.
-#[derive(Clone, Copy)]
-pub(super) struct Product<'w> {
-    /// t, n, k.
-    pub sizes: [usize; 3],
-    /// Rows are contiguous.
-    pub a: Matrix<*const f32>,
-    pub b: Factor<'w>,
-    /// Rows are contiguous.
-    pub c: Matrix<*mut f32>,
-    /// Whether C is added to; else it is not read.
-    pub keep: bool,
-    pub alpha: f32,
-    /// P is 2; else 3.
-    pub rounded: bool,
-}
-
-/// B `[k, n]`.
-#[derive(Clone, Copy)]
-pub(super) enum Factor<'w> {
-    /// In memory; rows, or columns, are contiguous.
-    Memory(Matrix<*const f32>),
-    /// Columns are rows of a weight, from this one on.
-    Columns(&'w Weight, usize),
-    /// Rows are those of a weight, from this column of it on, a whole block's first.
-    Rows(&'w Weight, usize),
-}
+use super::gemm::{Factor, Product};
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 mod elsewhere {
@@ -79,9 +34,7 @@ mod elsewhere {
         false
     }
 
-    pub(in super::super) fn columns() -> Option<usize> {
-        None
-    }
+    pub(in super::super) const COLUMNS: usize = 0;
 
     pub(in super::super) unsafe fn product(_: super::Product<'_>) {
         unreachable!("there is no such unit")

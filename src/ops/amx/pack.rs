@@ -344,7 +344,7 @@ unsafe fn pairs<const P: usize>(
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn turn(v: [__m512; ROWS]) -> [__m512; ROWS] {
-    // Pairs of 32 bits, of 64, then of 128 change places.
+    // Pairs of 32 bits, of 64, then of 128 change places. No closures: they are compiled without the instructions, and called.
     let mut by32 = v;
     for i in (0..16).step_by(2) {
         by32[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
@@ -352,7 +352,8 @@ fn turn(v: [__m512; ROWS]) -> [__m512; ROWS] {
     }
     let mut by64 = [_mm512_setzero_pd(); ROWS];
     for i in (0..16).step_by(4) {
-        let [a, b, c, d] = [0, 1, 2, 3].map(|j| _mm512_castps_pd(by32[i + j]));
+        let (a, b) = (_mm512_castps_pd(by32[i]), _mm512_castps_pd(by32[i + 1]));
+        let (c, d) = (_mm512_castps_pd(by32[i + 2]), _mm512_castps_pd(by32[i + 3]));
         by64[i] = _mm512_unpacklo_pd(a, c);
         by64[i + 1] = _mm512_unpackhi_pd(a, c);
         by64[i + 2] = _mm512_unpacklo_pd(b, d);
@@ -361,7 +362,8 @@ fn turn(v: [__m512; ROWS]) -> [__m512; ROWS] {
     // Lane l of by64[4 g + c] holds column 4 l + c of rows 4 g to 4 g + 3.
     let mut columns = v;
     for c in 0..4 {
-        let [a, b, d, e] = [0, 1, 2, 3].map(|g| _mm512_castpd_ps(by64[4 * g + c]));
+        let (a, b) = (_mm512_castpd_ps(by64[c]), _mm512_castpd_ps(by64[4 + c]));
+        let (d, e) = (_mm512_castpd_ps(by64[8 + c]), _mm512_castpd_ps(by64[12 + c]));
         let (ab_even, ab_odd) =
             (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
         let (de_even, de_odd) =
@@ -372,4 +374,31 @@ fn turn(v: [__m512; ROWS]) -> [__m512; ROWS] {
         columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(ab_odd, de_odd);
     }
     columns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_become_columns() {
+        if !is_x86_feature_detected!("avx512f") {
+            return eprintln!("skipped: no vectors of 512 bits");
+        }
+        let mut numbers = [[0f32; ROWS]; ROWS];
+        for (row, numbers) in numbers.iter_mut().enumerate() {
+            *numbers = std::array::from_fn(|column| (100 * row + column) as f32);
+        }
+        type Rows = [[f32; ROWS]; ROWS];
+        // SAFETY: any bits are numbers, and the processor was asked.
+        let turned = unsafe {
+            let vectors = std::mem::transmute::<Rows, [__m512; ROWS]>(numbers);
+            std::mem::transmute::<[__m512; ROWS], Rows>(turn(vectors))
+        };
+        for (row, turned) in turned.iter().enumerate() {
+            for (column, number) in turned.iter().enumerate() {
+                assert_eq!(*number, numbers[column][row], "{row}, {column}");
+            }
+        }
+    }
 }

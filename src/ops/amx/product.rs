@@ -11,7 +11,7 @@ use super::{Factor, Product};
 /// Rows and columns that a [`Block`] sums up.
 const SIDE: usize = 2 * ROWS;
 /// Columns of B that are tiles at a time, and bytes of those tiles: half of the L2 cache of the processors that have such a unit.
-const COLUMNS: usize = 512;
+pub(in super::super) const COLUMNS: usize = 512;
 const BYTES: usize = 1 << 20;
 /// Floats between rows of sums: not a power of two, with which rows would fall on the same few lines of a cache.
 const WIDTH: usize = COLUMNS + ROWS;
@@ -31,11 +31,6 @@ pub(in super::super) fn has() -> bool {
         let unit = || unsafe { std::arch::x86_64::__cpuid_count(7, 0).edx } >> 22 & 0b101 == 0b101;
         vectors && unit() && permitted()
     })
-}
-
-/// Columns of B that a product is best given at a time, where there is such a unit.
-pub(in super::super) fn columns() -> Option<usize> {
-    has().then_some(COLUMNS)
 }
 
 thread_local! {

@@ -23,7 +23,7 @@ use pulp::{Simd, WithSimd};
 
 use super::gemm::with_scratch;
 use super::panel::{LANES, Panel, aligned};
-use super::rows::partition;
+use super::rows::{partition, prefetch};
 use crate::ggml::Type;
 
 /// Keys of a tile.
@@ -242,18 +242,6 @@ fn groups(
         of = origin(stream);
     }
     groups
-}
-
-/// Has the cache line of an address brought closer, wherever it points to.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(at.cast())
-    };
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 /// A run of keys of a stream, and the members of the group that see it.

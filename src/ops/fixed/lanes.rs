@@ -1,6 +1,7 @@
 //! What fixed point takes of a processor beside pulp's vectors: products of whole numbers (VNNI), of 512 bits and of 256.
 
 use std::arch::x86_64::*;
+use std::sync::OnceLock;
 
 use pulp::x86::{V3, V4};
 use pulp::{Simd, cast};
@@ -65,4 +66,59 @@ impl Pairs for V3 {
         // SAFETY: by the contract of the trait.
         unsafe { cast(_mm256_dpwssd_avx_epi32(cast(sum), cast(a), cast(b))) }
     }
+}
+
+/// What a processor has of them, as pulp's vectors that go with them.
+#[derive(Clone, Copy)]
+pub(super) enum Instructions {
+    Avx512Vnni(V4),
+    AvxVnni(V3),
+}
+
+/// The quickest that this processor has.
+pub(super) fn instructions() -> Option<Instructions> {
+    static HAS: OnceLock<Option<Instructions>> = OnceLock::new();
+    *HAS.get_or_init(|| Instructions::all().into_iter().flatten().next())
+}
+
+/// What is compiled for each of them.
+pub(super) trait Kernel {
+    /// # Safety
+    /// The kernel's own; the processor has the instructions. To be inlined.
+    unsafe fn run<S: Pairs>(self, simd: S);
+}
+
+impl Instructions {
+    /// The widest first.
+    pub(super) fn all() -> [Option<Instructions>; 2] {
+        let wide = V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
+        let narrow = V3::try_new().filter(|_| is_x86_feature_detected!("avxvnni"));
+        [wide.map(Instructions::Avx512Vnni), narrow.map(Instructions::AvxVnni)]
+    }
+
+    /// # Safety
+    /// The kernel's contract.
+    pub(super) unsafe fn run(self, kernel: impl Kernel) {
+        // SAFETY: by contract; the processor was asked when the vectors were made.
+        unsafe {
+            match self {
+                Instructions::Avx512Vnni(simd) => by_avx512(simd, kernel),
+                Instructions::AvxVnni(simd) => by_avx(simd, kernel),
+            }
+        }
+    }
+}
+
+// What a processor of x86-64-v4 and -v3 has, which pulp's methods are compiled for, and the products.
+
+#[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,fma")]
+unsafe fn by_avx512(simd: V4, kernel: impl Kernel) {
+    // SAFETY: by contract.
+    unsafe { kernel.run(simd) }
+}
+
+#[target_feature(enable = "avx2,fma,avxvnni")]
+unsafe fn by_avx(simd: V3, kernel: impl Kernel) {
+    // SAFETY: by contract.
+    unsafe { kernel.run(simd) }
 }

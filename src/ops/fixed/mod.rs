@@ -15,17 +15,32 @@
 #[cfg(target_arch = "x86_64")]
 mod lanes;
 #[cfg(target_arch = "x86_64")]
+mod wide;
+#[cfg(target_arch = "x86_64")]
 mod work;
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) use elsewhere::{run, scratch, serves};
+pub(super) use elsewhere::{COLUMNS, has, product, run, scratch, serves};
+#[cfg(target_arch = "x86_64")]
+pub(super) use wide::{COLUMNS, has, product};
 #[cfg(target_arch = "x86_64")]
 pub(super) use work::{run, scratch, serves};
 
 #[cfg(not(target_arch = "x86_64"))]
 mod elsewhere {
+    use super::super::gemm::Product;
     use super::super::narrow::Narrow;
     use crate::ggml::Type;
+
+    pub(in super::super) const COLUMNS: usize = 0;
+
+    pub(in super::super) fn has() -> bool {
+        false
+    }
+
+    pub(in super::super) unsafe fn product(_: Product<'_>) {
+        unreachable!("there are no such products")
+    }
 
     pub(in super::super) fn serves(_: Type) -> bool {
         false

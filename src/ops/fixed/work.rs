@@ -1,35 +1,32 @@
 //! Columns in fixed point, and the kernel.
 
 use std::array::from_fn;
-use std::sync::OnceLock;
-
-use pulp::x86::{V3, V4};
 
 use super::super::linear::steps;
 use super::super::narrow::{Narrow, ROWS};
 use super::super::panel::{self, MOST_ROWS, Strided, aligned, transpose};
-use super::lanes::Pairs;
-use crate::ggml::{LARGEST, QUANTS, Quants, Type};
+use super::lanes::{Kernel, Pairs, instructions};
+use crate::ggml::{LARGEST, QUANTS, Quants, QuantsReader, Type};
 
 /// The largest p: 32 products with q of at most 4096 ([`LARGEST`]) stay below 2^31.
 const MOST: f32 = 16383.0;
 const _: () = assert!(LARGEST as u64 * MOST as u64 * (QUANTS as u64) < 1 << 31);
 /// Smaller ones count as the largest activation of a block: 16383 by much less would overflow, and scales of a column of zeros
 /// be denormal, with which Intel's processors take four times as long.
-const LEAST: f32 = 1e-20;
+pub(super) const LEAST: f32 = 1e-20;
 /// Pairs of p in a block.
-const PAIRS: usize = QUANTS / 2;
+pub(super) const PAIRS: usize = QUANTS / 2;
 /// Vectors of a block of activations: pairs, their d, the block's sum.
-const BLOCK_ROWS: usize = PAIRS + 2;
+pub(super) const BLOCK_ROWS: usize = PAIRS + 2;
 /// Blocks that one pass over a row sums, and what the L1 cache holds of a few rows.
-const DEPTH: usize = 8;
+pub(super) const DEPTH: usize = 8;
 /// Vectors of columns that go with a few rows: as many sums, whole and floating, as registers hold, and activations as the L1
 /// cache holds beside the rows. They lie side by side, block after block: a panel.
-const VECTORS: usize = 2;
+pub(super) const VECTORS: usize = 2;
 /// Blocks that have one d, at most.
 const MOST_SHARE: usize = 2;
 /// Floats of a [`Quants`].
-const QUANTS_FLOATS: usize = size_of::<Quants>() / 4;
+pub(super) const QUANTS_FLOATS: usize = size_of::<Quants>() / 4;
 
 /// Whether products with weights of this type are had on this processor.
 pub(in super::super) fn serves(ty: Type) -> bool {
@@ -42,46 +39,19 @@ pub(in super::super) fn scratch(k: usize, t: usize) -> usize {
     (k / QUANTS * BLOCK_ROWS + ROWS) * width + MOST_ROWS * DEPTH * QUANTS_FLOATS + panel::LANES
 }
 
-/// What this processor has of them, as pulp's vectors that go with them.
-#[derive(Clone, Copy)]
-enum Instructions {
-    Avx512Vnni(V4),
-    AvxVnni(V3),
-}
-
-fn instructions() -> Option<Instructions> {
-    static HAS: OnceLock<Option<Instructions>> = OnceLock::new();
-    *HAS.get_or_init(|| {
-        let wide = V4::try_new().filter(|_| is_x86_feature_detected!("avx512vnni"));
-        let narrow = || V3::try_new().filter(|_| is_x86_feature_detected!("avxvnni"));
-        wide.map(Instructions::Avx512Vnni).or_else(|| narrow().map(Instructions::AvxVnni))
-    })
-}
-
 /// # Safety
 /// The contract of [`super::super::narrow::run`]; [`serves`] the weight's type; `scratch` is for the product's sizes.
 pub(in super::super) unsafe fn run(p: Narrow<'_>) {
     // SAFETY: by contract; the processor was asked.
-    unsafe {
-        match instructions().expect("a type that is served") {
-            Instructions::Avx512Vnni(simd) => by_avx512(simd, p),
-            Instructions::AvxVnni(simd) => by_avx(simd, p),
-        }
+    unsafe { instructions().expect("a type that is served").run(p) }
+}
+
+impl Kernel for Narrow<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Pairs>(self, simd: S) {
+        // SAFETY: by the contract of the other `run`.
+        unsafe { product(simd, self) }
     }
-}
-
-// What a processor of x86-64-v4 and -v3 has, which pulp's methods are compiled for, and the products.
-
-#[target_feature(enable = "avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512vnni,fma")]
-unsafe fn by_avx512(simd: V4, p: Narrow<'_>) {
-    // SAFETY: by contract.
-    unsafe { product(simd, p) }
-}
-
-#[target_feature(enable = "avx2,fma,avxvnni")]
-unsafe fn by_avx(simd: V3, p: Narrow<'_>) {
-    // SAFETY: by contract.
-    unsafe { product(simd, p) }
 }
 
 #[inline(always)]
@@ -96,7 +66,8 @@ unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
     unsafe {
         for panel in panels::<S>(width) {
             let out = x.as_mut_ptr().add(panel.from * blocks * BLOCK_ROWS);
-            pack(simd, p.x.add(panel.from * k), [k, t - panel.from], reader.share, panel, out);
+            let x = Strided(p.x.add(panel.from * k), k);
+            pack(simd, x, [k, t - panel.from], reader.share, panel, out);
         }
         let tile =
             std::slice::from_raw_parts_mut(tile.as_mut_ptr().cast::<Quants>(), MOST_ROWS * DEPTH);
@@ -118,11 +89,7 @@ unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
                             width,
                             first: bs.start == 0,
                         };
-                        match (reader.adds, reader.share) {
-                            (true, 1) => part.rows::<S, true, 1>(simd, rows.len(), panel.vectors),
-                            (true, _) => part.rows::<S, true, 2>(simd, rows.len(), panel.vectors),
-                            (false, _) => part.rows::<S, false, 1>(simd, rows.len(), panel.vectors),
-                        }
+                        part.run(simd, Form::of(reader), rows.len(), panel.vectors);
                     }
                 }
             }
@@ -133,35 +100,35 @@ unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
 }
 
 #[inline(always)]
-unsafe fn load<V>(from: *const f32) -> V {
+pub(super) unsafe fn load<V>(from: *const f32) -> V {
     // SAFETY: a vector lies there, by the caller.
     unsafe { from.cast::<V>().read_unaligned() }
 }
 
 #[inline(always)]
-unsafe fn store<V>(to: *mut f32, x: V) {
+pub(super) unsafe fn store<V>(to: *mut f32, x: V) {
     // SAFETY: a vector has its place there, by the caller.
     unsafe { to.cast::<V>().write_unaligned(x) }
 }
 
 /// Columns from one on, of so many vectors.
 #[derive(Clone, Copy)]
-struct Columns {
-    from: usize,
-    vectors: usize,
+pub(super) struct Columns {
+    pub from: usize,
+    pub vectors: usize,
 }
 
-fn panels<S: Pairs>(width: usize) -> impl Iterator<Item = Columns> {
+pub(super) fn panels<S: Pairs>(width: usize) -> impl Iterator<Item = Columns> {
     steps(0..width, VECTORS * S::F32_LANES)
         .map(|columns| Columns { from: columns.start, vectors: columns.len() / S::F32_LANES })
 }
 
-/// A panel of `x: [K, T]` in fixed point: of each block of k its pairs, d and sums; d is that of `share` blocks. Columns beyond
-/// T are 0.
+/// A panel of `x: [K, T]` in fixed point: of each block of k its pairs, d and sums; d is that of `share` blocks. What is beyond K
+/// and T is 0.
 #[inline(always)]
-unsafe fn pack<S: Pairs>(
+pub(super) unsafe fn pack<S: Pairs>(
     simd: S,
-    x: *const f32,
+    x: Strided<*const f32>,
     [k, t]: [usize; 2],
     share: usize,
     panel: Columns,
@@ -172,12 +139,14 @@ unsafe fn pack<S: Pairs>(
         let from = v * S::F32_LANES;
         let columns = S::F32_LANES.min(t - from);
         let mut turned = [0f32; MOST_SHARE * QUANTS * panel::LANES];
-        for bs in steps(0..k / QUANTS, share) {
+        for bs in steps(0..k.div_ceil(QUANTS), share) {
             // SAFETY: x holds these columns, `out` a block's rows for each block of k.
             unsafe {
                 let numbers = bs.len() * QUANTS;
-                let block = Strided(x.add(from * k + bs.start * QUANTS), k);
-                transpose(block, Strided(turned.as_mut_ptr(), S::F32_LANES), columns, numbers);
+                let there = numbers.min(k - bs.start * QUANTS);
+                let block = Strided(x.0.add(from * x.1 + bs.start * QUANTS), x.1);
+                transpose(block, Strided(turned.as_mut_ptr(), S::F32_LANES), columns, there);
+                turned[there * S::F32_LANES..numbers * S::F32_LANES].fill(0.0);
                 let number = |i: usize| load::<S::f32s>(turned.as_ptr().add(i * S::F32_LANES));
                 let mut most = simd.splat_f32s(LEAST);
                 for i in 0..numbers {
@@ -189,8 +158,8 @@ unsafe fn pack<S: Pairs>(
                     let out = out.add(b * BLOCK_ROWS * width + from);
                     let mut sum = simd.splat_f32s(0.0);
                     for pair in 0..PAIRS {
-                        let [first, second] =
-                            [0, 1].map(|half| number(i * QUANTS + 2 * pair + half));
+                        let first = number(i * QUANTS + 2 * pair);
+                        let second = number(i * QUANTS + 2 * pair + 1);
                         sum = simd.add_f32s(sum, simd.add_f32s(first, second));
                         let pairs =
                             simd.pairs(simd.mul_f32s(first, times), simd.mul_f32s(second, times));
@@ -205,22 +174,50 @@ unsafe fn pack<S: Pairs>(
     }
 }
 
+/// What is to be known of a row's whole numbers.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    /// Whether anything is ever added.
+    pub adds: bool,
+    /// Blocks that have one scale.
+    pub share: usize,
+}
+
+impl Form {
+    pub(super) fn of(reader: QuantsReader) -> Form {
+        Form { adds: reader.adds, share: reader.share }
+    }
+}
+
 /// A few rows times a run of blocks, added to their sums.
 #[derive(Clone, Copy)]
-struct Part {
-    blocks: usize,
+pub(super) struct Part {
+    pub blocks: usize,
     /// Rows of [`DEPTH`].
-    w: *const Quants,
+    pub w: *const Quants,
     /// [`BLOCK_ROWS`] rows of a panel a block.
-    x: *const f32,
+    pub x: *const f32,
     /// Rows of `width`.
-    sums: *mut f32,
-    width: usize,
+    pub sums: *mut f32,
+    pub width: usize,
     /// There are no sums yet.
-    first: bool,
+    pub first: bool,
 }
 
 impl Part {
+    /// So many rows, of a panel of so many vectors.
+    #[inline(always)]
+    pub(super) unsafe fn run<S: Pairs>(self, simd: S, form: Form, rows: usize, vectors: usize) {
+        // SAFETY: by the caller.
+        unsafe {
+            match (form.adds, form.share) {
+                (true, 1) => self.rows::<S, true, 1>(simd, rows, vectors),
+                (true, _) => self.rows::<S, true, 2>(simd, rows, vectors),
+                (false, _) => self.rows::<S, false, 1>(simd, rows, vectors),
+            }
+        }
+    }
+
     /// All rows, of a panel of so many vectors.
     #[inline(always)]
     unsafe fn rows<S: Pairs, const ADDS: bool, const SHARE: usize>(
@@ -322,14 +319,13 @@ impl Part {
 #[cfg(test)]
 mod tests {
     use super::super::super::linear::Weight;
+    use super::super::lanes::Instructions;
     use super::*;
     use crate::ggml::Type;
 
     #[test]
     fn vectors_of_either_width_give_the_same_bits() {
-        let has_both =
-            is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avxvnni");
-        let (Some(wide), Some(narrow), true) = (V4::try_new(), V3::try_new(), has_both) else {
+        let [Some(wide), Some(narrow)] = Instructions::all() else {
             return eprintln!("skipped: this processor has not both");
         };
         for ty in Type::all().filter(|ty| serves(*ty)) {
@@ -341,7 +337,7 @@ mod tests {
                 bytes.iter_mut().for_each(|byte| *byte &= 0x3b);
                 let weight = Weight::of_bytes(ty, &bytes, k);
                 let x: Vec<f32> = (0..k * t).map(|i| (i * 37 % 101) as f32 - 50.0).collect();
-                let results = [true, false].map(|is_wide| {
+                let results = [wide, narrow].map(|instructions| {
                     let mut y = vec![0f32; n * t];
                     let mut scratch = vec![0f32; scratch(k, t)];
                     let p = Narrow {
@@ -353,10 +349,7 @@ mod tests {
                         scratch: &mut scratch,
                     };
                     // SAFETY: the sizes of x, y and scratch; the processor has both.
-                    match is_wide {
-                        true => unsafe { by_avx512(wide, p) },
-                        false => unsafe { by_avx(narrow, p) },
-                    }
+                    unsafe { instructions.run(p) };
                     y
                 });
                 assert!(results[0].iter().all(|y| y.is_finite() && *y != 0.0), "{ty} {n} {t}");
