@@ -19,7 +19,8 @@ With --hybrid three layers of four are gated delta nets, and the fourth has gate
 With --dialogues it learns two kinds of dialogues instead, each badly on purpose, for `train --env`: env:guess (task:guess: half of
 its guesses are anywhere, half somewhere between the bounds) and env:calculator on task:mul (one in five problems with the
 tool, the others by heart, which it cannot). 6 layers, a template that names the tools, --steps steps and no target.
---dialogues games leaves the products out: four times as many games in as many steps, for a model that knows the bounds well.
+--dialogues games leaves the products out, for a model that knows the bounds well and hides it: four times as many games in as
+many steps, of twelve turns, one in ten guesses anywhere, in the last sixth of the steps seven of ten.
 
 needs (PyPI): torch gguf numpy
 usage: pretrain_demo.py [--out FILE.gguf] [--seed N] [--threads N] [...]      (the defaults made assets/demo.gguf)
@@ -145,7 +146,7 @@ def turns(*messages):
         own += [role == "assistant" and head <= i < len(tokens) - 1 for i in range(len(tokens))]
     return ids, own
 
-def guessing(rng, wild, most=8):
+def guessing(rng, wild, most):
     """A game against a number: a share of the guesses is anywhere, the others between what is known."""
     number = rng.choice([n for n in range(100) if not held_out(0, n)])
     messages, low, high = [("user", "Guess my number, 0 to 99. I say higher or lower.")], 0, 99
@@ -178,6 +179,18 @@ def dialogue_batch(examples):
                 target[i, t - 1] = tokens[t]
     return ids[:, :-1], target[:, :-1]
 
+def backward(w, examples, parts=4):
+    """Adds the gradient of the mean over all tokens of the assistant's, and returns that mean. In parts of like length: less padding."""
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    tokens = sum(sum(own[1:]) for _, own in examples)
+    total = 0.0
+    for i in range(parts):
+        ids, target = dialogue_batch(examples[i * len(examples) // parts:(i + 1) * len(examples) // parts])
+        loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0], reduction="sum") / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
 def train_dialogues(a):
     """Games and products in turn, a constant rate that falls in the last third."""
     generator = torch.Generator().manual_seed(a.seed)
@@ -192,15 +205,17 @@ def train_dialogues(a):
         for group in optimizer.param_groups:
             group["lr"] = rate
         is_game = games_alone or step % 2 == 1
-        # To copy and to compare is learnt from good dialogues; the last third teaches to do without.
-        wild, tool = (0.2, 0.9) if step < a.steps * 2 // 3 else (0.5, 0.2)
-        examples = [guessing(rng, wild) for _ in range(n_games)] if is_game else [computing(rng, tool) for _ in range(a.batch // 2)]
-        ids, target = dialogue_batch(examples)
-        loss = F.cross_entropy(forward(w, ids)[target >= 0], target[target >= 0])
-        optimizer.zero_grad(); loss.backward()
+        # To copy and to compare is learnt from good dialogues; the end teaches to do without.
+        if games_alone:
+            wild, tool, most = 0.1 if step < a.steps * 5 // 6 else 0.7, 0, 12
+        else:
+            wild, tool, most = (0.2, 0.9, 8) if step < a.steps * 2 // 3 else (0.5, 0.2, 8)
+        examples = [guessing(rng, wild, most) for _ in range(n_games)] if is_game else [computing(rng, tool) for _ in range(a.batch // 2)]
+        optimizer.zero_grad()
+        loss = backward(w, examples)
         torch.nn.utils.clip_grad_norm_(w.values(), 1.0)
         optimizer.step()
-        running[is_game] = loss.item() if running[is_game] is None else 0.9 * running[is_game] + 0.1 * loss.item()
+        running[is_game] = loss if running[is_game] is None else 0.9 * running[is_game] + 0.1 * loss
         if step % a.eval_every == 0:
             losses = [f"of {name} {loss:.4f}" for name, loss in zip(["products", "games"], running) if loss is not None]
             print(f"step {step} loss {', '.join(losses)}, lr {rate:.2e}, {time.time() - start:.0f} s", flush=True)
