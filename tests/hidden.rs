@@ -108,8 +108,8 @@ fn the_states_are_pytorchs() {
                 let error = relative_error(&ours, &common::floats(norms));
                 assert!(error < tolerance, "{case} {name}: norms off by {error}");
             }
-            let question = Question { taken: None, group: 1, top_k: 0 };
-            let answers = engine.policies(&golden.model, None, states, &question).unwrap();
+            let answers =
+                engine.policies(&golden.model, None, &[states], Question::default()).unwrap();
             let ours: Vec<f32> = (0..n).map(|i| answers.entropy(i)).collect();
             let error = relative_error(&ours, &common::floats(entropies));
             assert!(error < tolerance, "{case} {name}: entropies off by {error}");

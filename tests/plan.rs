@@ -37,13 +37,14 @@ fn planned_against_measured(model: &str, options: &str) -> (f64, f64) {
 /// Settings that move the peak from one part to another. Rewards are equal for random weights: the KL penalty
 /// makes every token be computed.
 #[cfg(target_os = "linux")]
-const SETTINGS: [&str; 6] = [
+const SETTINGS: [&str; 7] = [
     "--algo grpo --prompts-per-step 1 --mini-batch 1 --group 2 --max-prompt 128 --max-response 8 --micro-batch-tokens 256 --kv-mib 64 --rank 8",
     "--algo grpo --prompts-per-step 1 --mini-batch 1 --group 2 --max-prompt 128 --max-response 8 --micro-batch-tokens 256 --kv-mib 64 --rank 8 --recompute",
     "--algo grpo --prompts-per-step 2 --mini-batch 2 --group 4 --max-prompt 128 --max-response 32 --micro-batch-tokens 512 --kv-mib 32 --rank 32",
     "--algo grpo --prompts-per-step 4 --mini-batch 4 --group 4 --max-prompt 192 --max-response 64 --micro-batch-tokens 2048 --kv-mib 64 --rank 16",
     "--algo bupo --prompts-per-step 2 --mini-batch 1 --group 4 --max-prompt 192 --max-response 16 --micro-batch-tokens 512 --kv-mib 64 --rank 4 --internal-steps 1",
     "--algo ppo --prompts-per-step 2 --mini-batch 2 --group 2 --max-prompt 128 --max-response 16 --micro-batch-tokens 320 --kv-mib 64 --rank 16 --recompute",
+    "--algo bupo --prompts-per-step 1 --mini-batch 1 --group 2 --max-prompt 128 --max-response 256 --micro-batch-tokens 512 --kv-mib 32 --rank 4 --internal-layer auto --internal-steps 1 --entropy-every 1 --recompute",
 ];
 
 /// The same of a mixture, whose experts are adapted in some.
@@ -106,6 +107,23 @@ fn planned_memory_at_the_width_of_llama() {
 #[cfg(target_os = "linux")]
 fn planned_memory_of_a_mixture() {
     plans_hold("qwen3-30b-a3b --layers 1 --vocab 4000", &OF_MIXTURES);
+}
+
+/// Of many layers looked at in small micro batches hidden states are more than an update has had.
+#[test]
+#[cfg(target_os = "linux")]
+fn planned_memory_of_looks_is_what_they_add() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let path = path.to_str().unwrap();
+    json(&["synth", "qwen3-0.6b", "--vocab", "4000", "--out", path, "--json"]);
+    let options = "--algo grpo --steps 1 --threads 1 --kl-coef 0.01 --eval-problems 1 --prompts-per-step 1 --mini-batch 1 \
+                   --group 2 --max-prompt 64 --max-response 64 --micro-batch-tokens 128 --kv-mib 32 --rank 4 --recompute";
+    let [without, with] = ["0", "1"]
+        .map(|every| planned_against_measured(path, &format!("{options} --entropy-every {every}")));
+    let (planned, measured) = (with.0 - without.0, with.1 - without.1);
+    println!("{planned} and {measured} bytes");
+    assert!(planned > 16e6 && (planned / measured - 1.0).abs() < 0.3, "{planned}, {measured}");
 }
 
 #[test]

@@ -5,8 +5,8 @@
 //! the unembedding together as soon as it is computed; H^0 .. H^L and the final policy go through at the end,
 //! side by side for each token, so that the divergences come out of the same pass.
 
-use crate::model::{Batch, Engine, LayerTaps, Lora, Model, Question, Walk};
-use crate::ops::Answers;
+use crate::model::{Batch, Config, Engine, LayerTaps, Lora, Model, Question, Walk};
+use crate::ops::{Answers, pass_columns};
 use crate::{Error, Result};
 
 use super::record::{Figure, Tap, Top};
@@ -55,7 +55,7 @@ pub struct Measured {
 
 /// Looks at the tokens `picked` (indices into `batch.scored`): `[layer - 1][picked]`.
 ///
-/// Memory: `(L + 2) x picked x D` for the policies' hidden states, plus one layer.
+/// Memory: [`measure_bytes`], and one layer's graph.
 pub fn measure(
     engine: &mut Engine,
     model: &Model,
@@ -64,31 +64,25 @@ pub fn measure(
     picked: &[usize],
     look: Look,
 ) -> Result<Vec<Vec<Measured>>> {
-    let (d, n_layer, s) = (model.config().n_embd, model.config().n_layer, picked.len());
+    let n_layer = model.config().n_layer;
     let rows: Vec<i32> = picked.iter().map(|&i| batch.scored[i].row).collect();
     let taken: Vec<i32> = picked.iter().map(|&i| batch.scored[i].target).collect();
-    let group = n_layer + 2;
-    // H^0 .. H^L and norm(H^L) of each token: [D, L + 2, S]
-    let mut policies = vec![0f32; d * group * s];
-    let mut put = |at: usize, hidden: &[f32]| {
-        for (i, h) in hidden.chunks_exact(d).enumerate() {
-            policies[(i * group + at) * d..][..d].copy_from_slice(h);
-        }
-    };
     let mut layers: Vec<Vec<Measured>> = Vec::with_capacity(n_layer);
     let mut walk = Walk::new(engine, model, lora, batch, &rows)?;
     let mut input = walk.hidden();
-    put(0, &seen(engine, model, input.clone(), look)?);
+    // H^0 .. H^L and norm(H^L): [D, S] each
+    let mut policies = vec![seen(engine, model, input.clone(), look)?];
     while let Some(taps) = walk.next(engine)? {
         layers.push(inside(engine, model, lora, &input, &taps, &taken, look)?);
-        put(layers.len(), &seen(engine, model, taps.layer_out.clone(), look)?);
+        policies.push(seen(engine, model, taps.layer_out.clone(), look)?);
         input = taps.layer_out;
     }
-    put(n_layer + 1, &engine.final_norm(model, &input)?);
-    let repeated: Vec<i32> = taken.iter().flat_map(|&t| std::iter::repeat_n(t, group)).collect();
+    policies.push(engine.final_norm(model, &input)?);
+    let group = policies.len();
     let top_k = look.policy_top_k(model.config().n_vocab);
-    let question = Question { taken: Some(&repeated), group, top_k };
-    let answers = engine.policies(model, lora, &policies, &question)?;
+    let policies: Vec<&[f32]> = policies.iter().map(Vec::as_slice).collect();
+    let question = Question { taken: Some(&taken), top_k };
+    let answers = engine.policies(model, lora, &policies, question)?;
     for (l, layer) in layers.iter_mut().enumerate() {
         for (i, m) in layer.iter_mut().enumerate() {
             let (below, own, last) = (i * group + l, i * group + l + 1, i * group + n_layer + 1);
@@ -113,6 +107,17 @@ pub fn measure(
     Ok(layers)
 }
 
+/// Bytes that [`measure`] takes for `picked` of so many `tokens`, but for a layer's graph.
+pub fn measure_bytes(config: &Config, tokens: usize, picked: usize) -> usize {
+    let group = config.n_layer + 2;
+    // The walk's two residuals; the policies' hidden states, and those of a pass once more, twice; a layer's taps and input, and
+    // the inner ones side by side.
+    let pass = pass_columns(group).min(group * picked);
+    let floats = config.n_embd * (2 * tokens + group * picked + 2 * pass + 10 * picked);
+    let tops = 2 * TOP_TOKENS * (size_of::<i32>() + size_of::<f32>());
+    4 * floats + config.n_layer * picked * (size_of::<Measured>() + tops)
+}
+
 /// A tap as the unembedding sees it.
 fn seen(engine: &mut Engine, model: &Model, hidden: Vec<f32>, look: Look) -> Result<Vec<f32>> {
     if look.final_norm { engine.final_norm(model, &hidden) } else { Ok(hidden) }
@@ -133,8 +138,8 @@ fn inside(
     let columns = seen(engine, model, inner.map(|tap| tap.as_slice()).concat(), look)?; // [D, 4 S]
     let repeated = taken.repeat(4);
     let wanted = (look.top_k > 0).then_some(repeated.as_slice());
-    let question = Question { taken: wanted, group: 1, top_k: look.top_k };
-    let answers = engine.policies(model, lora, &columns, &question)?;
+    let question = Question { taken: wanted, top_k: look.top_k };
+    let answers = engine.policies(model, lora, &[&columns], question)?;
     let token = |tap: &[f32], i: usize| -> Vec<f32> { tap[i * d..][..d].to_vec() };
     let measured = (0..s).map(|i| {
         let (residual, attn, ffn) =

@@ -30,7 +30,7 @@ mod summary;
 
 pub use dump::{DumpOptions, Findings, Run, Settings, Unwatched, Watcher, dump};
 pub use lenses::{Lenses, Seen};
-pub use measure::{Look, Measured, cosine, measure};
+pub use measure::{Look, Measured, cosine, measure, measure_bytes};
 pub use outcome::{Difference, Means, Outcome};
 pub use pack::{Packed, Pick, pack};
 pub use probe::{Probe, probe, sums};

@@ -172,16 +172,11 @@ fn later(
     }
     columns.push(engine.final_norm(model, &last)?);
     columns.rotate_left(1); // the layer itself stands last: the others are compared with it
-    let group = columns.len();
-    let mut hidden = Vec::with_capacity(d * group * rows.len());
-    for i in 0..rows.len() {
-        columns.iter().for_each(|column| hidden.extend_from_slice(&column[i * d..][..d]));
-    }
-    let answers =
-        engine.policies(model, lora, &hidden, &Question { taken: None, group, top_k: 0 })?;
+    let columns: Vec<&[f32]> = columns.iter().map(Vec::as_slice).collect();
+    let answers = engine.policies(model, lora, &columns, Question::default())?;
     for i in 0..rows.len() {
         for (m, sum) in kl_later.iter_mut().enumerate() {
-            *sum += answers.kl_from(i * group + m) as f64;
+            *sum += answers.kl_from(i * columns.len() + m) as f64;
         }
     }
     Ok((cos_later, kl_later))

@@ -57,8 +57,8 @@ impl ThreadPool {
         ThreadPool::new(threads.unwrap_or_else(usable_cores))
     }
 
-    /// Lets products with weights in graphs of ours take numbers of 16 bits of significand, where the processor has a unit that
-    /// is quicker with them (`ops::wants_matrix_unit`).
+    /// Lets products with weights in graphs of ours take rounded numbers, where the processor is quicker with them
+    /// (`ops::wants_fast_products`).
     pub fn rounding(mut self, rounded: bool) -> ThreadPool {
         self.rounded = rounded;
         self

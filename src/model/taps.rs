@@ -133,43 +133,58 @@ impl<'w> Walk<'w> {
     }
 }
 
-/// What is asked of hidden states: see [`ops::Compare`].
-#[derive(Clone, Copy, Debug)]
+/// What is asked of the policies of hidden states: see [`ops::Compare`].
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Question<'q> {
-    /// The token taken at each column.
+    /// The token taken at each place.
     pub taken: Option<&'q [i32]>,
-    /// Columns come in groups of this many; each is compared with the last of its group.
-    pub group: usize,
     /// Likeliest tokens.
     pub top_k: usize,
 }
 
 impl Engine {
-    /// The policies of hidden states `[D, C]` at temperature 1: `softmax(h E_u^T)`, as they stand; E_u with the
-    /// adapter's term, where it has one.
+    /// The policies at S places through the unembedding (with the adapter's term, where it has one) at temperature 1:
+    /// `softmax(h E_u^T)` of the hidden states as they stand, `[D, S]` in each of `hidden`, all compared with the last of
+    /// them. Column `i * hidden.len() + m` of the answers is `hidden[m]` at place `i`.
+    ///
+    /// Memory: the columns of one pass over the vocabulary at a time ([`ops::pass_columns`]).
     pub fn policies(
         &mut self,
         model: &Model,
         lora: Option<&Lora>,
-        hidden: &[f32],
-        question: &Question<'_>,
+        hidden: &[&[f32]],
+        question: Question<'_>,
     ) -> Result<Answers> {
-        let d = model.config().n_embd;
-        let columns = hidden.len() / d;
-        let arena = Arena::new(16);
-        let mut graph = Graph::new(&arena);
-        let h = arena.input("hidden", Type::F32, &[d, columns]);
-        let mut inputs = vec![(h, Input::F32(hidden))];
-        let taken = question.taken.map(|tokens| {
-            let node = arena.input("taken", Type::I32, &[columns]);
-            inputs.push((node, Input::I32(tokens)));
-            node
-        });
-        let wanted = Compare { taken, group: question.group, top_k: question.top_k };
-        let node = ops::policies(&arena, model.head(&arena, h, lora), wanted).values;
-        graph.output(node);
-        let computed = self.executor().run(&graph, &inputs)?;
-        Ok(Answers::new(computed.f32(node), question.top_k))
+        let (d, group) = (model.config().n_embd, hidden.len());
+        let places = hidden[0].len() / d;
+        let mut answers = Answers::new(Vec::new(), question.top_k);
+        let step = ops::pass_columns(group) / group;
+        for first in (0..places).step_by(step) {
+            let n = step.min(places - first);
+            let columns: Vec<f32> = (first..first + n)
+                .flat_map(|i| hidden.iter().flat_map(move |h| &h[i * d..(i + 1) * d]))
+                .copied()
+                .collect(); // [D, group * n]
+            let taken: Option<Vec<i32>> = question.taken.map(|tokens| {
+                let repeated = |&token| std::iter::repeat_n(token, group);
+                tokens[first..first + n].iter().flat_map(repeated).collect()
+            });
+            let arena = Arena::new(16);
+            let mut graph = Graph::new(&arena);
+            let h = arena.input("hidden", Type::F32, &[d, group * n]);
+            let mut inputs = vec![(h, Input::F32(&columns))];
+            let taken = taken.as_ref().map(|tokens| {
+                let node = arena.input("taken", Type::I32, &[group * n]);
+                inputs.push((node, Input::I32(tokens)));
+                node
+            });
+            let wanted = Compare { taken, group, top_k: question.top_k };
+            let node = ops::policies(&arena, model.head(&arena, h, lora), wanted).values;
+            graph.output(node);
+            let computed = self.executor().run(&graph, &inputs)?;
+            answers.append(computed.f32(node));
+        }
+        Ok(answers)
     }
 
     /// Hidden states `[D, C]` after the norm that stands before the unembedding.

@@ -55,7 +55,7 @@ pub use logprob::{Logprob, linear_logprob, logprob_tiles_bytes};
 pub use low_rank::add_low_rank;
 pub(crate) use low_rank::factor_product;
 pub use norm::{rms_norm, rms_norm_back};
-pub use policies::{Answers, Compare, Policies, policies};
+pub use policies::{Answers, Compare, Policies, pass_columns, policies};
 pub use products::{ProductKernel, faster_from, product};
 pub(crate) use products::{weight_product, wide_from, wide_product};
 pub use rows::scale_rows;

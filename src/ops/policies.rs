@@ -72,6 +72,11 @@ impl Answers {
         Answers { values, width: FIXED + 2 * top_k }
     }
 
+    /// Puts the values of further columns behind these, of the same `top_k`.
+    pub fn append(&mut self, values: Vec<f32>) {
+        self.values.extend(values);
+    }
+
     /// Number of columns.
     pub fn len(&self) -> usize {
         self.values.len() / self.width.max(1)
@@ -205,7 +210,8 @@ pub fn policies<'a>(arena: &'a Arena, head: Head<'a>, wanted: Compare<'a>) -> Po
     Policies { values: arena.custom(shape, &sources, kernel, params) }
 }
 
-fn pass_columns(group: usize) -> usize {
+/// Columns, in groups of `group`, that one pass over the vocabulary serves: as many cost one reading of it.
+pub fn pass_columns(group: usize) -> usize {
     (PASS_COLUMNS / group).max(1) * group
 }
 

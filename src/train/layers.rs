@@ -5,8 +5,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::Trainer;
 use super::source::{Source, With};
+use super::{Settings, Trainer};
 use crate::analysis::{self, Probe, Sample};
 use crate::model::{Engine, Lora, Model};
 use crate::rollout::{Request, Rollouts};
@@ -14,6 +14,9 @@ use crate::{Error, Result};
 
 /// Prompts that are answered for it.
 const PROMPTS: u64 = 16;
+/// Tokens that are looked at in one go, at most: enough for weights to be read at a few bytes a token, few enough for the hidden
+/// states of all layers, which are kept until the end.
+const TOKENS: usize = 512;
 /// Keeps the random numbers of these answers apart from those of training and evaluation.
 const STREAM: u64 = 2 << 48;
 
@@ -67,6 +70,18 @@ impl std::str::FromStr for LayerChoice {
                 .map_err(|_| format!("expected auto or a layer from 1, got '{text}'")),
         }
     }
+}
+
+/// Tokens that are looked at in one go at most, and how many of them are of answers, where the longest prompt with its answer, and
+/// the longest answer, have so many.
+pub(super) fn look_tokens(settings: &Settings, [whole, answer]: [usize; 2]) -> [usize; 2] {
+    let all = PROMPTS as usize;
+    let tokens = budget(settings).max(whole).min(all * whole);
+    [tokens, tokens.min(all * answer)]
+}
+
+fn budget(settings: &Settings) -> usize {
+    settings.micro_batch_tokens.min(TOKENS)
 }
 
 /// What answers the first training prompts.
@@ -150,9 +165,8 @@ pub(super) fn find(
     if let Some(rollouts) = source.rollouts().filter(|_| on_gpu) {
         rollouts.release();
     }
-    let budget = c.micro_batch_tokens;
-    let sums =
-        analysis::sums(engine, model, Some(lora), &samples, c.final_norm, budget, with.team)?;
+    let (norm, budget) = (c.final_norm, budget(c));
+    let sums = analysis::sums(engine, model, Some(lora), &samples, norm, budget, with.team)?;
     if on_gpu {
         engine.release();
     }
@@ -198,7 +212,7 @@ impl Trainer<'_> {
         self.end_rollouts()?;
         let c = &self.settings;
         let (layer, norm) = (c.internal_layer, c.final_norm);
-        let (learner, budget) = (&mut self.learner, c.micro_batch_tokens);
+        let (learner, budget) = (&mut self.learner, budget(c));
         let (engine, lora) = (&mut learner.engine, Some(&learner.lora));
         let probe = analysis::probe(
             engine,

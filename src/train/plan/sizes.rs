@@ -2,6 +2,7 @@
 //! constants and graphs of the code that will take it; where llama.cpp takes it, from its graphs as they are known.
 
 use crate::Result;
+use crate::analysis::measure_bytes;
 use crate::ggml::Device;
 use crate::model::{
     Activations, AdapterShape, Largest, LayerConfig, Model, activations, kept_bytes,
@@ -9,6 +10,7 @@ use crate::model::{
 use crate::ops::{ScratchShape, distill_tiles_bytes, logprob_tiles_bytes, scratch_bytes};
 use crate::reward::JudgeMemory;
 use crate::rollout::RolloutSizes;
+use crate::train::layers::look_tokens;
 use crate::train::memory::resident_besides;
 use crate::train::start::new_critic;
 use crate::train::teacher::TeacherModel;
@@ -161,6 +163,24 @@ impl<'s> Sizes<'s> {
     pub fn critic(&self, tokens: usize) -> Result<Option<usize>> {
         let critic = new_critic(self.settings, self.model)?;
         Ok(critic.map(|critic| critic.n_bytes() + 4 * self.model.config().n_embd * tokens))
+    }
+
+    /// What looking at the layers takes beyond what an update of these `activations` takes on the host, whose results are given back
+    /// before; none where a run does not look. The layer is looked for before residuals are there.
+    pub fn look(&self, activations: Activations) -> Result<usize> {
+        let (c, longest) = (self.settings, self.longest());
+        let answer = if self.facts.longest_row.is_some() { longest } else { c.max_response };
+        let [tokens, picked] = look_tokens(c, [longest, answer]);
+        let there = if c.entropy_every > 0 {
+            on_host(activations) - activations.kept
+        } else if c.options.internal_layer == Some(LayerChoice::Auto) && c.internal_steps > 0 {
+            on_host(activations)
+        } else {
+            return Ok(0);
+        };
+        let layer = self.activations(Largest { tokens, trained: 1, scored: 1 }, false)?.scratch;
+        let bytes = measure_bytes(self.model.config(), tokens, picked) + layer;
+        Ok(bytes.saturating_sub(there))
     }
 
     /// What is added to the embeddings of a micro batch.
