@@ -16,6 +16,8 @@ loss keeps them equally busy. All experts are computed here, so that this takes 
 
 With --hybrid three layers of four are gated delta nets, and the fourth has gated attention (Qwen3.5).
 
+With --wide the model is 4 layers of width 256, whose rows are long enough for K quants; twice the time a step.
+
 With --dialogues it learns two kinds of dialogues instead, each badly on purpose, for `train --env`: env:guess (task:guess: half of
 its guesses are anywhere, half somewhere between the bounds) and env:calculator on task:mul (one in five problems with the
 tool, the others by heart, which it cannot). 6 layers, a template that names the tools, --steps steps and no target.
@@ -480,13 +482,14 @@ def train(a):
     raise SystemExit(f"accuracy {accuracy:.3f} after {a.steps} steps, below --target {a.target}: raise --steps or --lr")
 
 def main():
-    global EXPERTS, USED, HYBRID, DIALOGUES, L
+    global EXPERTS, USED, HYBRID, DIALOGUES, L, D, H, KV, FF
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=OUT); ap.add_argument("--check", type=Path, help="measure this file, train nothing")
     ap.add_argument("--seed", type=int, default=1); ap.add_argument("--threads", type=int, default=1)
     ap.add_argument("--dialogues", nargs="?", const="both", choices=["both", "games"], help="games and tool calls instead of sums, or games alone; wants --out and --steps (600 do)")
     ap.add_argument("--experts", type=int, default=0, help="experts of each FFN (0 = one FFN)"); ap.add_argument("--used", type=int, default=USED, help="experts of a token")
     ap.add_argument("--hybrid", action="store_true", help="gated delta nets in three layers of four (not with --experts)")
+    ap.add_argument("--wide", action="store_true", help="4 layers of width 256 (not with another option of the model)")
     ap.add_argument("--target", type=float, default=0.40, help="held-out accuracy at which to stop")
     ap.add_argument("--near", type=float, default=0.33, help="held-out accuracy from which on to slow down")
     ap.add_argument("--slow", type=float, default=0.1, help="the rate then, as a part of --lr"); ap.add_argument("--decay", type=int, default=50, help="steps it takes to slow down")
@@ -499,6 +502,10 @@ def main():
     EXPERTS, USED, HYBRID = a.experts, a.used, a.hybrid
     if EXPERTS and HYBRID:
         raise SystemExit("--experts and --hybrid: one of them")
+    if a.wide:
+        if EXPERTS or HYBRID or a.dialogues:
+            raise SystemExit("--wide stands alone")
+        L, D, H, KV, FF = 4, 256, 8, 4, 768
     check_merges()
     if a.dialogues:
         DIALOGUES, L = True, 6

@@ -17,6 +17,8 @@ use super::page::{Page, Part, Section};
 use crate::data::jsonl::JsonLines;
 use crate::{Error, Result};
 
+/// Colours of arms; the last one, grey, is for what was before.
+const ARM_COLOURS: usize = COLOURS.len() - 1;
 /// Curves with at most so many points get bars of their intervals.
 const MOST_BARS: usize = 15;
 
@@ -66,7 +68,7 @@ pub fn of_study(path: &Path) -> Result<Page> {
         in_order(runs.iter().flat_map(|run| run.curves.keys().map(String::as_str)))
             .into_iter()
             .partition(|key| !key.starts_with("layers "));
-    let over_steps = lines.iter().map(|key| over_steps(key, &arms, &runs));
+    let of_steps = |key: &&str| Part::Chart(over_steps(key, &arms, &runs));
     let mut sections = vec![Section {
         title: "What came out".into(),
         text: "Means over seeds, with 95 % intervals by Student's t. Below: differences from the first row, seed by seed."
@@ -77,15 +79,23 @@ pub fn of_study(path: &Path) -> Result<Page> {
         sections.push(Section {
             title: "Step by step".into(),
             text: "Means over seeds; bars are 95 % intervals.".into(),
-            parts: std::iter::once(Part::Smoothing).chain(over_steps.map(Part::Chart)).collect(),
+            parts: std::iter::once(Part::Smoothing).chain(lines.iter().map(of_steps)).collect(),
         });
     }
     if !layers.is_empty() {
         sections.push(Section {
             title: "Layer by layer".into(),
-            text: "At the last look of each run; dashed: at the first look of the first arm."
+            text: "At the last look of each run (dashed grey: at the first look of the first arm that looked), and on average over layers from \
+                   look to look."
                 .into(),
-            parts: layers.iter().map(|key| Part::Chart(by_layer(key, &arms, &runs))).collect(),
+            parts: layers
+                .iter()
+                .flat_map(|key| {
+                    let many = runs.iter().any(|run| looks(run, key) > 1);
+                    let over_time = many.then(|| of_steps(key));
+                    std::iter::once(Part::Chart(by_layer(key, &arms, &runs))).chain(over_time)
+                })
+                .collect(),
         });
     }
     Ok(Page {
@@ -157,20 +167,60 @@ fn named(key: &str) -> String {
     key.replace('_', " ")
 }
 
-/// A curve of every arm over the steps.
+/// Points of a run's curve.
+fn looks(run: &Run, key: &str) -> usize {
+    run.curves.get(key).and_then(Value::as_array).map_or(0, Vec::len)
+}
+
+/// What a curve is called, and what runs up: in words where the driver's keys are known.
+fn words(key: &str) -> (String, String) {
+    let (title, y) = match key {
+        "reward" => ("Mean reward", "reward"),
+        "accuracy" => ("Accuracy on held-out problems", "share right"),
+        "response_tokens" => ("Length of answers", "tokens"),
+        "truncated" => ("Answers cut off at the limit", "share"),
+        "repetition" => ("Repetition", "share of runs of four characters said before"),
+        "perplexity" => ("Perplexity of the base model's answers", "perplexity"),
+        "final_entropy" => ("Entropy of the final policy on the base model's answers", "nats"),
+        "entropy_nats" => ("Entropy of the policy that is trained, on its own answers", "nats"),
+        "drift_nats" => ("Drift between rollout and update", "nats"),
+        "kl_nats" => ("KL to the reference", "nats"),
+        "layers layer_out" => ("Entropy of the layers' own policies", "nats"),
+        "layers dH_ffn" => ("Change of entropy by FFNs", "nats"),
+        "layers kl_to_final" => ("KL of the layers' policies to the final one", "nats"),
+        "layers cos_later" => ("Cosine of the internal layer with those above it", "cosine"),
+        _ => return (named(key), named(key)),
+    };
+    (title.into(), y.into())
+}
+
+/// A curve of every arm over the steps; of what has a number for each layer, the mean over layers.
 fn over_steps(key: &str, arms: &[&str], runs: &[Run]) -> Chart {
     let series = arms.iter().enumerate().filter_map(|(i, arm)| {
         let mut at: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for run in runs.iter().filter(|run| run.arm == *arm) {
             for point in run.curves.get(key).and_then(Value::as_array).into_iter().flatten() {
-                if let (Some(step), Some(y)) = (point[0].as_u64(), point[1].as_f64()) {
+                let y = point[1].as_f64().or_else(|| {
+                    let layers: Vec<f64> =
+                        point[1].as_array()?.iter().filter_map(Value::as_f64).collect();
+                    Estimate::of(&layers).map(|e| e.mean)
+                });
+                if let (Some(step), Some(y)) = (point[0].as_u64(), y) {
                     at.entry(step).or_default().push(y);
                 }
             }
         }
         series(arm, i, at.into_iter().map(|(step, values)| (step as f64, values)))
     });
-    chart(key, "step", series.collect())
+    let chart = chart(key, "step", series.collect());
+    match key.starts_with("layers ") {
+        true => Chart {
+            id: format!("{}-steps", chart.id),
+            title: format!("{}, mean over layers", chart.title),
+            ..chart
+        },
+        false => chart,
+    }
 }
 
 /// The values by layer at the last look of each arm, and at the first one of the first.
@@ -188,10 +238,16 @@ fn by_layer(key: &str, arms: &[&str], runs: &[Run]) -> Chart {
         at
     };
     let points = |look: BTreeMap<usize, Vec<f64>>| look.into_iter().map(|(l, v)| (l as f64, v));
-    let before = series("before", COLOURS.len() - 1, points(look(arms[0], false)));
+    let first = arms.iter().map(|arm| look(arm, false)).find(|at| !at.is_empty());
+    let before = series("before", 0, points(first.unwrap_or_default())).map(|before| Series {
+        colour: ARM_COLOURS,
+        dashed: true,
+        ..before
+    });
     let after =
         arms.iter().enumerate().filter_map(|(i, arm)| series(arm, i, points(look(arm, true))));
-    chart(key, "layer", before.map(Series::dashed).into_iter().chain(after).collect())
+    let x = if key == "layers cos_later" { "layers above the internal one" } else { "layer" };
+    chart(key, x, before.into_iter().chain(after).collect())
 }
 
 fn series(arm: &str, i: usize, points: impl Iterator<Item = (f64, Vec<f64>)>) -> Option<Series> {
@@ -199,24 +255,25 @@ fn series(arm: &str, i: usize, points: impl Iterator<Item = (f64, Vec<f64>)>) ->
         points.filter_map(|(x, values)| Some((x, Estimate::of(&values)?))).collect();
     let mut series = Series::new(
         arm,
-        i % COLOURS.len(),
+        i % ARM_COLOURS,
         estimates.iter().map(|(x, e)| (*x, Some(e.mean))).collect(),
     );
     if estimates.len() <= MOST_BARS && estimates.iter().any(|(_, e)| e.half.is_some()) {
         series.errors = Some(estimates.iter().map(|(_, e)| e.half.unwrap_or(0.0)).collect());
     }
     // Beyond the colours that are told apart, dashes tell.
-    let series = if i >= COLOURS.len() { series.dashed() } else { series };
+    let series = if i >= ARM_COLOURS { series.dashed() } else { series };
     (!estimates.is_empty()).then_some(series)
 }
 
 fn chart(key: &str, x: &str, series: Vec<Series>) -> Chart {
+    let (title, y) = words(key);
     Chart {
         id: key.replace([' ', '/'], "-"),
-        title: named(key),
+        title,
         caption: String::new(),
         x: x.into(),
-        y: named(key),
+        y,
         body: Body::Lines { series, marks: Vec::new(), zero: false },
     }
 }
@@ -308,7 +365,7 @@ mod tests {
         let charts: Vec<&Chart> = page.charts().collect();
         assert_eq!(
             charts.iter().map(|c| c.id.as_str()).collect::<Vec<_>>(),
-            ["reward", "layers-dH"]
+            ["reward", "layers-dH", "layers-dH-steps"]
         );
         let Body::Lines { series, .. } = &charts[0].body else { panic!() };
         assert_eq!(series[1].points, [(1.0, Some(0.1)), (2.0, Some(0.7))]);
@@ -318,6 +375,8 @@ mod tests {
             ["before", "a", "b"]
         );
         assert!(series[0].dashed && series[2].points[1] == (2.0, Some(0.7)));
+        let Body::Lines { series, .. } = &charts[2].body else { panic!() };
+        assert_eq!(series[0].points, [(1.0, Some(0.0)), (9.0, Some(0.8))]);
     }
 
     #[test]

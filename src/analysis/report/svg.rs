@@ -1,5 +1,7 @@
 //! Charts as SVG files for papers, by plotters: black on white.
 
+use plotters::coord::Shift;
+use plotters::element::DashedPathElement;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -32,10 +34,14 @@ fn rgb((r, g, b): (u8, u8, u8)) -> RGBColor {
 type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 
 fn lines(out: &mut String, chart: &Chart, series: &[Series], marks: &[Mark], zero: bool) -> Drawn {
-    let root = SVGBackend::with_string(out, SIZE).into_drawing_area();
+    // Names stand beside the curves, where they hide none.
+    let longest = series.iter().map(|s| s.name.chars().count()).max().unwrap_or(0) as u32;
+    let names = if series.len() > 1 { 36 + 7 * longest } else { 0 };
+    let root = SVGBackend::with_string(out, (SIZE.0 + names, SIZE.1)).into_drawing_area();
     root.fill(&WHITE)?;
+    let (left, right) = root.split_horizontally(SIZE.0);
     let [x, y] = Body::bounds(series, zero);
-    let mut plane = ChartBuilder::on(&root)
+    let mut plane = ChartBuilder::on(&left)
         .caption(&chart.title, ("sans-serif", 20))
         .margin(14)
         .x_label_area_size(44)
@@ -75,26 +81,36 @@ fn lines(out: &mut String, chart: &Chart, series: &[Series], marks: &[Mark], zer
             });
             plane.draw_series(bars.collect::<Vec<_>>())?;
         }
-        let drawn = if s.dashed {
-            plane.draw_series(DashedLineSeries::new(points.clone(), 7, 4, style))?
+        if s.dashed {
+            plane.draw_series(DashedLineSeries::new(points.clone(), 7, 4, style))?;
         } else {
-            plane.draw_series(LineSeries::new(points.clone(), style))?
-        };
-        drawn.label(&s.name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+            plane.draw_series(LineSeries::new(points.clone(), style))?;
+        }
         if points.len() <= 60 {
             plane.draw_series(points.iter().map(|&p| Circle::new(p, 3, ink.filled())))?;
         }
     }
-    if series.len() > 1 {
-        plane
-            .configure_series_labels()
-            .background_style(WHITE.mix(0.85))
-            .border_style(RGBColor(200, 200, 200))
-            .label_font(("sans-serif", 13))
-            .position(SeriesLabelPosition::UpperRight)
-            .draw()?;
+    if names > 0 {
+        legend(&right, series)?;
     }
     root.present()?;
+    Ok(())
+}
+
+/// Names of curves, each behind a stroke of its own.
+fn legend(area: &DrawingArea<SVGBackend<'_>, Shift>, series: &[Series]) -> Drawn {
+    for (s, y) in series.iter().zip((56..).step_by(20)) {
+        let style = rgb(COLOURS[s.colour % COLOURS.len()]).stroke_width(2);
+        let stroke = [(0, y), (22, y)];
+        if s.dashed {
+            area.draw(&DashedPathElement::new(stroke, 7, 4, style))?;
+        } else {
+            area.draw(&PathElement::new(stroke, style))?;
+        }
+        let font = ("sans-serif", 13).into_font().color(&BLACK);
+        let font = font.pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw(&Text::new(s.name.clone(), (28, y), font))?;
+    }
     Ok(())
 }
 
