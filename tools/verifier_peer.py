@@ -193,7 +193,7 @@ def rows():
 def ours(program, table):
     text = "".join(json.dumps({"gold": gold, "completion": completion}) + "\n" for _, gold, completion, _ in table)
     out = subprocess.run([*program, "verify"], input=text, capture_output=True, text=True, check=True).stdout
-    lines = [json.loads(line) for line in out.splitlines()]
+    lines = [json.loads(line) for line in filter(None, out.split("\n"))]
     return [line["equal"] for line in lines], [line["reason"] for line in lines]
 
 
