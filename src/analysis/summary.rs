@@ -208,7 +208,8 @@ const LEAST_AGREEMENT: f64 = 0.15;
 const MOST_KL: f64 = 10.0;
 
 /// Whether a layer's policy has to do with what the model says in the end, so that to optimise it is to optimise that:
-/// it has the final policy's likeliest token for at least 15 % of the tokens, and is at most 10 nats from it.
+/// it has the final policy's likeliest token for at least 15 % of the tokens, and is at most 10 nats from it. The bounds tell
+/// apart the layers of docs/EXPERIMENTS.md's entropy flow by family that say something and those whose size decides.
 pub fn means_something(layer: &LayerMeans) -> bool {
     layer.get(Figure::Top1Agrees).mean >= LEAST_AGREEMENT
         && layer.get(Figure::KlToFinal).mean <= MOST_KL

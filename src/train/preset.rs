@@ -60,7 +60,9 @@ impl Size {
     }
 
     /// Learning rate of an adapter. Adapters want about ten times the rate of full fine-tuning, larger models less
-    /// than smaller ones; those of rows and teachers were measured on 135 million parameters (`docs/MATHS.md`).
+    /// than smaller ones; those of rows and teachers were measured on 135 million parameters (`docs/MATHS.md`). From rewards, by
+    /// `docs/EXPERIMENTS.md`: 1e-3 is what the adder learnt at; at 1e-4 with one update a step SmolLM2 135M learnt and Gemma 3 270M
+    /// lost the form of its answers, so that it is half of that for the two updates of a step.
     pub fn lr(self, algo: Algorithm) -> f32 {
         let [tiny, b06, b17, b4, b8] = match algo {
             Algorithm::Sft => [1e-3, 2e-4, 2e-4, 1e-4, 1e-4],
