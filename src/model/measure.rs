@@ -8,7 +8,7 @@ use crate::Result;
 use crate::ggml::{Arena, Graph, Shape, Tensor, TensorSet, Type};
 
 /// Bytes of activations of a micro batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Activations {
     /// The residuals between layers, two cotangents, the head's gradient: as `Engine` keeps them.
     pub kept: usize,

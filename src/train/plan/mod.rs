@@ -17,7 +17,7 @@ use super::start::take_adapter;
 use super::teacher::TeacherModel;
 use super::{Facts, Settings, TrainConfig};
 use crate::ggml::Device;
-use crate::model::{Activations, Model};
+use crate::model::Model;
 use crate::rollout::Decoding;
 use crate::{Error, Result};
 
@@ -302,13 +302,8 @@ fn beside_a_card(sizes: &Sizes<'_>) -> Result<Vec<Part>> {
 /// What lies in the host's memory wherever the model computes.
 fn in_either_case(sizes: &Sizes<'_>, on_card: bool) -> Result<Vec<Part>> {
     let Sizes { settings: c, facts, work, .. } = *sizes;
-    let largest = sizes.largest(c.micro_batch_tokens);
     let mut parts = Vec::new();
-    let activations = match on_card {
-        true => Activations::default(),
-        false => sizes.activations(largest, false)?,
-    };
-    let looks = sizes.look(activations)?;
+    let looks = sizes.look(on_card)?;
     if looks > 0 {
         let what = "hidden states of all layers, while they are looked at".into();
         parts.push(part("looks", looks as u64, what, "lower --max-response"));
@@ -317,7 +312,7 @@ fn in_either_case(sizes: &Sizes<'_>, on_card: bool) -> Result<Vec<Part>> {
         let what = format!("gradients of micro batches until {} ranks add them up", facts.ranks);
         parts.push(part("ranks", sizes.ranks() as u64, what, "lower --rank"));
     }
-    if let Some(bytes) = sizes.critic(largest.tokens)? {
+    if let Some(bytes) = sizes.critic(sizes.largest(c.micro_batch_tokens).tokens)? {
         let what = "value heads, a residual as they read it".into();
         parts.push(part("critic", bytes as u64, what, "lower --micro-batch-tokens"));
     }

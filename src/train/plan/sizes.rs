@@ -111,8 +111,14 @@ impl<'s> Sizes<'s> {
     /// Layers that the run computes, at most: all of them where the internal one is looked for.
     pub fn depth(&self) -> usize {
         let (c, n_layer) = (self.settings, self.model.config().n_layer);
-        let looks = c.options.internal_layer == Some(LayerChoice::Auto);
-        if c.steps <= c.internal_steps && !looks { c.internal_layer } else { n_layer }
+        let internal = c.steps <= c.internal_steps && !self.finds_layer();
+        if internal { c.internal_layer } else { n_layer }
+    }
+
+    /// Whether the internal layer is looked for when the run begins.
+    fn finds_layer(&self) -> bool {
+        let c = self.settings;
+        c.options.internal_layer == Some(LayerChoice::Auto) && c.internal_steps > 0
     }
 
     /// Residuals and one layer's graph.
@@ -165,19 +171,24 @@ impl<'s> Sizes<'s> {
         Ok(critic.map(|critic| critic.n_bytes() + 4 * self.model.config().n_embd * tokens))
     }
 
-    /// What looking at the layers takes beyond what an update of these `activations` takes on the host, whose results are given back
-    /// before; none where a run does not look. The layer is looked for before residuals are there.
-    pub fn look(&self, activations: Activations) -> Result<usize> {
-        let (c, longest) = (self.settings, self.longest());
+    /// What looking at the layers takes beyond what an update takes of the host's memory, whose results are given back before; none
+    /// where a run does not look. The layer is looked for before residuals are there.
+    pub fn look(&self, on_card: bool) -> Result<usize> {
+        let c = self.settings;
+        let again = c.entropy_every > 0;
+        if !again && !self.finds_layer() {
+            return Ok(0);
+        }
+        let there = match on_card {
+            true => 0,
+            false => {
+                let update = self.activations(self.largest(c.micro_batch_tokens), false)?;
+                on_host(update) - if again { update.kept } else { 0 }
+            }
+        };
+        let longest = self.longest();
         let answer = if self.facts.longest_row.is_some() { longest } else { c.max_response };
         let [tokens, picked] = look_tokens(c, [longest, answer]);
-        let there = if c.entropy_every > 0 {
-            on_host(activations) - activations.kept
-        } else if c.options.internal_layer == Some(LayerChoice::Auto) && c.internal_steps > 0 {
-            on_host(activations)
-        } else {
-            return Ok(0);
-        };
         let layer = self.activations(Largest { tokens, trained: 1, scored: 1 }, false)?.scratch;
         let bytes = measure_bytes(self.model.config(), tokens, picked) + layer;
         Ok(bytes.saturating_sub(there))
