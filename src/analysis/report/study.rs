@@ -30,6 +30,13 @@ struct Run {
     curves: serde_json::Map<String, Value>,
 }
 
+impl Run {
+    /// Points of a curve; none of one that it lacks.
+    fn curve(&self, key: &str) -> &[Value] {
+        self.curves.get(key).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+    }
+}
+
 /// What the runs of an arm say of one figure.
 struct Estimate {
     mean: f64,
@@ -91,7 +98,7 @@ pub fn of_study(path: &Path) -> Result<Page> {
             parts: layers
                 .iter()
                 .flat_map(|key| {
-                    let many = runs.iter().any(|run| looks(run, key) > 1);
+                    let many = runs.iter().any(|run| run.curve(key).len() > 1);
                     let over_time = many.then(|| of_steps(key));
                     std::iter::once(Part::Chart(by_layer(key, &arms, &runs))).chain(over_time)
                 })
@@ -167,11 +174,6 @@ fn named(key: &str) -> String {
     key.replace('_', " ")
 }
 
-/// Points of a run's curve.
-fn looks(run: &Run, key: &str) -> usize {
-    run.curves.get(key).and_then(Value::as_array).map_or(0, Vec::len)
-}
-
 /// What a curve is called, and what runs up: in words where the driver's keys are known.
 fn words(key: &str) -> (String, String) {
     let (title, y) = match key {
@@ -199,7 +201,7 @@ fn over_steps(key: &str, arms: &[&str], runs: &[Run]) -> Chart {
     let series = arms.iter().enumerate().filter_map(|(i, arm)| {
         let mut at: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
         for run in runs.iter().filter(|run| run.arm == *arm) {
-            for point in run.curves.get(key).and_then(Value::as_array).into_iter().flatten() {
+            for point in run.curve(key) {
                 let y = point[1].as_f64().or_else(|| {
                     let layers: Vec<f64> =
                         point[1].as_array()?.iter().filter_map(Value::as_f64).collect();
@@ -223,13 +225,13 @@ fn over_steps(key: &str, arms: &[&str], runs: &[Run]) -> Chart {
     }
 }
 
-/// The values by layer at the last look of each arm, and at the first one of the first.
+/// The values by layer at the last look of each arm, and at the first one of the first arm that looked.
 fn by_layer(key: &str, arms: &[&str], runs: &[Run]) -> Chart {
     let look = |arm: &str, last: bool| -> BTreeMap<usize, Vec<f64>> {
         let mut at: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
         for run in runs.iter().filter(|run| run.arm == arm) {
-            let looks = run.curves.get(key).and_then(Value::as_array);
-            let chosen = looks.and_then(|l| if last { l.last() } else { l.first() });
+            let looks = run.curve(key);
+            let chosen = if last { looks.last() } else { looks.first() };
             let values = chosen.and_then(|look| look[1].as_array());
             for (i, y) in values.into_iter().flatten().enumerate() {
                 at.entry(i + 1).or_default().extend(y.as_f64());
