@@ -179,3 +179,14 @@ pub(super) fn with_scratch<R>(n: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         f(&mut scratch[..n])
     })
 }
+
+/// Numbers between -1 and 1 for tests of products, the same for the same seed.
+#[cfg(test)]
+pub(super) fn values(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    (0..n).map(|_| next()).collect()
+}

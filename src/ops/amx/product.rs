@@ -135,18 +135,8 @@ fn add(c: &mut [f32], sums: &[f32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::gemm::Matrix;
+    use super::super::super::gemm::{Matrix, values};
     use super::*;
-
-    fn values(n: usize, seed: usize) -> Vec<f32> {
-        let mut state = seed as u64;
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
 
     /// The largest error, over the root of the sum of squares of what is summed up.
     fn error<const P: usize>(sizes: [usize; 3], b_rows: bool, keep: bool, alpha: f32) -> f64 {

@@ -266,19 +266,10 @@ unsafe fn whole<S: Pairs>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::gemm::Matrix;
+    use super::super::super::gemm::{Matrix, values};
     use super::super::super::linear::Weight;
     use super::*;
     use crate::ggml::Type;
-
-    fn values(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
 
     /// The largest error, over what rounding allows: half a unit of every number's block. `b(k, n)` is what `factor` stands for, as
     /// whole numbers of its own or not.
