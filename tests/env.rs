@@ -2,6 +2,8 @@
 
 #[path = "common/program.rs"]
 mod program;
+#[path = "common/logs.rs"]
+mod logs;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use bupo_gguf::ggml::ThreadPool;
 use bupo_gguf::llama::Products;
 use bupo_gguf::model::{Lora, Model, Targets};
 use bupo_gguf::rollout::{Answer, Encoder, RolloutOptions, Rollouts, Sampling};
+use logs::timeless;
 use program::{fail, json_lines, run, succeed, text};
 use serde_json::{Value, json};
 
@@ -450,16 +453,11 @@ fn words(args: &[String]) -> Vec<&str> {
 
 /// What a run leaves, apart from what a clock says.
 fn left(out: &Path) -> (Vec<u8>, Vec<u8>, String, Vec<Value>) {
-    let mut metrics = json_lines(&out.join("metrics.jsonl"));
-    for record in &mut metrics {
-        let fields = record.as_object_mut().unwrap();
-        fields.retain(|key, _| !key.ends_with("seconds") && !key.ends_with("_per_s"));
-    }
     (
         std::fs::read(out.join("adapter.gguf")).unwrap(),
         std::fs::read(out.join("checkpoints/step-4/state.safetensors")).unwrap(),
         std::fs::read_to_string(out.join("completions.jsonl")).unwrap(),
-        metrics,
+        timeless(&out.join("metrics.jsonl")),
     )
 }
 

@@ -4,12 +4,16 @@
 //! `BUPO_MPIRUN`.
 #![cfg(feature = "mpi")]
 
+#[path = "common/logs.rs"]
+mod logs;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use logs::timeless;
+use serde_json::Value;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_bupo-gguf");
 
@@ -67,19 +71,13 @@ fn succeeded(output: Output, what: &str) {
 }
 
 /// Lines of a log without what a clock or the number of ranks says.
-fn lines(path: &Path) -> Vec<Map<String, Value>> {
-    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let timeless = |line: &str| {
-        let mut line: Map<String, Value> = serde_json::from_str(line).unwrap();
-        line.retain(|key, _| {
-            key != "ranks"
-                && !key.starts_with("comm_")
-                && !key.ends_with("seconds")
-                && !key.ends_with("tokens_per_s")
-        });
-        line
-    };
-    text.lines().map(timeless).collect()
+fn lines(path: &Path) -> Vec<Value> {
+    let mut lines = timeless(path);
+    for line in &mut lines {
+        let fields = line.as_object_mut().unwrap();
+        fields.retain(|key, _| key != "ranks" && !key.starts_with("comm_"));
+    }
+    lines
 }
 
 /// What a run of so many steps learnt, and what it said of it.
@@ -87,8 +85,8 @@ fn lines(path: &Path) -> Vec<Map<String, Value>> {
 struct Learnt {
     adapter: Vec<u8>,
     state: Vec<u8>,
-    metrics: Vec<Map<String, Value>>,
-    completions: Vec<Map<String, Value>>,
+    metrics: Vec<Value>,
+    completions: Vec<Value>,
 }
 
 impl Learnt {
@@ -140,7 +138,7 @@ fn same_bytes(name: &str, options: &str, numbers: &[usize]) {
     let out = |n: usize| folder.path().join(format!("{n}"));
     succeeded(alone(&train(options, &out(1))), name);
     let expected = Learnt::of(&out(1), 4);
-    let learns = |line: &Map<String, Value>| line["gradient_norm"].as_f64() > Some(0.0);
+    let learns = |line: &Value| line["gradient_norm"].as_f64() > Some(0.0);
     assert!(expected.metrics.iter().any(learns), "{name}: nothing was learnt");
     for &n in numbers {
         let output = ranks(n, &train(options, &out(n)));

@@ -2,6 +2,8 @@
 //! rows that cannot be used. `tests/fixtures/golden/make_golden_objectives.py` made the figures.
 
 mod common;
+#[path = "common/logs.rs"]
+mod logs;
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -9,6 +11,7 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use common::{Golden, golden_dir, relative_error};
+use logs::timeless;
 
 fn run(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_bupo-gguf")).args(args).output().unwrap()
@@ -184,11 +187,7 @@ fn options(name: &str) -> Vec<&str> {
 
 /// What a run leaves, apart from what a clock says; sampled completions behind the records.
 fn left(out: &Path, step: u64) -> (Vec<Value>, Vec<u8>, Vec<u8>) {
-    let mut records = records(out);
-    for record in &mut records {
-        let fields = record.as_object_mut().unwrap();
-        fields.retain(|key, _| !key.ends_with("seconds") && !key.ends_with("_per_s"));
-    }
+    let mut records = timeless(&out.join("metrics.jsonl"));
     records.extend(completions(out));
     let read = |name: String| std::fs::read(out.join(name)).unwrap();
     let state = read(format!("checkpoints/step-{step}/state.safetensors"));

@@ -1,6 +1,8 @@
 //! A run goes on to the very bytes that the undisturbed one gives, whatever ended it.
 #![cfg(unix)]
 
+#[path = "common/logs.rs"]
+mod logs;
 #[path = "common/sums.rs"]
 mod sums;
 
@@ -16,6 +18,7 @@ use bupo_gguf::rollout::{Progress, PromptOptions};
 use bupo_gguf::train::{Algorithm, Observer, Resume, StepRecord, Summary};
 use bupo_gguf::{Model, Result, TrainConfig, Trainer};
 use clap::ValueEnum;
+use logs::timeless;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::Value;
@@ -89,15 +92,8 @@ impl Left {
     fn by(out: &Path, step: u64) -> Left {
         let read = |name: &str| fs::read_to_string(out.join(name)).unwrap();
         let bytes = |name: &str| fs::read(out.join(name)).unwrap();
-        let text = read("metrics.jsonl");
-        let metrics = text.lines().map(|line| {
-            let mut record: Value = serde_json::from_str(line).unwrap();
-            let fields = record.as_object_mut().unwrap();
-            fields.retain(|key, _| !key.ends_with("seconds") && !key.ends_with("_per_s"));
-            record
-        });
         Left {
-            metrics: metrics.collect(),
+            metrics: timeless(&out.join("metrics.jsonl")),
             adapter: bytes("adapter.gguf"),
             tensors: bytes(&format!("checkpoints/step-{step}/state.safetensors")),
             completions: read("completions.jsonl"),
