@@ -18,7 +18,7 @@ mod types;
 pub use backend::{Computed, Executor, Graph, Input, Rates, ThreadPool};
 pub use bytes::ByteSize;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use convert::{LARGEST, QUANTS, Quants, QuantsReader};
+pub(crate) use convert::{LARGEST, QUANTS, Quants, QuantsForm, QuantsReader};
 pub use cores::usable_cores;
 pub use device::{Device, DeviceChoice, Gpu, gpus};
 pub use mmap::MappedFile;

@@ -11,7 +11,7 @@ mod x86;
 
 use super::Type;
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{LARGEST, QUANTS, Quants, QuantsReader};
+pub(crate) use x86::{LARGEST, QUANTS, Quants, QuantsForm, QuantsReader};
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{converter, quants_reader};
 

@@ -17,7 +17,7 @@ pub(crate) struct Quants {
     pub add: f32,
 }
 
-/// The largest q, by [`QuantsReader::share`].
+/// The largest q, by [`QuantsForm::share`].
 pub(crate) const LARGEST: usize = 4096;
 
 /// Reads the whole blocks of `out.len()` times [`QUANTS`] elements at `from`, which are readable.
@@ -27,6 +27,12 @@ type ReadQuants = unsafe fn(from: *const u8, out: &mut [Quants]);
 #[derive(Clone, Copy)]
 pub(crate) struct QuantsReader {
     pub read: ReadQuants,
+    pub form: QuantsForm,
+}
+
+/// What is to be known of a row's whole numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct QuantsForm {
     /// Whether anything is ever added.
     pub adds: bool,
     /// So many [`Quants`] have one scale, and their q are at most [`LARGEST`] by as many.
@@ -38,7 +44,7 @@ pub(in crate::ggml) fn quants_reader(ty: Type) -> Option<QuantsReader> {
     let read = quants_readers(ty).into_iter().flatten().next()?;
     let adds = matches!(ty.name(), "q4_1" | "q5_1" | "q4_K" | "q5_K");
     let share = if matches!(ty.name(), "q4_K" | "q5_K") { 2 } else { 1 };
-    Some(QuantsReader { read, adds, share })
+    Some(QuantsReader { read, form: QuantsForm { adds, share } })
 }
 
 /// All that this processor has for a type, the quickest first.
@@ -237,13 +243,16 @@ mod tests {
                         vec![Quants { q: [0; QUANTS], scale: 0.0, add: 0.0 }; out.len() / QUANTS];
                     // SAFETY: as above.
                     unsafe { read(bytes.as_ptr(), &mut quants) };
-                    for parts in quants.chunks(reader.share) {
+                    for parts in quants.chunks(reader.form.share) {
                         assert!(parts.iter().all(|part| part.scale == parts[0].scale), "{ty}");
                     }
                     for (part, out) in quants.iter().zip(out.chunks_exact_mut(QUANTS)) {
-                        assert!(reader.adds || part.add == 0.0, "{ty}");
+                        assert!(reader.form.adds || part.add == 0.0, "{ty}");
                         for (q, out) in part.q.iter().zip(out) {
-                            assert!(q.unsigned_abs() as usize <= LARGEST / reader.share, "{ty}");
+                            assert!(
+                                q.unsigned_abs() as usize <= LARGEST / reader.form.share,
+                                "{ty}"
+                            );
                             *out = part.scale.mul_add(*q as f32, part.add);
                         }
                     }

@@ -15,9 +15,9 @@ use super::super::linear::steps;
 use super::super::panel::{LANES, Strided, aligned, transpose};
 use super::lanes::{Kernel, Pairs, instructions};
 use super::work::{
-    BLOCK_ROWS, DEPTH, Form, LEAST, PAIRS, Part, QUANTS_FLOATS, VECTORS, load, pack, panels, store,
+    BLOCK_ROWS, DEPTH, LEAST, PAIRS, Part, QUANTS_FLOATS, VECTORS, load, pack, panels, store,
 };
-use crate::ggml::{LARGEST, QUANTS, Quants};
+use crate::ggml::{LARGEST, QUANTS, Quants, QuantsForm};
 
 /// Outputs whose whole numbers lie in scratch at a time, and columns whose sums do: what an L2 cache holds.
 pub(in super::super) const COLUMNS: usize = 512;
@@ -120,12 +120,12 @@ unsafe fn run<S: Pairs>(simd: S, p: Product<'_>, scratch: &mut [f32]) {
 }
 
 /// What whole numbers a factor's are.
-fn form(b: Factor<'_>) -> Form {
+fn form(b: Factor<'_>) -> QuantsForm {
     match b {
-        Factor::Columns(weight, _) => weight.ty().quants_reader().map(Form::of),
+        Factor::Columns(weight, _) => weight.ty().quants_reader().map(|reader| reader.form),
         _ => None,
     }
-    .unwrap_or(Form { adds: false, share: 1 })
+    .unwrap_or(QuantsForm { adds: false, share: 1 })
 }
 
 /// Columns `ns` of B, of its rows `ks`: of each [`DEPTH`] blocks.

@@ -6,7 +6,7 @@ use super::super::linear::steps;
 use super::super::narrow::{Narrow, ROWS};
 use super::super::panel::{self, MOST_ROWS, Strided, aligned, transpose};
 use super::lanes::{Kernel, Pairs, instructions};
-use crate::ggml::{LARGEST, QUANTS, Quants, QuantsReader, Type};
+use crate::ggml::{LARGEST, QUANTS, Quants, QuantsForm, Type};
 
 /// The largest p: 32 products with q of at most 4096 ([`LARGEST`]) stay below 2^31.
 const MOST: f32 = 16383.0;
@@ -67,7 +67,7 @@ unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
         for panel in panels::<S>(width) {
             let out = x.as_mut_ptr().add(panel.from * blocks * BLOCK_ROWS);
             let x = Strided(p.x.add(panel.from * k), k);
-            pack(simd, x, [k, t - panel.from], reader.share, panel, out);
+            pack(simd, x, [k, t - panel.from], reader.form.share, panel, out);
         }
         let tile =
             std::slice::from_raw_parts_mut(tile.as_mut_ptr().cast::<Quants>(), MOST_ROWS * DEPTH);
@@ -89,7 +89,7 @@ unsafe fn product<S: Pairs>(simd: S, p: Narrow<'_>) {
                             width,
                             first: bs.start == 0,
                         };
-                        part.run(simd, Form::of(reader), rows.len(), panel.vectors);
+                        part.run(simd, reader.form, rows.len(), panel.vectors);
                     }
                 }
             }
@@ -174,21 +174,6 @@ pub(super) unsafe fn pack<S: Pairs>(
     }
 }
 
-/// What is to be known of a row's whole numbers.
-#[derive(Clone, Copy)]
-pub(super) struct Form {
-    /// Whether anything is ever added.
-    pub adds: bool,
-    /// Blocks that have one scale.
-    pub share: usize,
-}
-
-impl Form {
-    pub(super) fn of(reader: QuantsReader) -> Form {
-        Form { adds: reader.adds, share: reader.share }
-    }
-}
-
 /// A few rows times a run of blocks, added to their sums.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
@@ -207,7 +192,13 @@ pub(super) struct Part {
 impl Part {
     /// So many rows, of a panel of so many vectors.
     #[inline(always)]
-    pub(super) unsafe fn run<S: Pairs>(self, simd: S, form: Form, rows: usize, vectors: usize) {
+    pub(super) unsafe fn run<S: Pairs>(
+        self,
+        simd: S,
+        form: QuantsForm,
+        rows: usize,
+        vectors: usize,
+    ) {
         // SAFETY: by the caller.
         unsafe {
             match (form.adds, form.share) {
