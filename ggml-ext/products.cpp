@@ -94,7 +94,7 @@ private:
 
 WeightProduct weight_traits[GGML_TYPE_COUNT];
 
-// Of many sequences that decode one token each.
+// Of many sequences that decode one token each, and of prompts.
 struct Attention : ggml::cpu::tensor_traits {
     // What ggml's own needs, for it may be the one that is taken.
     bool work_size(int, const ggml_tensor *, size_t &) override { return false; }
@@ -130,13 +130,13 @@ private:
         memcpy(&cap, (const float *) op->op_params + 2, sizeof cap);
         const int64_t streams = q->ne[3];
         const bool plain = bias == 0.0f && cap == 0.0f && !op->src[4];
-        const bool shapes = q->ne[1] == 1 && streams >= least && k->ne[3] == streams && v->ne[3] == streams &&
+        const bool shapes = (q->ne[1] > 1 || streams >= least) && k->ne[3] == streams && v->ne[3] == streams &&
                             k->ne[0] == q->ne[0] && v->ne[0] == q->ne[0] && v->ne[2] == k->ne[2] && q->ne[2] % k->ne[2] == 0 &&
                             q->ne[2] / k->ne[2] <= most_heads.load(std::memory_order_relaxed);
         const bool rows = q->type == GGML_TYPE_F32 && q->nb[0] == 4 && k->type == GGML_TYPE_F16 && k->nb[0] == 2 &&
                           v->type == GGML_TYPE_F16 && v->nb[0] == 2 && ggml_is_contiguous(op) && host(k) && host(v) && host(q);
         const bool masked = !mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == 2 && mask->ne[0] == k->ne[1] &&
-                                      mask->ne[2] == 1 && mask->ne[3] == streams && host(mask));
+                                      mask->ne[1] >= q->ne[1] && mask->ne[2] == 1 && mask->ne[3] == streams && host(mask));
         return plain && shapes && rows && masked && attention.load(std::memory_order_relaxed);
     }
 };

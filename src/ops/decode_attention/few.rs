@@ -22,8 +22,8 @@ pub(super) unsafe fn add<S: Simd>(simd: S, part: &Part<'_>, scratch: &mut Scratc
             unsafe {
                 let to = (&mut **keys, &mut **values);
                 part.read((head, tile.clone()), to, (&ahead, i * tile.len()));
-                for (stream, queries) in part.readers() {
-                    let allowed = node.allowed(stream, tile.clone());
+                for (reader, queries) in part.readers() {
+                    let allowed = node.allowed(reader, tile.clone());
                     let Some(last) = allowed.iter().rposition(|&m| m > f32::NEG_INFINITY) else {
                         continue;
                     };
@@ -31,10 +31,10 @@ pub(super) unsafe fn add<S: Simd>(simd: S, part: &Part<'_>, scratch: &mut Scratc
                     for (i, weights) in weights.chunks_mut(2).enumerate() {
                         match weights {
                             [of_a, of_b] => {
-                                let both = [0, 1].map(|g| node.q(head, stream, 2 * i + g));
+                                let both = [0, 1].map(|g| node.q(head, reader, 2 * i + g));
                                 score(simd, both, seen, [of_a, of_b]);
                             }
-                            [of_a] => score(simd, [node.q(head, stream, 2 * i)], seen, [of_a]),
+                            [of_a] => score(simd, [node.q(head, reader, 2 * i)], seen, [of_a]),
                             _ => unreachable!("one or two"),
                         }
                     }

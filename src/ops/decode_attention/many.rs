@@ -47,7 +47,7 @@ unsafe fn pack(part: &Part<'_>, scratch: &mut Scratch<'_>) {
         columns.fill(0.0);
         // SAFETY: by contract; columns of so many queries.
         unsafe {
-            let of_reader = |(stream, _)| (0..node.group()).map(move |g| node.q(head, stream, g));
+            let of_reader = |(reader, _)| (0..node.group()).map(move |g| node.q(head, reader, g));
             let mut rows = part.readers().flat_map(of_reader);
             for from in (0..n).step_by(TILE) {
                 let some = TILE.min(n - from);
@@ -96,8 +96,8 @@ unsafe fn add_tile<S: Simd>(
             keep: false,
         }
         .run(simd);
-        for (i, (stream, _)) in part.readers().enumerate() {
-            let allowed = &node.allowed(stream, tile.clone())[..tile.len()];
+        for (i, (reader, _)) in part.readers().enumerate() {
+            let allowed = &node.allowed(reader, tile.clone())[..tile.len()];
             if allowed.iter().any(|&a| a != 0.0) {
                 for (row, a) in scores.chunks_exact_mut(width).zip(allowed) {
                     let scores = &mut row[i * group..][..group];

@@ -1,16 +1,18 @@
-//! Attention of many sequences that each decode one token, inside llama.cpp's graphs.
+//! Attention inside llama.cpp's graphs: of many sequences that each decode one token, and of prompts.
 //!
 //! ```text
-//! y[:, h, s] = sum_j p_j v[:, j, h/g, s],  p = softmax_j(scale q[:, h, s] . k[:, j, h/g, s] + mask[j, s])
+//! y[:, h, t, s] = sum_j p_j v[:, j, h/g, s],  p = softmax_j(scale q[:, t, h, s] . k[:, j, h/g, s] + mask[j, t, s])
 //! ```
 //!
 //! g heads of queries read one head of keys and values, whose F16 a tile of keys at a time turns into F32 once for all of
 //! them; sums are F32, where ggml adds values up in F16. Sequences that began alike, as the completions of a prompt do, read
-//! what they have in common once, too. Where many queries read the same keys, these are the lanes of vectors (`many.rs`);
-//! of few, each score is a sum over lanes (`few.rs`). Tiles come in order and masked keys add nothing, so that a
-//! sequence's result does not depend on the number of threads, nor, where all are computed as few are, on the other sequences.
+//! what they have in common once, too, and so do neighbouring tokens of a prompt. Where many queries read the same keys, these are
+//! the lanes of vectors (`many.rs`); of few, each score is a sum over lanes (`few.rs`). Tiles come in order and masked keys add
+//! nothing, so that a sequence's result does not depend on the number of threads, nor, where all are computed as few are, on
+//! the other sequences.
 
 mod few;
+mod groups;
 mod many;
 #[cfg(test)]
 mod tests;
@@ -25,6 +27,7 @@ use super::gemm::with_scratch;
 use super::panel::{LANES, Panel, aligned};
 use super::rows::{partition, prefetch};
 use crate::ggml::Type;
+use groups::{Group, Reader, Run, neighbours, sequences};
 
 /// Keys of a tile.
 const TILE: usize = 64;
@@ -32,12 +35,14 @@ const TILE: usize = 64;
 pub(crate) const MOST_HEADS: usize = 32;
 /// Sequences that read what they have in common together: few enough that threads get like shares of a large group.
 const MOST_TOGETHER: usize = 8;
+/// Queries of a prompt that read the same keys together: the columns that a product of panels takes at a time.
+const QUERIES: usize = 4 * LANES;
 
 /// # Safety
-/// The contract of `bupo_decoding` in ggml-ext.h: `dst` is a FLASH_ATTN_EXT node `[D, H, 1, S]` of live tensors in host
-/// memory, `src[0]` = q `[D, 1, H, S]` F32, `src[1]`, `src[2]` = k, v `[D, n, H_kv, S]` F16, `src[3]` = mask `[n, .., 1, S]`
-/// F16 or null, with whole rows; no sinks, slopes or softcap. `lineages` is null or has S members, which say the truth. With
-/// `invariant` nothing of a sequence depends on the others. Each of the `nth` threads calls this with its own `ith`.
+/// The contract of `bupo_decoding` in ggml-ext.h: `dst` is a FLASH_ATTN_EXT node `[D, H, T, S]` of live tensors in host
+/// memory, `src[0]` = q `[D, T, H, S]` F32, `src[1]`, `src[2]` = k, v `[D, n, H_kv, S]` F16, `src[3]` = mask `[n, T.., 1, S]`
+/// F16 or null, with whole rows; no sinks, slopes or softcap. `lineages` is null or has S members, which say the truth, where T
+/// is 1. With `invariant` nothing of a sequence depends on the others. Each of the `nth` threads calls this with its own `ith`.
 pub(crate) unsafe extern "C" fn decode_attention(
     dst: *mut sys::ggml_tensor,
     lineages: *const sys::bupo_lineage,
@@ -50,7 +55,11 @@ pub(crate) unsafe extern "C" fn decode_attention(
         let node = Node::new(dst);
         let lineages =
             (!lineages.is_null()).then(|| std::slice::from_raw_parts(lineages, node.streams));
-        let groups = groups(node.streams, lineages, |stream| node.seen(stream));
+        let groups = match node.tokens {
+            1 => sequences(node.streams, lineages, |stream| node.seen(stream, 0)),
+            _ => neighbours(&node),
+        };
+        let invariant = invariant && node.tokens == 1;
         let jobs = partition(groups.len() * node.shared, ith, nth);
         let arch = pulp::Arch::new();
         with_scratch(Scratch::floats(&node), |scratch| {
@@ -85,13 +94,15 @@ struct Node {
     heads: usize,
     /// H_kv.
     shared: usize,
+    /// T.
+    tokens: usize,
     /// S.
     streams: usize,
 }
 
 impl Node {
     /// # Safety
-    /// The contract of [`decode_attention`], as of the other methods, with heads and streams in range.
+    /// The contract of [`decode_attention`], as of the other methods, with heads, streams and tokens in range.
     unsafe fn new(dst: *mut sys::ggml_tensor) -> Node {
         // SAFETY: by contract.
         unsafe {
@@ -107,6 +118,7 @@ impl Node {
                 keys: (*k).ne[1] as usize,
                 heads: (*q).ne[2] as usize,
                 shared: (*k).ne[2] as usize,
+                tokens: (*q).ne[1] as usize,
                 streams: (*q).ne[3] as usize,
             }
         }
@@ -122,19 +134,28 @@ impl Node {
         self.size.next_multiple_of(LANES)
     }
 
-    /// The `g`th of the queries of a head of keys: D.
-    unsafe fn q(&self, head: usize, stream: usize, g: usize) -> &[f32] {
-        // SAFETY: by contract.
-        unsafe {
-            let row = at(self.q, head * self.group() + g, stream).cast::<f32>();
-            std::slice::from_raw_parts(row, self.size)
+    /// Members of a group, at most.
+    fn together(&self) -> usize {
+        match self.tokens {
+            1 => MOST_TOGETHER,
+            _ => (QUERIES / self.group()).max(1),
         }
     }
 
-    /// Results of a head of keys, which lie behind one another, as those of sequences do.
+    /// The `g`th of a reader's queries of a head of keys: D.
+    unsafe fn q(&self, head: usize, Reader { stream, token, .. }: Reader, g: usize) -> &[f32] {
+        // SAFETY: by contract.
+        unsafe {
+            let row = at(self.q, head * self.group() + g, stream).add(token * (*self.q).nb[1]);
+            std::slice::from_raw_parts(row.cast::<f32>(), self.size)
+        }
+    }
+
+    /// A reader's results of a head of keys, which lie behind one another, as those of tokens and sequences do.
     #[allow(clippy::mut_from_ref)]
-    unsafe fn y(&self, head: usize, stream: usize) -> &mut [f32] {
-        let first = (stream * self.heads + head * self.group()) * self.size;
+    unsafe fn y(&self, head: usize, Reader { stream, token, .. }: Reader) -> &mut [f32] {
+        let row = stream * self.tokens + token;
+        let first = (row * self.heads + head * self.group()) * self.size;
         // SAFETY: by contract; only one thread has this head.
         unsafe { std::slice::from_raw_parts_mut(self.y.add(first), self.group() * self.size) }
     }
@@ -168,30 +189,57 @@ impl Node {
         }
     }
 
-    /// What the mask adds to scores of these keys, at most a tile of them.
-    unsafe fn allowed(&self, stream: usize, keys: Range<usize>) -> [f32; TILE] {
+    /// What the mask adds to a reader's scores of these keys, at most a tile of them.
+    unsafe fn allowed(&self, of: Reader, keys: Range<usize>) -> [f32; TILE] {
         let mut allowed = [f32::NEG_INFINITY; TILE];
         let part = &mut allowed[..keys.len()];
         if self.mask.is_null() {
             part.fill(0.0);
         } else {
             // SAFETY: by contract.
-            unsafe { Type::F16.dequantize_raw(at(self.mask, 0, stream).add(2 * keys.start), part) };
+            unsafe {
+                let row = self.mask_row(of.stream, of.token);
+                Type::F16.dequantize_raw(row.add(keys.start).cast(), part);
+            }
         }
         allowed
     }
 
+    /// A token's row of the mask, which is there: halves.
+    unsafe fn mask_row(&self, stream: usize, token: usize) -> *const u16 {
+        // SAFETY: by contract.
+        unsafe { at(self.mask, 0, stream).add(token * (*self.mask).nb[1]).cast() }
+    }
+
     /// Keys up to the last that the mask allows.
-    unsafe fn seen(&self, stream: usize) -> usize {
-        const MINUS_INFINITY: u16 = 0xfc00;
+    unsafe fn seen(&self, stream: usize, token: usize) -> usize {
         if self.mask.is_null() {
             return self.keys;
         }
         // SAFETY: by contract.
-        let half =
-            |i: usize| unsafe { at(self.mask, 0, stream).cast::<u16>().add(i).read_unaligned() };
-        (0..self.keys).rfind(|&i| half(i) != MINUS_INFINITY).map_or(0, |last| last + 1)
+        let sees = unsafe { allows(self.mask_row(stream, token)) };
+        (0..self.keys).rfind(sees).map_or(0, |last| last + 1)
     }
+
+    /// Keys before the first that the mask allows.
+    unsafe fn unseen(&self, of: Reader) -> usize {
+        if self.mask.is_null() {
+            return 0;
+        }
+        // SAFETY: by contract.
+        let sees = unsafe { allows(self.mask_row(of.stream, of.token)) };
+        (0..of.seen).find(sees).unwrap_or(of.seen)
+    }
+}
+
+/// Whether a row of a mask allows a key.
+///
+/// # Safety
+/// The row has as many halves as are asked for.
+unsafe fn allows(row: *const u16) -> impl Fn(&usize) -> bool {
+    const MINUS_INFINITY: u16 = 0xfc00;
+    // SAFETY: by contract.
+    move |&key| unsafe { row.add(key).read_unaligned() } != MINUS_INFINITY
 }
 
 /// # Safety
@@ -201,77 +249,11 @@ unsafe fn at(t: *const sys::ggml_tensor, head: usize, stream: usize) -> *const u
     unsafe { (*t).data.cast_const().cast::<u8>().add(head * (*t).nb[2] + stream * (*t).nb[3]) }
 }
 
-/// Sequences that are computed together.
-#[derive(Debug, PartialEq)]
-struct Group {
-    /// Stream, and keys of it up to the last that is seen.
-    members: Vec<(usize, usize)>,
-    /// Keys that all have in common, whole tiles.
-    common: usize,
-}
-
-/// Members of an origin, as many together as allowed; whoever has little in common is alone.
-fn groups(
-    streams: usize,
-    lineages: Option<&[sys::bupo_lineage]>,
-    seen: impl Fn(usize) -> usize,
-) -> Vec<Group> {
-    let rows = |stream: usize| lineages.map_or(0, |l| l[stream].rows as usize) / TILE * TILE;
-    let origin = |stream: usize| match rows(stream) {
-        0 => None,
-        _ => lineages.map(|l| l[stream].origin),
-    };
-    let mut order: Vec<usize> = (0..streams).collect();
-    order.sort_by_key(|&stream| (origin(stream), stream));
-    let mut groups: Vec<Group> = Vec::new();
-    let mut of = None;
-    for stream in order {
-        let member = (stream, seen(stream));
-        let common = rows(stream).min(member.1 / TILE * TILE);
-        match groups.last_mut() {
-            Some(group)
-                if origin(stream).is_some()
-                    && of == origin(stream)
-                    && group.members.len() < MOST_TOGETHER =>
-            {
-                group.members.push(member);
-                group.common = group.common.min(common);
-            }
-            _ => groups.push(Group { members: vec![member], common }),
-        }
-        of = origin(stream);
-    }
-    groups
-}
-
-/// A run of keys of a stream, and the members of the group that see it.
-struct Run {
-    stream: usize,
-    keys: Range<usize>,
-    members: Range<usize>,
-}
-
-impl Group {
-    /// Queries of a head of keys, those of a member behind one another.
-    fn queries(&self, node: &Node) -> usize {
-        self.members.len() * node.group()
-    }
-
-    /// What it reads, in order: what its members have in common, then what each has of its own.
-    fn runs(&self) -> impl Iterator<Item = Run> {
-        let Group { members, common } = self;
-        let first = Run { stream: members[0].0, keys: 0..*common, members: 0..members.len() };
-        let own = members.iter().enumerate();
-        let own =
-            own.map(|(i, &(stream, seen))| Run { stream, keys: *common..seen, members: i..i + 1 });
-        std::iter::once(first).chain(own).filter(|run| !run.keys.is_empty())
-    }
-}
-
 /// Less than any score that is allowed; of what is not, the exponential over it is 0.
 const LOWEST: f32 = -1e30;
 /// Queries of a head of keys in a group, at most.
 const MOST: usize = MOST_TOGETHER * MOST_HEADS;
+const _: () = assert!(QUERIES <= MOST);
 
 /// Memory of a thread.
 struct Scratch<'s> {
@@ -299,7 +281,7 @@ impl<'s> Scratch<'s> {
 
     /// Floats that it takes at most.
     fn floats(node: &Node) -> usize {
-        let sizes = Scratch::sizes(node, MOST_TOGETHER * node.group(), node.shared);
+        let sizes = Scratch::sizes(node, node.together() * node.group(), node.shared);
         LANES + sizes.into_iter().sum::<usize>()
     }
 
@@ -379,10 +361,10 @@ impl Part<'_> {
         first + queries.start..first + queries.end
     }
 
-    /// Streams and queries of those who read it.
-    fn readers(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+    /// Who reads it, and their queries.
+    fn readers(&self) -> impl Iterator<Item = (Reader, Range<usize>)> {
         let group = self.node.group();
-        let reader = move |m: usize| (self.group.members[m].0, m * group..(m + 1) * group);
+        let reader = move |m: usize| (self.group.members[m], m * group..(m + 1) * group);
         self.run.members.clone().map(reader)
     }
 
@@ -476,8 +458,8 @@ impl WithSimd for Job<'_> {
             for (i, head) in heads.enumerate() {
                 let summed = scratch.sums.chunks_exact(node.padded()).zip(&*scratch.total);
                 let mut summed = summed.skip(i * group.queries(node));
-                for &(stream, _) in &group.members {
-                    let rows = node.y(head, stream).chunks_exact_mut(node.size);
+                for &member in &group.members {
+                    let rows = node.y(head, member).chunks_exact_mut(node.size);
                     for (y, (sums, total)) in rows.zip(&mut summed) {
                         let share = 1.0 / total;
                         y.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum * share);

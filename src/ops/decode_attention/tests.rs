@@ -6,8 +6,9 @@ struct Layer {
     heads: usize,
     shared: usize,
     keys: usize,
-    /// Keys that each sequence has.
-    lengths: Vec<usize>,
+    streams: usize,
+    /// Tokens of each sequence.
+    tokens: usize,
     q: Vec<f32>,
     k: Vec<u16>,
     v: Vec<u16>,
@@ -18,7 +19,7 @@ struct Layer {
 impl Layer {
     fn new(
         [size, heads, shared]: [usize; 3],
-        streams: usize,
+        [streams, tokens]: [usize; 2],
         [common, own]: [usize; 2],
         window: usize,
     ) -> Layer {
@@ -38,14 +39,17 @@ impl Layer {
             }
             all
         });
-        let q = (0..streams * heads * size).map(|_| random() as f32 / (1 << 23) as f32 - 1.0);
+        let q =
+            (0..streams * tokens * heads * size).map(|_| random() as f32 / (1 << 23) as f32 - 1.0);
         let q = q.collect();
-        let lengths: Vec<usize> = (0..streams).map(|s| common + 1 + s % own).collect();
+        // Keys that each token sees but for the window: its sequence's and those of earlier tokens.
+        let lengths =
+            (0..streams).flat_map(|s| (0..tokens).map(move |t| common + 1 + (s + t) % own));
         let allows = |len: usize, key: usize| key < len && key + window >= len;
-        let row = |&len: &usize| (0..keys).map(move |key| !allows(len, key) as u16 * 0xfc00);
-        let mask = lengths.iter().flat_map(row).collect();
+        let row = |len: usize| (0..keys).map(move |key| !allows(len, key) as u16 * 0xfc00);
+        let mask = lengths.flat_map(row).collect();
         let lineages = vec![sys::bupo_lineage { origin: 3, rows: common as u32 }; streams];
-        Layer { size, heads, shared, keys, lengths, q, k, v, mask, lineages }
+        Layer { size, heads, shared, keys, streams, tokens, q, k, v, mask, lineages }
     }
 
     fn run(&self, together: bool, invariant: bool, threads: usize) -> Vec<f32> {
@@ -57,20 +61,24 @@ impl Layer {
             data: data.cast_mut().cast(),
             ..empty
         };
-        let (streams, width) = (self.lengths.len(), self.shared * self.size);
+        let (streams, tokens, width) = (self.streams, self.tokens, self.shared * self.size);
         let cache = |data: &[u16]| {
             let ne = [self.size, self.keys, self.shared, streams];
             let nb = [2, 2 * width, 2 * self.size, 2 * width * self.keys];
             tensor(ne, nb, data.as_ptr().cast())
         };
-        let ne = [self.size, 1, self.heads, streams];
-        let nb = [4, 4, 4 * self.size, 4 * self.size * self.heads];
+        let ne = [self.size, tokens, self.heads, streams];
+        let row = 4 * self.size * self.heads;
+        let nb = [4, row, 4 * self.size, row * tokens];
         let mut q = tensor(ne, nb, self.q.as_ptr().cast());
         let (mut k, mut v) = (cache(&self.k), cache(&self.v));
-        let rows = [2, 2 * self.keys, 2 * self.keys, 2 * self.keys];
-        let mut mask = tensor([self.keys, 1, 1, streams], rows, self.mask.as_ptr().cast());
+        let all = 2 * self.keys * tokens;
+        let rows = [2, 2 * self.keys, all, all];
+        let mut mask = tensor([self.keys, tokens, 1, streams], rows, self.mask.as_ptr().cast());
         let mut y = vec![f32::NAN; self.q.len()];
-        let mut dst = tensor([self.size, self.heads, 1, streams], nb, y.as_mut_ptr().cast());
+        let nb = [4, 4 * self.size, row, row * tokens];
+        let ne = [self.size, self.heads, tokens, streams];
+        let mut dst = tensor(ne, nb, y.as_mut_ptr().cast());
         dst.op_params[0] = self.scale().to_bits() as i32;
         dst.src[..4].copy_from_slice(&[&mut q, &mut k, &mut v, &mut mask].map(|t| t as *mut _));
         let lineages = if together { self.lineages.as_ptr() } else { std::ptr::null() };
@@ -98,8 +106,9 @@ impl Layer {
     fn wanted(&self) -> Vec<f64> {
         let mut y = Vec::new();
         for (i, q) in self.q.chunks_exact(self.size).enumerate() {
-            let (stream, head) = (i / self.heads, i % self.heads * self.shared / self.heads);
-            let sees = |&key: &usize| self.mask[stream * self.keys + key] == 0;
+            let (row, head) = (i / self.heads, i % self.heads * self.shared / self.heads);
+            let stream = row / self.tokens;
+            let sees = |&key: &usize| self.mask[row * self.keys + key] == 0;
             let seen: Vec<usize> = (0..self.keys).filter(sees).collect();
             let e = seen.iter().map(|&key| {
                 let k = self.row(&self.k, stream, head, key);
@@ -118,6 +127,15 @@ impl Layer {
     }
 }
 
+/// The largest error, with any number of threads.
+fn error(layer: &Layer, wanted: &[f64], together: bool, invariant: bool) -> f64 {
+    let y = layer.run(together, invariant, 1);
+    for threads in [2, 3] {
+        assert!(y == layer.run(together, invariant, threads), "threads matter");
+    }
+    y.iter().zip(wanted).map(|(y, want)| (*y as f64 - want).abs()).fold(0.0, f64::max)
+}
+
 #[test]
 fn few_and_many_queries_give_what_the_definition_does() {
     for (sizes, streams, keys, window) in [
@@ -127,14 +145,11 @@ fn few_and_many_queries_give_what_the_definition_does() {
         ([80, 16, 2], 4, [64, 5], 50),
         ([40, 32, 1], 2, [70, 200], 90),
     ] {
-        let layer = Layer::new(sizes, streams, keys, window);
+        let layer = Layer::new(sizes, [streams, 1], keys, window);
         let wanted = layer.wanted();
         for (together, invariant) in [(false, false), (true, false), (true, true)] {
-            let y = layer.run(together, invariant, 1);
-            let error = y.iter().zip(&wanted).map(|(y, want)| (*y as f64 - want).abs());
-            let worst = error.fold(0.0, f64::max);
+            let worst = error(&layer, &wanted, together, invariant);
             assert!(worst < 2e-6, "{sizes:?} {together} {invariant}: {worst:e}");
-            assert!(y == layer.run(together, invariant, 3), "{sizes:?}: threads matter");
         }
         let alone = layer.run(false, true, 1);
         assert!(layer.run(true, true, 1) == alone, "{sizes:?}: the others matter");
@@ -142,21 +157,17 @@ fn few_and_many_queries_give_what_the_definition_does() {
 }
 
 #[test]
-fn sequences_of_one_origin_are_computed_together() {
-    let lineage = |origin, rows| sys::bupo_lineage { origin, rows };
-    // Ten of one prompt, one of which forgot most of it; two of another that is shorter than a tile; one of none.
-    let mut lineages = vec![lineage(7, 150); 10];
-    lineages[3].rows = 70;
-    lineages.extend([lineage(2, 50), lineage(2, 50), lineage(0, 0)]);
-    let seen = |stream: usize| if stream == 9 { 140 } else { 200 + stream };
-    let groups = groups(13, Some(&lineages), seen);
-    let members = |streams: Range<usize>| streams.map(|s| (s, seen(s))).collect();
-    assert_eq!(groups.len(), 5);
-    for (i, stream) in [10, 11, 12].into_iter().enumerate() {
-        assert_eq!(groups[i], Group { members: members(stream..stream + 1), common: 0 });
+fn prompts_give_what_the_definition_does() {
+    // Two tokens, whole groups of them, and a few left over; behind keys that were there before, and within a window.
+    for (sizes, shape, keys, window) in [
+        ([64, 9, 3], [2, 2], [70, 9], usize::MAX),
+        ([128, 16, 8], [1, 70], [0, 71], usize::MAX),
+        ([80, 8, 2], [3, 33], [100, 60], usize::MAX),
+        ([64, 4, 4], [1, 130], [65, 131], 40),
+        ([40, 32, 1], [2, 5], [3, 80], 90),
+    ] {
+        let layer = Layer::new(sizes, shape, keys, window);
+        let worst = error(&layer, &layer.wanted(), false, false);
+        assert!(worst < 2e-6, "{sizes:?} {shape:?}: {worst:e}");
     }
-    assert_eq!(groups[3], Group { members: members(0..8), common: 64 });
-    assert_eq!(groups[4], Group { members: members(8..10), common: 128 });
-    let alone = super::groups(2, None, seen);
-    assert!(alone.iter().all(|group| group.members.len() == 1 && group.common == 0));
 }
