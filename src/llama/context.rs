@@ -289,7 +289,7 @@ impl Context {
 
     /// Whether a batch's results are the same to the bit for any number of threads. ggml's attention of a token that is alone
     /// cuts so many keys into as many parts as there are threads; ours, which is taken for so many neighbours, does not, nor
-    /// does ggml's of several tokens.
+    /// does that of several tokens, ours or ggml's.
     fn any_threads(&self, tokens: &[Token]) -> bool {
         const CUT_FROM: usize = 512;
         let neighbours = |pair: &[Token]| pair[0].sequence + 1 == pair[1].sequence;
