@@ -433,7 +433,7 @@ struct bupo_decoding {
     bupo_product    wide;         // MUL_MAT, on a matrix unit
     int64_t         wide_columns; // from which that is the fastest, of types of which `product` ever is faster; 0: never
     bupo_attention  attention; // dst: a FLASH_ATTN_EXT node of BUPO_ATTENTION_SEQUENCES or more sequences of one token each (of any
-                               // number with BUPO_PRODUCTS_INVARIANT), or of any number of more tokens each, q F32, k, v and mask F16 in whole rows in host memory, without sinks, slopes or softcap
+                               // number with BUPO_PRODUCTS_INVARIANT), or of any number of more tokens each, q F32, k, v and mask F16 in whole rows and sinks F32 in host memory, without slopes
     int64_t         most_heads; // of queries to a head of keys, for which `attention` is made
 };
 

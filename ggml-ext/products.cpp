@@ -125,11 +125,11 @@ private:
 
     static bool serves(const ggml_tensor * op, int64_t least) {
         const ggml_tensor * q = op->src[0], * k = op->src[1], * v = op->src[2], * mask = op->src[3];
-        float bias, cap;
+        const ggml_tensor * sinks = op->src[4];
+        float bias;
         memcpy(&bias, (const float *) op->op_params + 1, sizeof bias);
-        memcpy(&cap, (const float *) op->op_params + 2, sizeof cap);
         const int64_t streams = q->ne[3];
-        const bool plain = bias == 0.0f && cap == 0.0f && !op->src[4];
+        const bool plain = bias == 0.0f && (!sinks || (sinks->type == GGML_TYPE_F32 && ggml_is_contiguous(sinks) && host(sinks)));
         const bool shapes = (q->ne[1] > 1 || streams >= least) && k->ne[3] == streams && v->ne[3] == streams &&
                             k->ne[0] == q->ne[0] && v->ne[0] == q->ne[0] && v->ne[2] == k->ne[2] && q->ne[2] % k->ne[2] == 0 &&
                             q->ne[2] / k->ne[2] <= most_heads.load(std::memory_order_relaxed);

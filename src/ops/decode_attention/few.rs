@@ -43,7 +43,8 @@ pub(super) unsafe fn add<S: Simd>(simd: S, part: &Part<'_>, scratch: &mut Scratc
                     let state = largest[places.clone()].iter_mut().zip(&mut total[places]);
                     let rows = weights.iter_mut().zip(sums.chunks_exact_mut(padded));
                     for ((weights, sums), (largest, total)) in rows.zip(state) {
-                        let shrink = softmax(weights, &allowed, node.scale, largest, total);
+                        let scale = node.cap(&mut weights[..last + 1]);
+                        let shrink = softmax(weights, &allowed, scale, largest, total);
                         sums.iter_mut().for_each(|sum| *sum *= shrink);
                     }
                     let weights = (weights.as_ptr().cast(), [TILE, 1]);
@@ -108,7 +109,7 @@ fn dots<S: Simd, const N: usize>(simd: S, queries: [&[f32]; N], key: &[f32]) -> 
     products
 }
 
-/// Scores before scale and mask become exponentials over the largest so far, which with their sum is brought up to date;
+/// Scores before `scale` and mask become exponentials over the largest so far, which with their sum is brought up to date;
 /// what was summed before is to be multiplied with the result.
 #[inline(always)]
 fn softmax(

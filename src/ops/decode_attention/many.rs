@@ -96,18 +96,19 @@ unsafe fn add_tile<S: Simd>(
             keep: false,
         }
         .run(simd);
+        let scale = node.cap(scores);
         for (i, (reader, _)) in part.readers().enumerate() {
             let allowed = &node.allowed(reader, tile.clone())[..tile.len()];
             if allowed.iter().any(|&a| a != 0.0) {
                 for (row, a) in scores.chunks_exact_mut(width).zip(allowed) {
                     let scores = &mut row[i * group..][..group];
-                    scores.iter_mut().for_each(|score| *score += a / node.scale);
+                    scores.iter_mut().for_each(|score| *score += a / scale);
                 }
             }
         }
         for at in (0..width).step_by(S::F32_LANES) {
             let state = [&mut most, &mut sum, &mut shrink].map(|c| c[at..].as_mut_ptr());
-            softmax(simd, &mut scores[at..], width, node.scale, state);
+            softmax(simd, &mut scores[at..], width, scale, state);
         }
         for (sums, &shrink) in sums.chunks_exact_mut(padded).zip(&shrink) {
             sums.iter_mut().for_each(|sum| *sum *= shrink);

@@ -1,9 +1,10 @@
 //! Attention inside llama.cpp's graphs: of many sequences that each decode one token, and of prompts.
 //!
 //! ```text
-//! y[:, h, t, s] = sum_j p_j v[:, j, h/g, s],  p = softmax_j(scale q[:, t, h, s] . k[:, j, h/g, s] + mask[j, t, s])
+//! y[:, h, t, s] = sum_j p_j v[:, j, h/g, s],  p = softmax_j(cap(scale q[:, t, h, s] . k[:, j, h/g, s]) + mask[j, t, s])
 //! ```
 //!
+//! `cap(x) = c tanh(x / c)` where there is a softcap c; a head may have a sink, a score that takes a share and has no value.
 //! g heads of queries read one head of keys and values, whose F16 a tile of keys at a time turns into F32 once for all of
 //! them; sums are F32, where ggml adds values up in F16. Sequences that began alike, as the completions of a prompt do, read
 //! what they have in common once, too, and so do neighbouring tokens of a prompt. Where many queries read the same keys, these are
@@ -23,6 +24,7 @@ use std::ops::Range;
 use ggml_sys as sys;
 use pulp::{Simd, WithSimd};
 
+use super::exp::softcap;
 use super::gemm::with_scratch;
 use super::panel::{LANES, Panel, aligned};
 use super::rows::{partition, prefetch};
@@ -41,7 +43,7 @@ const QUERIES: usize = 4 * LANES;
 /// # Safety
 /// The contract of `bupo_decoding` in ggml-ext.h: `dst` is a FLASH_ATTN_EXT node `[D, H, T, S]` of live tensors in host
 /// memory, `src[0]` = q `[D, T, H, S]` F32, `src[1]`, `src[2]` = k, v `[D, n, H_kv, S]` F16, `src[3]` = mask `[n, T.., 1, S]`
-/// F16 or null, with whole rows; no sinks, slopes or softcap. `lineages` is null or has S members, which say the truth, where T
+/// F16 or null, with whole rows, `src[4]` = sinks `[H]` F32 or null; no slopes. `lineages` is null or has S members, which say the truth, where T
 /// is 1. With `invariant` nothing of a sequence depends on the others. Each of the `nth` threads calls this with its own `ith`.
 pub(crate) unsafe extern "C" fn decode_attention(
     dst: *mut sys::ggml_tensor,
@@ -69,7 +71,7 @@ pub(crate) unsafe extern "C" fn decode_attention(
                 let from = jobs.start.max(first) - first;
                 let heads = from..jobs.end.clamp(first, first + node.shared) - first;
                 if !heads.is_empty() {
-                    let scratch = Scratch::new(scratch, &node, group, heads.len());
+                    let scratch = Scratch::new(scratch, &node, group, heads.clone());
                     let next = groups.get(i + 1);
                     arch.dispatch(Job { node: &node, group, heads, next, invariant, scratch });
                 }
@@ -84,8 +86,11 @@ struct Node {
     k: *const sys::ggml_tensor,
     v: *const sys::ggml_tensor,
     mask: *const sys::ggml_tensor,
+    sinks: *const sys::ggml_tensor,
     y: *mut f32,
     scale: f32,
+    /// c; 0: there is none.
+    softcap: f32,
     /// D.
     size: usize,
     /// n.
@@ -106,14 +111,17 @@ impl Node {
     unsafe fn new(dst: *mut sys::ggml_tensor) -> Node {
         // SAFETY: by contract.
         unsafe {
-            let [q, k, v, mask, ..] = (*dst).src;
+            let [q, k, v, mask, sinks, ..] = (*dst).src;
+            let param = |i: usize| f32::from_bits((*dst).op_params[i] as u32);
             Node {
                 q,
                 k,
                 v,
                 mask,
+                sinks,
                 y: (*dst).data.cast(),
-                scale: f32::from_bits((*dst).op_params[0] as u32),
+                scale: param(0),
+                softcap: param(2),
                 size: (*q).ne[0] as usize,
                 keys: (*k).ne[1] as usize,
                 heads: (*q).ne[2] as usize,
@@ -158,6 +166,25 @@ impl Node {
         let first = (row * self.heads + head * self.group()) * self.size;
         // SAFETY: by contract; only one thread has this head.
         unsafe { std::slice::from_raw_parts_mut(self.y.add(first), self.group() * self.size) }
+    }
+
+    /// The sinks of a head of keys' queries.
+    unsafe fn sinks(&self, head: usize) -> Option<&[f32]> {
+        // SAFETY: by contract.
+        (!self.sinks.is_null()).then(|| unsafe {
+            let first = (*self.sinks).data.cast::<f32>().add(head * self.group());
+            std::slice::from_raw_parts(first, self.group())
+        })
+    }
+
+    /// Puts products of queries and keys under the softcap, where there is one; what they are to be multiplied with yet.
+    #[inline(always)]
+    fn cap(&self, products: &mut [f32]) -> f32 {
+        if self.softcap == 0.0 {
+            return self.scale;
+        }
+        products.iter_mut().for_each(|x| *x = softcap(self.scale * *x, self.softcap).0);
+        1.0
     }
 
     /// Reads a row of keys and one of values.
@@ -285,11 +312,11 @@ impl<'s> Scratch<'s> {
         LANES + sizes.into_iter().sum::<usize>()
     }
 
-    fn new(scratch: &'s mut [f32], node: &Node, group: &Group, heads: usize) -> Scratch<'s> {
+    fn new(scratch: &'s mut [f32], node: &Node, group: &Group, heads: Range<usize>) -> Scratch<'s> {
         let queries = group.queries(node);
         let mut rest = aligned(scratch);
         let [keys, values, weights, columns, sums, largest, total] =
-            Scratch::sizes(node, queries, heads)
+            Scratch::sizes(node, queries, heads.len())
                 .map(|n| rest.split_off_mut(..n).expect("as many floats"));
         if node.padded() > node.size {
             // What fills up the last vector of a row stays 0.
@@ -298,6 +325,15 @@ impl<'s> Scratch<'s> {
         sums.fill(0.0);
         largest.fill(LOWEST);
         total.fill(0.0);
+        for (i, head) in heads.enumerate() {
+            // SAFETY: one of the node's.
+            let Some(sinks) = (unsafe { node.sinks(head) }) else { break };
+            let places = i * queries..(i + 1) * queries;
+            for (largest, sink) in largest[places.clone()].iter_mut().zip(sinks.iter().cycle()) {
+                *largest = *sink;
+            }
+            total[places].fill(1.0);
+        }
         Scratch { keys, values, weights, columns, sums, largest, total }
     }
 }

@@ -13,6 +13,8 @@ struct Layer {
     k: Vec<u16>,
     v: Vec<u16>,
     mask: Vec<u16>,
+    sinks: Option<Vec<f32>>,
+    softcap: f32,
     lineages: Vec<sys::bupo_lineage>,
 }
 
@@ -49,7 +51,22 @@ impl Layer {
         let row = |len: usize| (0..keys).map(move |key| !allows(len, key) as u16 * 0xfc00);
         let mask = lengths.flat_map(row).collect();
         let lineages = vec![sys::bupo_lineage { origin: 3, rows: common as u32 }; streams];
-        Layer { size, heads, shared, keys, streams, tokens, q, k, v, mask, lineages }
+        let (sinks, softcap) = (None, 0.0);
+        Layer {
+            size,
+            heads,
+            shared,
+            keys,
+            streams,
+            tokens,
+            q,
+            k,
+            v,
+            mask,
+            sinks,
+            softcap,
+            lineages,
+        }
     }
 
     fn run(&self, together: bool, invariant: bool, threads: usize) -> Vec<f32> {
@@ -80,7 +97,11 @@ impl Layer {
         let ne = [self.size, self.heads, tokens, streams];
         let mut dst = tensor(ne, nb, y.as_mut_ptr().cast());
         dst.op_params[0] = self.scale().to_bits() as i32;
+        dst.op_params[2] = self.softcap.to_bits() as i32;
         dst.src[..4].copy_from_slice(&[&mut q, &mut k, &mut v, &mut mask].map(|t| t as *mut _));
+        let sinks = self.sinks.as_ref();
+        let mut sinks = sinks.map(|z| tensor([z.len(), 1, 1, 1], [4, 0, 0, 0], z.as_ptr().cast()));
+        dst.src[4] = sinks.as_mut().map_or(std::ptr::null_mut(), |t| t as *mut _);
         let lineages = if together { self.lineages.as_ptr() } else { std::ptr::null() };
         for ith in 0..threads as c_int {
             // SAFETY: live tensors of these shapes.
@@ -113,15 +134,21 @@ impl Layer {
             let e = seen.iter().map(|&key| {
                 let k = self.row(&self.k, stream, head, key);
                 let score: f64 = q.iter().zip(k).map(|(q, k)| *q as f64 * k as f64).sum();
-                (score * self.scale() as f64).exp()
+                let score = score * self.scale() as f64;
+                match self.softcap as f64 {
+                    0.0 => score.exp(),
+                    c => (c * (score / c).tanh()).exp(),
+                }
             });
             let e: Vec<f64> = e.collect();
+            let sink = self.sinks.as_ref().map_or(0.0, |z| (z[i % self.heads] as f64).exp());
+            let total = sink + e.iter().sum::<f64>();
             let mut sums = vec![0.0; self.size];
             for (&key, e) in seen.iter().zip(&e) {
                 let v = self.row(&self.v, stream, head, key);
                 sums.iter_mut().zip(v).for_each(|(sum, v)| *sum += e * v as f64);
             }
-            y.extend(sums.into_iter().map(|sum| sum / e.iter().sum::<f64>()));
+            y.extend(sums.into_iter().map(|sum| sum / total));
         }
         y
     }
@@ -169,5 +196,22 @@ fn prompts_give_what_the_definition_does() {
         let layer = Layer::new(sizes, shape, keys, window);
         let worst = error(&layer, &layer.wanted(), false, false);
         assert!(worst < 2e-6, "{sizes:?} {shape:?}: {worst:e}");
+    }
+}
+
+#[test]
+fn a_softcap_and_sinks_are_what_the_definition_says() {
+    for (sizes, shape, keys) in [
+        ([64, 8, 2], [9, 1], [70, 40]),  // few queries on the same keys
+        ([32, 16, 1], [5, 1], [128, 9]), // many
+        ([64, 8, 2], [2, 30], [10, 50]), // prompts
+    ] {
+        let mut layer = Layer::new(sizes, shape, keys, usize::MAX);
+        layer.softcap = 1.5;
+        let worst = error(&layer, &layer.wanted(), true, false);
+        assert!(worst < 2e-6, "softcap {sizes:?} {shape:?}: {worst:e}");
+        layer.sinks = Some((0..layer.heads).map(|head| 4.0 - head as f32).collect());
+        let worst = error(&layer, &layer.wanted(), true, false);
+        assert!(worst < 2e-6, "sinks {sizes:?} {shape:?}: {worst:e}");
     }
 }
