@@ -23,7 +23,7 @@ fn planned_against_measured(model: &str, options: &str) -> (f64, f64) {
     let data = dir.path().join("data.jsonl");
     let row =
         serde_json::json!({"prompt": "count the words of this line ".repeat(40), "answer": "7"});
-    std::fs::write(&data, format!("{row}\n").repeat(8)).unwrap();
+    std::fs::write(&data, format!("{row}\n").repeat(4)).unwrap();
     let out = dir.path().join("run");
     let mut words: Vec<&str> = options.split_whitespace().collect();
     words.extend(["--data", data.to_str().unwrap()]);
