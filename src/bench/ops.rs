@@ -232,7 +232,11 @@ fn ggml(bench: &Bench<'_>) -> Result<Vec<Row>> {
 const COLUMNS_ROWS: usize = 4096;
 
 /// Our products beside ggml's, in turn, from one column to as many as a prompt has: what decides which of them rollouts take.
+/// They are the CPU's alone.
 fn columns(bench: &Bench<'_>) -> Result<Vec<Row>> {
+    if bench.model.device() != Device::Cpu {
+        return Ok(Vec::new());
+    }
     let mut seen = Vec::new();
     let mut rows = Vec::new();
     let unembedding = bench.model.weights().unembedding();
